@@ -175,8 +175,7 @@ class _AnswerLogProb(Metric):
             answers = answers[:, None]
         if answers.ndim != 2 or answers.shape[1] == 0:
             raise ValueError(
-                "answers must be [batch] or [batch, n_positions], got shape "
-                f"{tuple(answers.shape)}"
+                f"answers must be [batch] or [batch, n_positions], got shape {tuple(answers.shape)}"
             )
         self.answers = answers
         self.tokens = None
