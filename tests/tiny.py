@@ -1,0 +1,138 @@
+"""Tiny random models and a tokenizer made in code, so that tests need no network and no weights.
+
+Every builder is cached: tests share the models and must leave them as they were. ``fresh`` makes
+one that a test may change.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from tokenizers.processors import TemplateProcessing
+from transformer_lens.config import TransformerBridgeConfig
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from patching_demo.tasks import IOI_ANSWERS, IOI_PROMPTS
+
+D_VOCAB = 128
+N_CTX = 64
+
+_SPECIAL = ("<bos>", "<pad>", "<unk>")
+_WORDS = tuple(" " + w for w in "cat dog sat on mat ran home Rome Paris <  $ script".split())
+# Some words also without their space, and the pieces of "<b>" and "$x$".
+_BARE = ("Mary", "John", "ing", ".", "!", "\n", " ", "<", ">", "/", "$", "x", "b", "script", "The")
+
+
+@lru_cache(None)
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Word-level with leading spaces kept, as in GPT-2: "gave the" is "gave" and " the"."""
+    pattern = r" ?\w+| ?[^\w\s]|\s"
+    splitter = Split(Regex(pattern), "isolated")
+    texts = [*IOI_PROMPTS, *(a for pair in IOI_ANSWERS for a in pair)]
+    pieces = [piece for text in texts for piece, _ in splitter.pre_tokenize_str(text)]
+    words = [*_SPECIAL, *pieces, *_WORDS, *_BARE]
+    vocab = {word: i for i, word in enumerate(dict.fromkeys(words))}
+    assert len(vocab) <= D_VOCAB
+    inner = Tokenizer(WordLevel(vocab, unk_token="<unk>"))
+    inner.pre_tokenizer = splitter
+    inner.decoder = decoders.Fuse()
+    inner.post_processor = TemplateProcessing(
+        single="<bos> $A", pair="<bos> $A $B", special_tokens=[("<bos>", vocab["<bos>"])]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        bos_token="<bos>",
+        eos_token="<bos>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        model_max_length=N_CTX,
+        # The bridge rebuilds, from the hub, a tokenizer that does not prepend BOS itself.
+        add_bos_token=True,
+        name_or_path="tiny",
+    )
+
+
+def _hf(name: str) -> tuple[str, Any]:
+    """(a hub name whose architecture the bridge knows, a random model of it)."""
+    shared = {"vocab_size": D_VOCAB, "attn_implementation": "eager"}
+    # Large initial weights: with the usual 0.02, two layers hardly change a logit.
+    if name == "gpt2":
+        config = GPT2Config(
+            n_embd=32, n_layer=2, n_head=4, n_positions=N_CTX, initializer_range=0.2, **shared
+        )
+        return "gpt2", GPT2LMHeadModel(config)
+    if name.startswith("neox"):
+        config = GPTNeoXConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            max_position_embeddings=N_CTX,
+            use_parallel_residual=name == "neox-parallel",
+            initializer_range=0.2,
+            **shared,
+        )
+        return "EleutherAI/pythia-14m", GPTNeoXForCausalLM(config)
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads={"llama": 4, "llama-gqa": 2}[name],
+        max_position_embeddings=N_CTX,
+        initializer_range=0.2,
+        **shared,
+    )
+    return "meta-llama/Llama-2-7b-hf", LlamaForCausalLM(config)
+
+
+#: Names that :func:`model` takes.
+NAMES = ("gpt2", "neox-parallel", "neox-sequential", "llama", "llama-gqa", "attn-only")
+
+
+def fresh(name: str, *, compatible: bool = True, seed: int = 0) -> TransformerBridge:
+    """A new tiny model in eval mode, in compatibility mode unless asked otherwise."""
+    if name == "attn-only":
+        config = TransformerBridgeConfig(
+            n_layers=2,
+            d_model=32,
+            n_heads=4,
+            d_head=8,
+            n_ctx=N_CTX,
+            d_vocab=D_VOCAB,
+            attn_only=True,
+            act_fn=None,
+            normalization_type="LN",
+            seed=seed,
+        )
+        bridge = TransformerBridge.boot_native(config)
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            hub_name, inner = _hf(name)
+        bridge = TransformerBridge.boot_transformers(
+            hub_name, hf_model=inner, tokenizer=tokenizer(), device="cpu"
+        )
+    if compatible:
+        bridge.enable_compatibility_mode()
+    return bridge.eval()
+
+
+@lru_cache(None)
+def model(name: str, *, compatible: bool = True) -> TransformerBridge:
+    """The shared tiny model of that name; see :data:`NAMES`."""
+    return fresh(name, compatible=compatible)
