@@ -70,6 +70,8 @@ class Task:
         clean_baseline: ``metric`` of the clean run, in the metric's units.
         corrupted_baseline: ``metric`` of the corrupted run, in the same units.
         position_labels: A unique label for each position, such as "John 10".
+        position_tokens: The token behind each label, with its spaces, such as " John". Where
+            rows hold random tokens, the place in the sequence instead.
         clean_strings: Decoded tokens of every clean prompt, ``batch`` lists of ``pos`` strings.
         corrupted_strings: The same for the corrupted prompts.
         answers: int64 ``[batch, 2]`` (right, wrong), or ``[batch, n]`` right tokens.
@@ -84,6 +86,7 @@ class Task:
     clean_baseline: float
     corrupted_baseline: float
     position_labels: list[str]
+    position_tokens: list[str]
     clean_strings: list[list[str]]
     corrupted_strings: list[list[str]]
     answers: Tensor
@@ -98,11 +101,6 @@ class Task:
         """
         differs = (self.clean_tokens != self.corrupted_tokens).any(0)
         return int(differs.int().argmax())
-
-    @property
-    def position_tokens(self) -> list[str]:
-        """The token behind each position label, with its spaces: " John" for "John 10"."""
-        return list(self.clean_strings[int(self.lengths.argmax())])
 
     def normalised(self) -> Task:
         """The same task scored from 0 (corrupted baseline) to 1 (clean baseline).
@@ -227,8 +225,7 @@ def induction_task(
     answers = copies["A"][:, 1:].to(device)
     positions = torch.arange(seq_len + 1, 2 * seq_len).expand(batch, -1).to(device)
     # Rows hold different tokens, so a label names the place in the sequence, not a token.
-    names = [f"A{i}" for i in range(1, seq_len + 1)]
-    labels = [f"{name} {i}" for i, name in enumerate(["BOS", *names, *names])]
+    copy = [f"A{i}" for i in range(1, seq_len + 1)]
     clean, other = tokens("AA"), tokens(corrupted)
     return _build(
         model,
@@ -238,7 +235,7 @@ def induction_task(
         metric=LogProb(answers, positions),
         answers=answers,
         lengths=torch.full((batch,), clean.shape[1]),
-        labels=labels,
+        names=["BOS", *copy, *copy],
     )
 
 
@@ -314,7 +311,7 @@ def prompt_task(
         metric=_named_metric(metric, answer_tokens, positions),
         answers=answer_tokens,
         lengths=lengths,
-        labels=None,
+        names=None,
     )
 
 
@@ -348,7 +345,7 @@ def _build(
     metric: Metric,
     answers: Tensor,
     lengths: Tensor,
-    labels: list[str] | None,
+    names: list[str] | None,
 ) -> Task:
     _check_tokens(model, clean, "clean")
     _check_tokens(model, corrupted, "corrupted")
@@ -356,9 +353,8 @@ def _build(
         raise ValueError("clean and corrupted tokens are the same, so there is nothing to patch")
     clean_strings = [_strings(model, row) for row in clean.tolist()]
     corrupted_strings = [_strings(model, row) for row in corrupted.tolist()]
-    if labels is None:
-        longest = clean_strings[int(lengths.argmax())]
-        labels = [f"{_label(token)} {i}" for i, token in enumerate(longest)]
+    if names is None:
+        names = list(clean_strings[int(lengths.argmax())])
     clean_baseline, corrupted_baseline = _baselines(model, clean, corrupted, metric)
     return Task(
         name=name,
@@ -367,7 +363,8 @@ def _build(
         metric=metric,
         clean_baseline=clean_baseline,
         corrupted_baseline=corrupted_baseline,
-        position_labels=labels,
+        position_labels=[f"{_label(name)} {i}" for i, name in enumerate(names)],
+        position_tokens=names,
         clean_strings=clean_strings,
         corrupted_strings=corrupted_strings,
         answers=answers,
