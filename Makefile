@@ -25,7 +25,7 @@ $(STAMP): moved
 endif
 
 .DEFAULT_GOAL := venv
-.PHONY: help venv moved sync book test unit wheel pairs notebooks slow hub browser colab bench \
+.PHONY: help venv moved sync book test unit pairs notebooks slow hub browser colab bench \
 	picture lint format lock clean
 .NOTPARALLEL:
 

@@ -82,7 +82,9 @@ def _title(layout: Mapping[str, Any]) -> str:
 
 def _plain(text: str | None) -> str:
     """Drop the few tags that plotly allows in its texts."""
-    return re.sub(r"\s+", " ", re.sub(r"</?(br|b|i|sub|sup|span|em)\b[^>]*>", " ", text or "")).strip()
+    return re.sub(
+        r"\s+", " ", re.sub(r"</?(br|b|i|sub|sup|span|em)\b[^>]*>", " ", text or "")
+    ).strip()
 
 
 def _height(layout: Mapping[str, Any]) -> int:

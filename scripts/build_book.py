@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pkgutil
 import platform
 import re
 import shutil
@@ -40,11 +41,17 @@ WIDGET_TYPE = "application/vnd.jupyter.widget-view+json"
 # A progress bar as text: a share, a bar between two rules, a count.
 PROGRESS_BAR = re.compile(r"\d+%\|.*\|\s*\S+/\S+\s*\[")
 WIDGET_NOTE = "*In Jupyter and Colab a control panel stands here; it needs a kernel to answer.*"
+# The badge's picture would be fetched from elsewhere, and the page has a button that does the same.
+BADGE = re.compile(r"\[!\[Open [Ii]n Colab\]\([^)]*\)\]\(([^)]*)\)")
 CELL_TIMEOUT = 3600
 # Not part of a run, although part of the package: it only draws what the run left.
 NOT_IN_RUNS = {"book_renderer.py"}
 # Packages whose version can change a number or a figure.
 LIBRARIES = ("torch", "transformer_lens", "transformers", "numpy", "xarray", "plotly")
+
+# The API reference: modules in the order of use, others after them, inner workings left out.
+API_ORDER = ("models", "tasks", "metrics", "patching", "results", "plots", "claims", "explorer")
+INTERNAL = {"book_renderer", "bridge", "checks", "engine", "fetch", "hub", "notebook", "runner"}
 
 
 class BookError(Exception):
@@ -117,12 +124,14 @@ def execute(notebook: Path) -> None:
 
 
 def clean(run: Path, key: str) -> None:
-    """Take out of an executed notebook what only a kernel could bring to life, and note its key."""
+    """Take out of a run what needs a kernel or comes from elsewhere, and note the run's key."""
     notebook = nbformat.read(run, as_version=4)
     notebook.metadata.pop("widgets", None)
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = [o for o in map(without_widget, cell.outputs) if o is not None]
+        else:
+            cell.source = BADGE.sub(r"[Open in Colab](\1)", cell.source)
     notebook.metadata["patching_demo"] = {"key": key}
     nbformat.write(notebook, run)
 
@@ -205,6 +214,19 @@ def cell_text(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value).replace("|", "\\|")
 
 
+def write_api() -> None:
+    """Write the API reference: a section for each module that readers import from."""
+    import patching_demo
+
+    names = {module.name for module in pkgutil.iter_modules(patching_demo.__path__)} - INTERNAL
+    order = [name for name in API_ORDER if name in names]
+    lines = []
+    for name in [*order, *sorted(names - set(order))]:
+        lines += [f"## patching_demo.{name}", "", "```{eval-rst}"]
+        lines += [f".. automodule:: patching_demo.{name}", "   :members:", "```", ""]
+    write_page("api.md", lines)
+
+
 def write_page(name: str, lines: list[str]) -> None:
     """Write a part that a page of the book includes."""
     GENERATED.mkdir(exist_ok=True)
@@ -259,6 +281,7 @@ def main() -> int:
         drawn = {run.stem: keep_figures(run) for run in runs}
         write_run_times(runs)
         write_benchmark()
+        write_api()
         build_site()
         check_figures(drawn)
     except BookError as error:

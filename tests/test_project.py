@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
+import os
 import re
 import subprocess
 import sys
@@ -16,6 +17,8 @@ import yaml
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+import patching_demo
 
 try:
     import tomllib
@@ -66,17 +69,16 @@ def pins(path: Path, python: str) -> dict[str, str]:
 
 def text_files() -> list[Path]:
     """The project's own text files, without what builds and tools leave beside them."""
-    ignored = {".git", ".venv", ".venv-colab", ".home", "_build", "generated", "data"}
+    ignored = {"_build", "generated", "data", "__pycache__"}
     kinds = {".py", ".md", ".yml", ".yaml", ".toml", ".cff", ".ipynb", ".txt", ".sh", ""}
-    return [
-        path
-        for path in ROOT.rglob("*")
-        if path.is_file()
-        and path.suffix in kinds
-        and not ignored & set(path.relative_to(ROOT).parts)
-        and not any("cache" in part for part in path.relative_to(ROOT).parts)
-        and path.relative_to(ROOT).parts[:2] != ("book", "notebooks")
-    ]
+    found = []
+    for folder, folders, names in os.walk(ROOT):
+        here = Path(folder)
+        hidden = {name for name in folders if name.startswith(".")} - {".ci", ".github"}
+        runs = {"notebooks"} if here == ROOT / "book" else set()
+        folders[:] = sorted(set(folders) - ignored - hidden - runs)
+        found += [here / name for name in names if Path(name).suffix in kinds]
+    return found
 
 
 @pytest.mark.parametrize("python", PYTHONS)
@@ -133,7 +135,7 @@ def test_repository_address_stands_in_one_place():
     assert config["repository"]["url"] == ADDRESS
     assert citation["repository-code"] == ADDRESS
     assert citation["url"] == PROJECT["urls"]["Documentation"]
-    assert citation["version"] == PROJECT["version"]
+    assert citation["version"] == PROJECT["version"] == patching_demo.__version__
     assert ADDRESS in (ROOT / "README.md").read_text(encoding="utf-8")
 
 

@@ -1,0 +1,228 @@
+"""The built book: what can be checked of its files without a browser. `make book` comes first."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+import yaml
+from plotly.offline import get_plotlyjs
+
+ROOT = Path(__file__).resolve().parents[1]
+SITE = ROOT / "book" / "_build" / "html"
+CHAPTERS = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
+# Attributes that make a browser fetch something by itself; links wait for a click.
+FETCHED = {"src", "srcset", "poster", "data", "data-src"}
+CHAPTER_LIMIT = 1_500_000
+# Hosts that serve scripts and fonts to other people's pages.
+CDN = re.compile(
+    r"(?:https?:)?//[\w.-]*(?:cdn|unpkg|jsdelivr|cloudflare|googleapis|gstatic|esm\.sh|skypack)"
+)
+
+
+class Page(HTMLParser):
+    """What a page fetches, links to, runs inline and shows as figures."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.path, self.text = path, path.read_text(encoding="utf-8")
+        self.fetched: list[str] = []
+        self.links: list[str] = []
+        self.scripts: list[dict] = []
+        self.figures: list[dict] = []
+        self.ids: set[str] = set()
+        self._within: dict | None = None
+        self.feed(self.text)
+
+    def handle_starttag(self, tag, attrs):
+        attributes = dict(attrs)
+        self.ids |= {attributes.get("id"), attributes.get("name")}
+        self.fetched += [v for k, v in attrs if k in FETCHED and v]
+        if tag == "link" and "canonical" not in attributes.get("rel", ""):
+            # The search description, previous and next pages are links, the rest is fetched.
+            kind = (
+                self.links
+                if {"prev", "next", "index", "search"} & set(attributes.get("rel", "").split())
+                else self.fetched
+            )
+            kind.append(attributes.get("href", ""))
+        if tag == "a":
+            self.links.append(attributes.get("href") or "")
+        if tag == "figure" and attributes.get("class") == "plotly-figure":
+            self.figures.append(attributes)
+        if tag in {"script", "style"}:
+            self._within = {"tag": tag, **attributes, "body": ""}
+            self.scripts.append(self._within)
+
+    def handle_endtag(self, tag):
+        if tag in {"script", "style"}:
+            self._within = None
+
+    def handle_data(self, data):
+        if self._within is not None:
+            self._within["body"] += data
+
+    def figure_data(self) -> list[dict]:
+        """What each figure of the page draws."""
+        found = [s for s in self.scripts if s.get("type") == "application/json"]
+        return [json.loads(script["body"]) for script in found]
+
+
+@pytest.fixture(scope="module")
+def pages() -> dict[str, Page]:
+    """Every page of the site by its path."""
+    found = sorted(SITE.rglob("*.html"))
+    assert found, f"no book in {SITE}: run `make book` first"
+    theme = {"_static"}
+    return {
+        path.relative_to(SITE).as_posix(): Page(path)
+        for path in found
+        if not theme & set(path.relative_to(SITE).parts)
+    }
+
+
+def local(reference: str) -> bool:
+    """Whether a reference stays within the site."""
+    parts = urlsplit(reference)
+    return not parts.scheme and not parts.netloc
+
+
+def test_pages_fetch_nothing_from_elsewhere(pages):
+    for name, page in pages.items():
+        strangers = [r for r in page.fetched if not local(r) and not r.startswith("data:")]
+        assert not strangers, f"{name} fetches {strangers}"
+        for script in page.scripts:
+            if script.get("type") != "application/json":
+                assert not CDN.search(script["body"]), f"{name}: {CDN.search(script['body'])[0]}"
+
+
+def test_styles_fetch_nothing_from_elsewhere(pages):
+    for style in SITE.rglob("*.css"):
+        text = style.read_text(encoding="utf-8", errors="ignore")
+        text = re.sub(r"/\*.*?\*/", "", text, flags=re.DOTALL)
+        for reference in re.findall(r"url\(\s*['\"]?([^'\")]+)", text):
+            assert local(reference) or reference.startswith("data:"), f"{style.name}: {reference}"
+        assert not re.search(r"@import\s+['\"]?https?:", text), style.name
+
+
+def test_scripts_name_no_cdn(pages):
+    for script in SITE.rglob("*.js"):
+        # plotly.js holds addresses of map tiles, which no figure here asks for.
+        if script.name in {"plotly.min.js", "searchindex.js"}:
+            continue
+        found = CDN.search(script.read_text(encoding="utf-8", errors="ignore"))
+        used = any(
+            script.name in reference for page in pages.values() for reference in page.fetched
+        )
+        assert not (found and used), f"{script.name} names {found[0]}"
+
+
+def test_local_references_exist(pages):
+    for name, page in pages.items():
+        for reference in page.fetched + page.links:
+            parts = urlsplit(reference)
+            if not local(reference) or not parts.path:
+                continue
+            target = (page.path.parent / unquote(parts.path)).resolve()
+            assert target.exists(), f"{name} refers to {reference}, which is not there"
+
+
+def test_anchors_exist(pages):
+    for name, page in pages.items():
+        for reference in page.links:
+            parts = urlsplit(reference)
+            if not local(reference) or not parts.fragment:
+                continue
+            target = (page.path.parent / unquote(parts.path)).resolve() if parts.path else page.path
+            other = pages.get(target.relative_to(SITE.resolve()).as_posix()) if parts.path else page
+            if other is not None:
+                assert unquote(parts.fragment) in other.ids, f"{name} links to {reference}"
+
+
+def test_plotlyjs_is_there_once_and_only_loaded_for_figures(pages):
+    copies = [p for p in SITE.rglob("*.js") if p.stat().st_size > 2_000_000]
+    assert [p.name for p in copies] == ["plotly.min.js"]
+    expected = hashlib.sha256(get_plotlyjs().encode()).hexdigest()
+    assert hashlib.sha256(copies[0].read_bytes()).hexdigest() == expected
+    for name, page in pages.items():
+        loads = [s for s in page.scripts if "plotly.min.js" in s.get("src", "")]
+        assert len(loads) == bool(page.figures), name
+        assert all("defer" in script for script in loads), name
+        assert "require.js" not in page.text and "html-manager" not in page.text, name
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_chapter_shows_what_its_notebook_drew(pages, chapter):
+    page = pages[f"notebooks/{chapter}.html"]
+    run = json.loads((ROOT / "book/notebooks" / f"{chapter}.ipynb").read_text(encoding="utf-8"))
+    outputs = [o for cell in run["cells"] for o in cell.get("outputs", [])]
+    kind = "application/vnd.plotly.v1+json"
+    drawn = [o["data"][kind] for o in outputs if kind in o.get("data", {})]
+    assert [f["data"] for f in page.figure_data()] == [f["data"] for f in drawn]
+    assert not [o for o in outputs if o["output_type"] == "error"]
+    assert "Traceback (most recent call last)" not in page.text
+    assert "injected-parameters" not in page.text
+
+
+def test_figures_have_text_for_screen_readers(pages):
+    for name, page in pages.items():
+        assert len(page.figure_data()) == len(page.figures), name
+        for figure in page.figures:
+            assert len(figure.get("aria-label", "")) > 20, f"{name}: {figure}"
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_chapter_is_light_enough(pages, chapter):
+    page = pages[f"notebooks/{chapter}.html"]
+    images = [
+        (page.path.parent / unquote(reference)).resolve()
+        for reference in page.fetched
+        if local(reference) and "_images" in reference
+    ]
+    size = page.path.stat().st_size + sum(path.stat().st_size for path in set(images))
+    assert size < CHAPTER_LIMIT, f"{chapter} weighs {size} bytes"
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_chapter_has_its_buttons(pages, chapter):
+    config = yaml.safe_load((ROOT / "book/_config.yml").read_text(encoding="utf-8"))
+    address = config["repository"]["url"]
+    page = pages[f"notebooks/{chapter}.html"]
+    path = f"{address.removeprefix('https://github.com/')}/blob/main/notebooks/{chapter}.ipynb"
+    assert f"https://colab.research.google.com/github/{path}" in page.links
+    assert address in page.links
+    assert any(link.endswith(f"_sources/notebooks/{chapter}.ipynb") for link in page.links)
+
+
+def test_run_times_name_every_chapter(pages):
+    for chapter in CHAPTERS:
+        assert f"notebooks/{chapter}.html" in pages["run-times.html"].links
+
+
+def test_references_name_every_entry(pages):
+    entries = re.findall(r"^@\w+\{(\S+),", (ROOT / "book/references.bib").read_text(), re.MULTILINE)
+    addresses = re.findall(r"url = \{(.+)\}", (ROOT / "book/references.bib").read_text())
+    assert entries and not set(addresses) - set(pages["references.html"].links)
+
+
+def test_search_finds_the_logit_difference(pages):
+    index = (SITE / "searchindex.js").read_text(encoding="utf-8")
+    terms = json.loads(index[index.index("(") + 1 : index.rindex(")")])["terms"]
+    assert terms.get("logit") is not None and terms.get("differ") is not None
+
+
+def test_pages_name_no_folder_of_this_machine(pages):
+    for name, page in pages.items():
+        assert str(ROOT) not in page.text, name
+
+
+def test_pages_have_title_language_and_viewport(pages):
+    for name, page in pages.items():
+        assert re.search(r'<html[^>]* lang="en"', page.text), name
+        assert re.search(r"<title>\s*\S+", page.text), name
+        assert '<meta name="viewport"' in page.text, name
