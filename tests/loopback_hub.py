@@ -1,0 +1,199 @@
+"""A model hub on this machine's loopback, good or faulty, for tests of all that asks the hub.
+
+It serves the few addresses that `huggingface_hub` needs to fetch a repository: its description, its
+list of files, and the files themselves with the headers that say what they are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+#: What a faulty hub does: `fault` of `LoopbackHub` is one of them, or "" for a good hub.
+FAULTS = ("error", "rubbish", "silent", "trickle", "cut", "stall", "swap")
+
+
+class LoopbackHub:
+    """The repositories it serves, the fault it has, and the requests it got."""
+
+    def __init__(self, repos: dict[str, dict[str, bytes]], fault: str = "") -> None:
+        assert fault in ("", *FAULTS)
+        self.repos = repos
+        self.fault = fault
+        self.requests: list[str] = []
+        self.closing = threading.Event()
+        self.address = ""
+
+
+def _entry(path: str, content: bytes) -> dict:
+    git = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    entry = {"type": "file", "path": path, "size": len(content), "oid": git}
+    if path.endswith((".safetensors", ".pth", ".bin")):
+        digest = hashlib.sha256(content).hexdigest()
+        entry["lfs"] = {"oid": digest, "size": len(content), "pointerSize": 134}
+    return entry
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    hub: LoopbackHub
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self._serve(body=False)
+
+    def do_GET(self) -> None:
+        self._serve(body=True)
+
+    def _send(self, status: int, content: bytes, headers: dict[str, str], body: bool) -> None:
+        self.send_response(status)
+        for key, value in {"Content-Length": str(len(content)), **headers}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
+
+    def _json(self, value: object, body: bool) -> None:
+        headers = {"Content-Type": "application/json"}
+        self._send(200, json.dumps(value).encode(), headers, body)
+
+    def _serve(self, body: bool) -> None:
+        hub, path = self.hub, self.path.partition("?")[0].strip("/")
+        hub.requests.append(f"{self.command} /{path}")
+        if hub.fault == "silent":
+            hub.closing.wait(60)
+            return
+        if hub.fault == "trickle":
+            self.send_response(200)
+            self.send_header("Content-Length", "100000")
+            self.end_headers()
+            while body and not hub.closing.wait(0.5):
+                self.wfile.write(b" ")
+            return
+        if hub.fault == "error":
+            return self._send(503, b"", {}, body)
+        if hub.fault == "rubbish":
+            page = b"<html><title>Sign in to the network</title></html>"
+            return self._send(200, page, {"Content-Type": "text/html"}, body)
+        for repo, files in hub.repos.items():
+            if path in (f"api/models/{repo}", f"api/models/{repo}/revision/main"):
+                siblings = [{"rfilename": name} for name in files]
+                return self._json({"id": repo, "sha": COMMIT, "siblings": siblings}, body)
+            if path in (f"api/models/{repo}/tree/{rev}" for rev in ("main", COMMIT)):
+                return self._json([_entry(*item) for item in files.items()], body)
+            for revision in ("main", COMMIT):
+                prefix = f"{repo}/resolve/{revision}/"
+                if path.startswith(prefix) and path.removeprefix(prefix) in files:
+                    return self._file(path, files[path.removeprefix(prefix)], body)
+        headers = {"X-Error-Code": "EntryNotFound" if "/resolve/" in path else "RepoNotFound"}
+        self._send(404, b"", {"X-Repo-Commit": COMMIT, **headers}, body)
+
+    def _file(self, path: str, content: bytes, body: bool) -> None:
+        entry = _entry(path, content)
+        etag = entry.get("lfs", entry)["oid"]
+        headers = {
+            "ETag": f'"{etag}"',
+            "X-Linked-Etag": f'"{etag}"',
+            "X-Linked-Size": str(len(content)),
+            "X-Repo-Commit": COMMIT,
+            "Accept-Ranges": "bytes",
+        }
+        if body and "lfs" in entry and self.hub.fault == "swap":
+            content = content[::-1]  # right length and name, other content
+        if body and "lfs" in entry and self.hub.fault in ("cut", "stall"):
+            self._send(200, content, headers, body=False)
+            self.wfile.write(content[: len(content) // 2])
+            self.wfile.flush()
+            if self.hub.fault == "stall":
+                self.hub.closing.wait(60)
+            else:
+                self.hub.fault = "error"
+            self.close_connection = True
+            return
+        self._send(200, content, headers, body)
+
+
+@contextmanager
+def serve(repos: dict[str, dict[str, bytes]], fault: str = "") -> Iterator[LoopbackHub]:
+    """Serve the repositories until the block ends; the hub's `address` is for `HF_ENDPOINT`."""
+    hub = LoopbackHub(repos, fault)
+    handler = type("Handler", (_Handler,), {"hub": hub})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.daemon_threads = True
+    hub.address = f"http://127.0.0.1:{server.server_address[1]}"
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    try:
+        yield hub
+    finally:
+        hub.closing.set()
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+# What it serves ---------------------------------------------------------------------------------
+
+GPT2 = "openai-community/gpt2"
+LEGACY = "NeelNanda/Attn_Only_2L512W_C4_Code"
+LEGACY_TOKENIZER = "NeelNanda/gpt-neox-tokenizer-digits"
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*.*")}
+
+
+def tiny_repositories(folder: Path, tokenizer, gpt2, legacy_config: dict) -> dict:
+    """Return a hub with a GPT-2, a legacy attention-only model, and the latter's tokenizer.
+
+    Weights are the given GPT-2's own, and random for the legacy model.
+    """
+    words, model, legacy = (folder / name for name in ("words", "gpt2", "legacy"))
+    tokenizer.save_pretrained(words)
+    tokenizer.save_pretrained(model)
+    gpt2.config.save_pretrained(model)
+    state = {k: v.clone() for k, v in gpt2.state_dict().items() if k != "lm_head.weight"}
+    save_file(state, model / "model.safetensors", metadata={"format": "pt"})
+    # The same weights in a form that nobody may read.
+    (model / "pytorch_model.bin").write_bytes(b"a pickle")
+    legacy.mkdir()
+    (legacy / "config.json").write_text(json.dumps(legacy_config))
+    torch.save(legacy_state(legacy_config), legacy / "model_final.pth")
+    return {
+        GPT2: _files(model),
+        LEGACY: _files(legacy),
+        LEGACY_TOKENIZER: _files(words),
+    }
+
+
+def legacy_state(config: dict) -> dict[str, torch.Tensor]:
+    """Return random weights in the layout of TransformerLens's older repositories."""
+    draw = torch.Generator().manual_seed(0)
+    width, heads, size = config["d_model"], config["n_heads"], config["d_head"]
+    shapes: dict[str, tuple[int, ...]] = {
+        "embed.W_E": (config["d_vocab"], width),
+        "pos_embed.W_pos": (config["n_ctx"], width),
+        "ln_final.w": (width,),
+        "ln_final.b": (width,),
+        "unembed.W_U": (width, config["d_vocab"]),
+    }
+    for layer in range(config["n_layers"]):
+        block = f"blocks.{layer}"
+        shapes |= {f"{block}.ln1.w": (width,), f"{block}.ln1.b": (width,)}
+        for name in "QKV":
+            shapes[f"{block}.attn.W_{name}"] = (heads, width, size)
+            shapes[f"{block}.attn.b_{name}"] = (heads, size)
+        shapes[f"{block}.attn.W_O"] = (heads, size, width)
+        shapes[f"{block}.attn.b_O"] = (width,)
+    return {key: torch.randn(*shape, generator=draw) * 0.2 for key, shape in shapes.items()}
