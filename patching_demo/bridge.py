@@ -1,0 +1,364 @@
+"""The one place that reaches inside a ``TransformerBridge``.
+
+The sweep engine needs four things that TransformerLens does not offer as calls: what a forward
+pass handed to each block, the keys and values each block computed, a way to run one block on
+rows of our own making, and the step from the last residual stream to logits. They live here, so
+that a TransformerLens release that moves one of them breaks one file, and the tests of this
+module say which.
+
+Nothing here knows a model by its name. A block is served if its arguments are ones we know how
+to slice; anything else raises :class:`Unsupported`, and the sweep takes the plain loop.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CACHE_ARGUMENTS = ("past_key_values", "layer_past", "past_key_value")
+POSITION_ARGUMENTS = ("position_ids", "position_embeddings")
+
+
+class Unsupported(Exception):
+    """A model or input that the fast engine cannot serve exactly; says why."""
+
+
+@dataclass
+class Run:
+    """One forward pass with everything needed to resume it at any layer and position.
+
+    Attributes:
+        tokens: ``[batch, pos]``.
+        logits: ``[batch, pos, d_vocab]``.
+        resid: the residual stream before each block and, last, after the final one: a list of
+            n_layers + 1 tensors ``[batch, pos, d_model]``.
+        keys: per layer ``[batch, kv_head, pos, d_head]`` as the block's attention used them,
+            None where the block offers no key-value cache to read them from.
+        values: the same for values.
+        arguments: per layer, the other arguments the block was called with, by name.
+    """
+
+    tokens: Tensor
+    logits: Tensor
+    resid: list[Tensor]
+    keys: list[Tensor | None] = field(default_factory=list)
+    values: list[Tensor | None] = field(default_factory=list)
+    arguments: list[dict[str, Any]] = field(default_factory=list)
+
+
+class _Recorder:
+    """Stands in for a key-value cache and keeps what one layer writes to it."""
+
+    keys: Tensor | None = None
+    values: Tensor | None = None
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        self.keys, self.values = keys, values
+        return keys, values
+
+    def get_seq_length(self, *_: Any) -> int:
+        return 0
+
+
+class _Prefix:
+    """Stands in for a key-value cache that holds a fixed prefix.
+
+    A Hugging Face cache grows when it is used, so one object cannot serve several runs. This one
+    never changes.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.keys, self.values = keys, values
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        return torch.cat([self.keys, keys], dim=2), torch.cat([self.values, values], dim=2)
+
+    def get_seq_length(self, *_: Any) -> int:
+        return self.keys.shape[2]
+
+
+def capture(model: Any, tokens: Tensor) -> Run:
+    """Run the model once on ``tokens`` [batch, pos] and keep what resuming it needs.
+
+    Raises:
+        Unsupported: if the model's blocks are not called with a hidden state they return.
+    """
+    n_layers = len(model.blocks)
+    hidden: list[Tensor | None] = [None] * (n_layers + 1)
+    recorders: list[_Recorder | None] = [None] * n_layers
+    arguments: list[dict[str, Any]] = [{} for _ in range(n_layers)]
+
+    def before(layer: int) -> Callable[..., Any]:
+        def hook(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            named = _named_arguments(block, args, kwargs)
+            states = named.pop("hidden_states", None)
+            if not isinstance(states, Tensor) or states.shape[:2] != tokens.shape:
+                raise Unsupported(f"block {layer} is not called with hidden states [batch, pos, .]")
+            # A copy, as the patch setters of the field write in place.
+            hidden[layer] = states.clone()
+            for name in CACHE_ARGUMENTS:
+                if named.get(name) is not None:
+                    recorders[layer] = named[name] = _Recorder()
+            arguments[layer] = named
+            return (states,), named
+
+        return hook
+
+    def after_last(block: Any, args: tuple[Any, ...], output: Any) -> None:
+        hidden[n_layers] = _tensor_of(output).clone()
+
+    handles = [
+        block.register_forward_pre_hook(before(layer), with_kwargs=True)
+        for layer, block in enumerate(model.blocks)
+    ]
+    handles.append(model.blocks[-1].register_forward_hook(after_last))
+    try:
+        logits = model(tokens, return_type="logits")
+    finally:
+        for handle in handles:
+            handle.remove()
+    if any(states is None for states in hidden):
+        raise Unsupported("not every block ran in a forward pass")
+    return Run(
+        tokens=tokens,
+        logits=logits,
+        resid=[states for states in hidden if states is not None],
+        keys=[recorder.keys if recorder else None for recorder in recorders],
+        values=[recorder.values if recorder else None for recorder in recorders],
+        arguments=arguments,
+    )
+
+
+def _named_arguments(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Positional arguments under the names the wrapped block gives them."""
+    names = list(inspect.signature(block.original_component.forward).parameters)
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _tensor_of(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+@dataclass
+class Layout:
+    """Where in a pack each recomputed token sits.
+
+    A pack is a stack of ``groups`` sequences of ``slots`` tokens. A slot holds one position of
+    one patched run, its owner; a token attends to the unpatched prefix before its owner's first
+    recomputed position and to its owner's own earlier tokens, never to another run's.
+
+    Attributes:
+        positions: int64 ``[group, slot]``, the position in the prompt.
+        owner: int64 ``[group, slot]``, which patched run; -1 in a slot not used.
+        start: int64 ``[group, slot]``, the owner's first recomputed position.
+        prefix: how many prefix positions any token of the pack can see.
+    """
+
+    positions: Tensor
+    owner: Tensor
+    start: Tensor
+    prefix: int
+    _arguments: dict[Any, dict[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        groups = len(self.positions)
+        before = torch.arange(self.prefix, device=self.positions.device).expand(groups, -1)
+        self.columns = torch.cat([before, self.positions], dim=1)
+        self.column_owner = torch.cat([torch.full_like(before, -2), self.owner], dim=1)
+
+    def visible(self, prefix_rows: bool) -> Tensor:
+        """bool ``[group, row, column]``; rows include the prefix if it is run along."""
+        start, owner = self.start, self.owner
+        if prefix_rows:
+            before = torch.full_like(self.columns[:, : self.prefix], self.prefix)
+            start, owner = torch.cat([before, start], dim=1), self.column_owner
+        is_prefix = self.column_owner[:, None, :] == -2
+        own = owner[:, :, None] == self.column_owner[:, None, :]
+        return torch.where(is_prefix, self.columns[:, None, :] < start[:, :, None], own)
+
+
+def run_block(model: Any, run: Run, layer: int, layout: Layout, states: Tensor) -> Tensor:
+    """Run one block on a pack, each token seeing just its own patched run.
+
+    ``states`` and the result are ``[group, batch, slot, d_model]``. The unpatched prefix comes
+    from ``run``: as cached keys and values where the block takes a cache, else as tokens run
+    along in front of the pack.
+
+    Raises:
+        Unsupported: if the block takes an argument that we do not know how to slice.
+    """
+    groups, batch, slots, d_model = states.shape
+    in_sequence = run.keys[layer] is None
+    arguments = _pack_arguments(run, layer, layout, in_sequence)
+    rows = states.reshape(groups * batch, slots, d_model)
+    if in_sequence:
+        prefix = run.resid[layer][:, : layout.prefix].expand(groups, -1, -1, -1)
+        rows = torch.cat([prefix.reshape(groups * batch, layout.prefix, d_model), rows], dim=1)
+    else:
+        cache = _Prefix(
+            *(
+                part[:, :, : layout.prefix]
+                .expand(groups, *(-1,) * part.ndim)
+                .reshape(groups * batch, part.shape[1], layout.prefix, part.shape[3])
+                for part in (run.keys[layer], run.values[layer])
+            )
+        )
+        arguments = {
+            name: cache if isinstance(value, _Recorder) else value
+            for name, value in arguments.items()
+        }
+    output = _tensor_of(model.blocks[layer](rows, **arguments))
+    if in_sequence:
+        output = output[:, layout.prefix :]
+    return output.reshape(groups, batch, slots, d_model)
+
+
+def _pack_arguments(run: Run, layer: int, layout: Layout, in_sequence: bool) -> dict[str, Any]:
+    """The captured arguments of a block, sliced to the rows and columns of a pack."""
+    captured = run.arguments[layer]
+    key = (id(captured.get("attention_mask")), id(captured.get("position_embeddings")), in_sequence)
+    if key not in layout._arguments:
+        sliced: dict[str, Any] = {}
+        rows = layout.columns if in_sequence else layout.positions
+        for name, value in captured.items():
+            if name == "attention_mask":
+                sliced[name] = _pack_mask(value, run, layout, rows, in_sequence)
+            elif name in POSITION_ARGUMENTS and isinstance(value, Tensor):
+                sliced[name] = _take_positions(value, rows, run)
+            elif name in POSITION_ARGUMENTS and isinstance(value, tuple):
+                sliced[name] = tuple(_take_positions(part, rows, run) for part in value)
+            elif name == "cache_position":
+                sliced[name] = None
+            elif isinstance(value, Tensor):
+                raise Unsupported(f"block {layer} takes a tensor '{name}' that cannot be sliced")
+            else:
+                sliced[name] = value
+        if "attention_mask" not in captured:
+            raise Unsupported(f"block {layer} takes no attention mask")
+        layout._arguments[key] = sliced
+    return layout._arguments[key]
+
+
+def _pack_mask(
+    mask: Tensor | None, run: Run, layout: Layout, rows: Tensor, in_sequence: bool
+) -> Tensor:
+    """The block's own mask, additive, gathered for a pack: ``[group * batch or 1, 1, row, col]``.
+
+    Gathering from the captured mask keeps sliding windows, padding and added biases as they are.
+    """
+    dtype, device = run.resid[0].dtype, run.resid[0].device
+    lowest = torch.finfo(dtype).min
+    n_pos = run.tokens.shape[1]
+    if mask is None or mask.ndim != 4:
+        causal = torch.ones(n_pos, n_pos, dtype=torch.bool, device=device).tril()[None, None]
+        mask = causal if mask is None else causal & mask[:, None, None, :].to(torch.bool)
+    if mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill(~mask, lowest)
+    if mask.shape[1] != 1 or mask.shape[-2:] != (n_pos, n_pos):
+        raise Unsupported(f"an attention mask of shape {tuple(mask.shape)} cannot be sliced")
+    gathered = mask[:, 0][:, rows[:, :, None], layout.columns[:, None, :]]
+    gathered = gathered.masked_fill(~layout.visible(in_sequence), lowest)
+    return _flatten_batch(gathered, run)[:, None]
+
+
+def _take_positions(value: Tensor, rows: Tensor, run: Run) -> Tensor:
+    """``[batch or 1, pos, ...]`` gathered to ``[group * batch or 1, row, ...]``."""
+    if value.ndim < 2 or value.shape[1] != run.tokens.shape[1]:
+        raise Unsupported(f"a position argument of shape {tuple(value.shape)} cannot be sliced")
+    return _flatten_batch(value[:, rows], run)
+
+
+def _flatten_batch(value: Tensor, run: Run) -> Tensor:
+    """``[batch or 1, group, ...]`` to ``[group * batch, ...]``, or ``[1, ...]`` for one group."""
+    if value.shape[0] == 1 and value.shape[1] == 1:
+        return value[0]
+    spread = value.transpose(0, 1).expand(-1, len(run.tokens), *(-1,) * (value.ndim - 2))
+    return spread.reshape(-1, *value.shape[2:])
+
+
+def logits_from_resid(model: Any, resid: Tensor) -> Tensor:
+    """Logits ``[rows, pos, d_vocab]`` of a final residual stream ``[rows, pos, d_model]``."""
+    return _soft_cap(model, model.unembed(model.ln_final(resid)))
+
+
+def some_logits_from_resid(model: Any, resid: Tensor, tokens: Tensor) -> Tensor:
+    """Logits of a few vocabulary entries.
+
+    ``resid`` is ``[rows, batch, pos, d_model]``, ``tokens`` ``[batch, n_tokens]``; the result is
+    ``[rows, batch, pos, n_tokens]``.
+    """
+    flat = resid.reshape(-1, *resid.shape[-2:])
+    normed = model.ln_final(flat).reshape(resid.shape)
+    weight = model.W_U[:, tokens]  # [d_model, batch, n_tokens]
+    logits = torch.einsum("rbpd,dbt->rbpt", normed, weight)
+    bias = getattr(model, "b_U", None)
+    if bias is not None:
+        logits = logits + bias[tokens][:, None, :]
+    return _soft_cap(model, logits)
+
+
+def _soft_cap(model: Any, logits: Tensor) -> Tensor:
+    cap = getattr(model.cfg, "output_logits_soft_cap", None) or 0.0
+    return cap * torch.tanh(logits / cap) if cap > 0 else logits
+
+
+def hook_point(model: Any, name: str) -> Any:
+    """The hook point ``name`` ("blocks.3.hook_attn_out"), aliases included, or None."""
+    found: Any = model
+    for part in name.split("."):
+        found = found[int(part)] if part.isdigit() else getattr(found, part, None)
+        if found is None:
+            return None
+    return found
+
+
+@contextmanager
+def hooked(model: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """Attach one forward hook for the duration of a block, and take it off again."""
+    point = hook_point(model, name)
+    handle = point.add_hook(function)
+    try:
+        yield
+    finally:
+        handle.hook.remove()
+        if handle in point.fwd_hooks:
+            point.fwd_hooks.remove(handle)
+
+
+def run_plain(
+    model: Any,
+    tokens: Tensor,
+    name: str,
+    setter: Callable[..., Tensor],
+    index: tuple[int, ...],
+    clean: Any,
+) -> Tensor:
+    """Logits ``[batch, pos, d_vocab]`` of one whole forward pass with one activation patched.
+
+    The setter is given copies, as most setters write in place, and is run without autograd:
+    with it, a setter's result for resid_mid would reach only the MLP and not the stream.
+    """
+
+    def patch(activation: Tensor, hook: Any = None) -> Tensor:
+        return setter(activation, list(index), clean[name].to(activation.device))
+
+    return model.run_with_hooks(tokens, return_type="logits", fwd_hooks=[(name, patch)])
+
+
+def attached_hooks(model: Any) -> list[str]:
+    """Names of the hook points on which the caller left hooks."""
+    return [name for name, point in model.hook_dict.items() if point.fwd_hooks or point.bwd_hooks]
+
+
+def embedding(model: Any, tokens: Tensor) -> Tensor | None:
+    """Token embeddings ``[batch, pos, d_model]`` as ``hook_embed`` has them, None if unknown."""
+    try:
+        return model.embed(tokens)
+    except (TypeError, AttributeError, RuntimeError):
+        return None

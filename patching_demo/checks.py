@@ -1,0 +1,188 @@
+"""Refusals: inputs for which a sweep would give a plausible number that means nothing.
+
+Every check runs before the first forward pass, and every message names the value and the way out.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from patching_demo.bridge import hook_point
+
+FEWEST_BITS = {torch.float16: "about 0.1 %", torch.bfloat16: "about 1 %"}
+
+
+def checked_model(model: Any) -> None:
+    """Refuse models whose sweep would be wrong.
+
+    Raises:
+        TypeError: if the model is not a TransformerBridge with blocks.
+        ValueError: if it is in training mode, an encoder, quantised or spread over devices.
+    """
+    if not hasattr(model, "blocks") or not hasattr(model, "run_with_hooks"):
+        raise TypeError(
+            f"the model must be a TransformerBridge of a decoder, got {type(model).__name__}: "
+            "see transformer_lens.model_bridge.TransformerBridge.boot_transformers"
+        )
+    original = getattr(model, "original_model", None)
+    training = [
+        name or "the model"
+        for root in (model, original)
+        if isinstance(root, torch.nn.Module)
+        for name, module in root.named_modules()
+        if module.training
+    ]
+    if training:
+        raise ValueError(
+            f"the model is in training mode ({training[0]}), where dropout makes every run "
+            "different: call model.eval() first"
+        )
+    config = getattr(original, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError("encoder-decoder models are not supported: patch a decoder-only model")
+    if getattr(model.cfg, "attention_dir", "causal") == "bidirectional":
+        raise ValueError("the model attends in both directions: patch a decoder-only model")
+    floating, quantised = set(), []
+    for name, parameter in model.named_parameters():
+        floating.add((parameter.device, parameter.dtype))
+        if not parameter.is_floating_point():
+            quantised.append(name)
+    if quantised or getattr(config, "quantization_config", None) is not None:
+        where = quantised[0] if quantised else "its config says so"
+        raise ValueError(f"the model is quantised ({where}): load it in float32 or bfloat16")
+    devices = sorted({str(device) for device, _ in floating})
+    if len(devices) > 1:
+        raise ValueError(f"the model is spread over {devices}: move it to one device")
+    for dtype in {dtype for _, dtype in floating} & FEWEST_BITS.keys():
+        warn_once(
+            f"the model runs in {str(dtype)[6:]}: expect errors of {FEWEST_BITS[dtype]} of the "
+            "metric's range in every cell"
+        )
+
+
+def checked_tokens(model: Any, tokens: Any) -> Tensor:
+    """Tokens as int64 ``[batch, pos]`` on the model's device.
+
+    Raises:
+        TypeError: if they are text, or not whole numbers.
+        ValueError: if the shape, the length or a token id does not fit the model.
+    """
+    if isinstance(tokens, str) or (
+        isinstance(tokens, Sequence) and tokens and isinstance(tokens[0], str)
+    ):
+        raise TypeError("corrupted_tokens must be token ids: pass model.to_tokens(prompts)")
+    try:
+        tokens = torch.as_tensor(tokens)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"corrupted_tokens must be int [batch, pos], got {type(tokens).__name__}"
+        ) from error
+    if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+        raise TypeError(f"corrupted_tokens must be whole numbers, got {tokens.dtype}")
+    if tokens.ndim != 2 or not tokens.numel():
+        raise ValueError(
+            f"corrupted_tokens must be [batch, pos], got shape {tuple(tokens.shape)}: for one "
+            "prompt use tokens[None]"
+        )
+    tokens = tokens.to(device=next(model.parameters()).device, dtype=torch.int64)
+    lowest, highest, size = int(tokens.min()), int(tokens.max()), model.cfg.d_vocab
+    if lowest < 0 or highest >= size:
+        wrong = lowest if lowest < 0 else highest
+        raise ValueError(f"token id {wrong} is not in the model's vocabulary of {size}")
+    n_ctx = getattr(model.cfg, "n_ctx", None)
+    if n_ctx and tokens.shape[1] > n_ctx:
+        raise ValueError(
+            f"the prompts have {tokens.shape[1]} tokens, the model takes at most {n_ctx}: "
+            "shorten them"
+        )
+    _refuse_left_padding(model, tokens)
+    return tokens
+
+
+def _refuse_left_padding(model: Any, tokens: Tensor) -> None:
+    """A patched run takes no attention mask, so pads before the text would be attended to."""
+    tokenizer = getattr(model, "tokenizer", None)
+    pad, bos = (getattr(tokenizer, name, None) for name in ("pad_token_id", "bos_token_id"))
+    if pad is None or pad == bos or tokens.shape[1] < 2:
+        return
+    padded = (tokens[:, 0] == pad) & (tokens != pad).any(dim=1)
+    if padded.any():
+        row = int(padded.nonzero()[0])
+        raise ValueError(
+            f"prompt {row} is padded on the left (it starts with the pad token {pad}), and a sweep "
+            "takes no attention mask: pad on the right and read each prompt's own last token "
+            "(patching_demo.prompt_task does), or use prompts of equal length"
+        )
+
+
+def checked_activation(
+    model: Any, clean_cache: Mapping[str, Tensor], name: str, tokens: Tensor
+) -> Tensor:
+    """One activation of the clean cache, checked against the corrupted tokens.
+
+    Raises:
+        ValueError: if the model has no such hook, the cache has no such entry, or its shape
+            belongs to other prompts or another model.
+    """
+    if hook_point(model, name) is None:
+        layer = name.split(".")[1]
+        raise ValueError(
+            f"this model has no hook {name!r}: block {layer} has no such activation (a parallel "
+            "block has no resid_mid, an attention-only block no mlp_out)"
+        )
+    try:
+        activation = clean_cache[name]
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"the clean cache has no {name!r}: make it with model.run_with_cache(clean_tokens), or "
+            f"with a names_filter that keeps names ending in {name.split('.', 2)[-1]!r}"
+        ) from error
+    if not isinstance(activation, Tensor):
+        raise ValueError(f"{name!r} in the clean cache is a {type(activation).__name__}")
+    expected = _expected_shape(model, name, tokens)
+    shape = tuple(activation.shape)
+    if len(shape) != len(expected) or any(
+        want is not None and got != want for got, want in zip(shape, expected, strict=True)
+    ):
+        raise ValueError(
+            f"{name!r} in the clean cache has shape {shape}, the corrupted tokens need "
+            f"{_shape_in_words(expected)}: clean and corrupted prompts must have the same number "
+            "of prompts and of tokens, and the cache must come from this model"
+        )
+    if not torch.isfinite(activation).all():
+        raise ValueError(f"{name!r} in the clean cache holds NaN or infinity")
+    return activation
+
+
+def _expected_shape(model: Any, name: str, tokens: Tensor) -> tuple[int | None, ...]:
+    batch, n_pos = tokens.shape
+    heads = model.cfg.n_heads
+    last = name.rsplit(".", 1)[-1]
+    if last == "hook_pattern":
+        return batch, heads, n_pos, n_pos
+    if last in ("hook_q", "hook_z"):
+        return batch, n_pos, heads, None
+    if last in ("hook_k", "hook_v"):
+        return batch, n_pos, getattr(model.cfg, "n_key_value_heads", None) or heads, None
+    if last in ("hook_resid_pre", "hook_resid_mid", "hook_resid_post"):
+        return batch, n_pos, model.cfg.d_model
+    return batch, n_pos, None
+
+
+def _shape_in_words(shape: tuple[int | None, ...]) -> str:
+    return "[" + ", ".join("any" if size is None else str(size) for size in shape) + "]"
+
+
+_warned: set[str] = set()
+
+
+def warn_once(message: str) -> None:
+    """Warn, but not a second time with the same words."""
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, stacklevel=3)

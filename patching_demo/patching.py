@@ -1,0 +1,423 @@
+"""The sweeps of ``transformer_lens.patching``: same names, same arguments, same numbers, sooner.
+
+Activation patching (Meng et al., 2022; Wang et al., 2022) copies one activation of a clean run
+into a corrupted run and measures how much of the right answer comes back. A sweep does so for
+every layer, position and head in turn. This module stands in for ``transformer_lens.patching``::
+
+    import patching_demo.patching as patching
+
+    patching.get_act_patch_resid_pre(model, corrupted_tokens, clean_cache, metric)
+
+Each sweep is a row of :data:`SWEEPS`, each combination of sweeps a row of :data:`COMBINED`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+from transformer_lens.patching import (
+    PatchingResult,
+    layer_head_dest_src_pos_pattern_patch_setter,
+    layer_head_pattern_patch_setter,
+    layer_head_pos_pattern_patch_setter,
+    layer_head_vector_patch_setter,
+    layer_pos_head_vector_patch_setter,
+    layer_pos_patch_setter,
+    make_df_from_ranges,
+)
+from transformer_lens.utilities import get_act_name
+
+from patching_demo import checks, engine, runner
+from patching_demo.bridge import embedding
+from patching_demo.engine import SITES, Cell
+
+SETTERS = {
+    layer_pos_patch_setter: ("layer", "pos"),
+    layer_pos_head_vector_patch_setter: ("layer", "pos", "head"),
+    layer_head_vector_patch_setter: ("layer", "head"),
+    layer_head_pattern_patch_setter: ("layer", "head"),
+    layer_head_pos_pattern_patch_setter: ("layer", "head", "pos"),
+    layer_head_dest_src_pos_pattern_patch_setter: ("layer", "head", "pos", "source"),
+}
+"""What the indices given to each patch setter mean, in order."""
+
+SWEEPS: dict[str, tuple[str, Callable[..., Tensor], tuple[str, ...]]] = {
+    **{
+        kind: (kind, layer_pos_patch_setter, ("layer", "pos"))
+        for kind in ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
+    },
+    **{
+        f"attn_head_{kind}_by_pos": (
+            site,
+            layer_pos_head_vector_patch_setter,
+            ("layer", "pos", "head"),
+        )
+        for kind, site in (("out", "z"), ("q", "q"), ("k", "k"), ("v", "v"))
+    },
+    "attn_head_pattern_by_pos": (
+        "pattern",
+        layer_head_pos_pattern_patch_setter,
+        ("layer", "head_index", "dest_pos"),
+    ),
+    "attn_head_pattern_dest_src_pos": (
+        "pattern",
+        layer_head_dest_src_pos_pattern_patch_setter,
+        ("layer", "head_index", "dest_pos", "src_pos"),
+    ),
+    **{
+        f"attn_head_{kind}_all_pos": (site, layer_head_vector_patch_setter, ("layer", "head"))
+        for kind, site in (("out", "z"), ("q", "q"), ("k", "k"), ("v", "v"))
+    },
+    "attn_head_pattern_all_pos": (
+        "pattern",
+        layer_head_pattern_patch_setter,
+        ("layer", "head_index"),
+    ),
+}
+"""Name of a sweep: the activation it patches, how, and the axes of its result."""
+
+HEAD_KINDS = ("out", "q", "k", "v", "pattern")
+COMBINED: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
+    "block_every": (
+        ("resid_pre", "attn_out", "mlp_out"),
+        ("resid_pre", "attn_out", "mlp_out"),
+        ("layer", "pos"),
+    ),
+    "attn_head_all_pos_every": (
+        tuple(f"attn_head_{kind}_all_pos" for kind in HEAD_KINDS),
+        HEAD_KINDS,
+        ("layer", "head"),
+    ),
+    "attn_head_by_pos_every": (
+        tuple(f"attn_head_{kind}_by_pos" for kind in HEAD_KINDS),
+        HEAD_KINDS,
+        ("layer", "pos", "head"),
+    ),
+}
+"""Name of a combination: its sweeps, what each is called in the result, and the result's axes."""
+
+_SAME_AXIS = {"head_index": "head", "dest_pos": "pos"}
+_OPTIONS = tuple(runner.Options.__dataclass_fields__)
+
+
+def generic_activation_patch(
+    model: Any,
+    corrupted_tokens: Tensor,
+    clean_cache: Mapping[str, Tensor],
+    patching_metric: Callable[..., Any] | Mapping[str, Callable[..., Any]],
+    patch_setter: Callable[..., Tensor],
+    activation_name: str,
+    index_axis_names: Sequence[str] | None = None,
+    index_df: pd.DataFrame | None = None,
+    return_index_df: bool = False,
+    *,
+    reduce: str = "scalar",
+    baseline: bool = False,
+    **options: Any,
+) -> Tensor | tuple[Tensor, pd.DataFrame] | PatchingResult:
+    """Patch one kind of activation at every index of some axes, and measure each time.
+
+    Args:
+        model: a decoder-only ``TransformerBridge`` in eval mode.
+        corrupted_tokens: int ``[batch, pos]``.
+        clean_cache: activations of the clean run, from ``model.run_with_cache``.
+        patching_metric: from logits ``[batch, pos, d_vocab]`` to a number, or several by name. A
+            metric that declares the positions it reads (``patching_demo.metrics``) is faster.
+        patch_setter: writes a clean activation into a corrupted one. Those of
+            ``transformer_lens.patching`` run fast; any other is called in the plain loop.
+        activation_name: as for ``transformer_lens.utilities.get_act_name``, for instance "z".
+        index_axis_names: axes to sweep in full: "layer", "pos", "head" ("head_index"),
+            "dest_pos", "src_pos".
+        index_df: instead, one row of indices per cell; the result is then flat.
+        return_index_df: also return the indices.
+        reduce: "scalar" (the metric returns a number), "mean" (it returns ``[batch]``, averaged)
+            or "none" (``[batch]`` is kept, in a ``PatchingResult``).
+        baseline: measure the unpatched corrupted run too, and return a ``PatchingResult``.
+        **options: ``memory``, ``check``, ``seed``, ``progress``, ``store``, see
+            :class:`patching_demo.runner.Options`.
+
+    Returns:
+        A tensor with one dimension per axis in the metric's units (see ``patching_metric``), the
+        indices too if asked for, or a ``PatchingResult``.
+
+    Raises:
+        TypeError: for inputs of the wrong type, as in ``checks``.
+        ValueError: for inputs that do not fit each other or the model, and for a metric that
+            gives NaN or infinity, naming the cell.
+        SweepMismatch: if a rechecked cell differs from a plain forward pass.
+
+    Source: ``transformer_lens.patching.generic_activation_patch``.
+    """
+    metrics, has_metric_axis = _metrics(patching_metric)
+    _check_choices(reduce, return_index_df, has_metric_axis or baseline)
+    tokens, options_ = _prepare(model, corrupted_tokens, options)
+    names, index = _indices(model, tokens, activation_name, index_axis_names, index_df)
+    plan = _Plan(model, tokens, clean_cache)
+    plan.add(patch_setter, activation_name, index)
+    values, base = plan.run(metrics, reduce, options_)
+    shape = tuple(index.max() + 1) if index_df is None else (len(index),)
+    values = _shaped(values, shape, reduce)
+    if not (has_metric_axis or baseline or reduce == "none"):
+        return (values[0], index) if return_index_df else values[0]
+    return PatchingResult(
+        values=values if has_metric_axis else values[0],
+        axis_names=names,
+        index_df=index,
+        metric_names=list(metrics),
+        reduced=reduce != "none",
+        baseline=_baseline(base, reduce, has_metric_axis) if baseline else None,
+        has_metric_axis=has_metric_axis,
+    )
+
+
+def combined_activation_patch(
+    model: Any,
+    corrupted_tokens: Tensor,
+    clean_cache: Mapping[str, Tensor],
+    metric: Callable[..., Any] | Mapping[str, Callable[..., Any]],
+    *,
+    sweeps: Sequence[str],
+    names: Sequence[str],
+    axes: Sequence[str],
+    reduce: str = "scalar",
+    baseline: bool = False,
+    **options: Any,
+) -> Tensor | PatchingResult:
+    """Several sweeps over the same axes in one pass, stacked on a leading axis.
+
+    The result is ``[patch_type, *axes]``. Where a kind has fewer heads than the model (keys and
+    values under grouped-query attention), the heads that do not exist are NaN.
+
+    Args, Raises: as for :func:`generic_activation_patch`; ``sweeps`` are keys of :data:`SWEEPS`,
+        ``names`` what to call them, ``axes`` the order of the result's axes.
+    """
+    metrics, has_metric_axis = _metrics(metric)
+    _check_choices(reduce, False, has_metric_axis or baseline)
+    tokens, options_ = _prepare(model, corrupted_tokens, options)
+    plan = _Plan(model, tokens, clean_cache)
+    parts = []
+    for sweep in sweeps:
+        activation, setter, axis_names = SWEEPS[sweep]
+        own, index = _indices(model, tokens, activation, axis_names, None)
+        first = len(plan.cells)
+        plan.add(setter, activation, index)
+        parts.append((slice(first, len(plan.cells)), own, tuple(index.max() + 1)))
+    values, base = plan.run(metrics, reduce, options_)
+    sizes = [
+        max(shape[[_SAME_AXIS.get(a, a) for a in own].index(axis)] for _, own, shape in parts)
+        for axis in axes
+    ]
+    stacked = []
+    for rows, own, shape in parts:
+        part = _shaped(values[:, rows], shape, reduce)
+        order = [1 + [_SAME_AXIS.get(a, a) for a in own].index(axis) for axis in axes]
+        part = part.permute(0, *order, *range(1 + len(shape), part.ndim))
+        whole = part.new_full((len(part), *sizes, *part.shape[1 + len(axes) :]), float("nan"))
+        whole[(slice(None), *(slice(n) for n in part.shape[1 : 1 + len(axes)]))] = part
+        stacked.append(whole)
+    result = torch.stack(stacked, dim=1)
+    if not (has_metric_axis or baseline or reduce == "none"):
+        return result[0]
+    return PatchingResult(
+        values=result if has_metric_axis else result[0],
+        axis_names=["patch_type", *axes],
+        index_df=make_df_from_ranges([len(sweeps), *sizes], ["patch_type", *axes]),
+        metric_names=list(metrics),
+        reduced=reduce != "none",
+        baseline=_baseline(base, reduce, has_metric_axis) if baseline else None,
+        has_metric_axis=has_metric_axis,
+        patch_type_names=list(names),
+    )
+
+
+class _Plan:
+    """The cells of a sweep, and the clean activations they copy from."""
+
+    def __init__(self, model: Any, tokens: Tensor, clean_cache: Mapping[str, Tensor]) -> None:
+        self.model, self.tokens, self.clean_cache = model, tokens, clean_cache
+        self.clean: dict[str, Tensor] = {}
+        self.cells: list[Cell] = []
+        self.agree = self._agreeing_positions()
+
+    def _agreeing_positions(self) -> int:
+        """How many leading positions have the same input in both runs (idea 3 of the engine)."""
+        name = "hook_embed"
+        try:
+            clean = self.clean_cache[name]
+        except (KeyError, TypeError):
+            return 0
+        with torch.no_grad():
+            corrupted = embedding(self.model, self.tokens)
+        if corrupted is None or clean.shape != corrupted.shape:
+            return 0
+        return engine.first_difference(clean.to(corrupted.device), corrupted)
+
+    def add(self, setter: Callable[..., Tensor], activation: str, index: pd.DataFrame) -> None:
+        """Add one cell per row of ``index``."""
+        meaning = SETTERS.get(setter)
+        site = SITES.get(activation)
+        n_pos = self.tokens.shape[1]
+        columns = index.to_numpy().tolist()
+        for row in columns:
+            layer = row[0]
+            name = get_act_name(activation, layer)
+            if name not in self.clean:
+                self.clean[name] = checks.checked_activation(
+                    self.model, self.clean_cache, name, self.tokens
+                )
+            where = dict(zip(meaning, row, strict=True)) if meaning and site else {}
+            positions = (where["pos"],) if "pos" in where else tuple(range(n_pos))
+            self.cells.append(
+                Cell(
+                    row=len(self.cells),
+                    site=site if meaning else None,
+                    hook_name=name,
+                    layer=layer,
+                    positions=tuple(p for p in positions if p >= self.agree),
+                    head=where.get("head"),
+                    source=where.get("source"),
+                    setter=setter,
+                    index=tuple(row),
+                )
+            )
+
+    def run(
+        self, metrics: Mapping[str, Callable[..., Any]], reduce: str, options: runner.Options
+    ) -> tuple[Tensor, Tensor]:
+        return runner.run_cells(
+            self.model,
+            self.tokens,
+            self.clean,
+            self.cells,
+            metrics,
+            per_example=reduce != "scalar",
+            options=options,
+        )
+
+
+def _metrics(metric: Any) -> tuple[dict[str, Callable[..., Any]], bool]:
+    if isinstance(metric, Mapping):
+        if not metric:
+            raise ValueError("patching_metric is an empty mapping: give at least one metric")
+        metrics = dict(metric)
+    else:
+        metrics = {"metric": metric}
+    for name, function in metrics.items():
+        if not callable(function):
+            raise TypeError(
+                f"metric {name!r} must be a function of logits, got {type(function).__name__}"
+            )
+    return metrics, isinstance(metric, Mapping)
+
+
+def _check_choices(reduce: str, return_index_df: bool, rich: bool) -> None:
+    if reduce not in ("scalar", "mean", "none"):
+        raise ValueError(f"reduce must be 'scalar', 'mean' or 'none', got {reduce!r}")
+    if return_index_df and (rich or reduce == "none"):
+        raise ValueError(
+            "return_index_df goes with a tensor result; a PatchingResult has its index_df already"
+        )
+
+
+def _prepare(
+    model: Any, corrupted_tokens: Any, options: dict[str, Any]
+) -> tuple[Tensor, runner.Options]:
+    unknown = sorted(options.keys() - set(_OPTIONS))
+    if unknown:
+        raise TypeError(f"unknown option {unknown[0]!r}: the options are {', '.join(_OPTIONS)}")
+    checks.checked_model(model)
+    return checks.checked_tokens(model, corrupted_tokens), runner.Options(**options)
+
+
+def _indices(
+    model: Any,
+    tokens: Tensor,
+    activation: str,
+    axis_names: Sequence[str] | None,
+    index_df: pd.DataFrame | None,
+) -> tuple[list[str], pd.DataFrame]:
+    """The axes of the result (none if flat), and one row of whole numbers per cell.
+
+    Raises:
+        ValueError: if both or neither are given, an axis is unknown, or an index out of range.
+    """
+    heads = model.cfg.n_heads
+    if activation in ("k", "v"):
+        heads = getattr(model.cfg, "n_key_value_heads", None) or heads
+    n_pos = tokens.shape[1]
+    sizes = {"layer": model.cfg.n_layers}
+    sizes |= dict.fromkeys(("pos", "dest_pos", "src_pos"), n_pos)
+    sizes |= dict.fromkeys(("head", "head_index"), heads)
+    if (axis_names is None) == (index_df is None):
+        raise ValueError("give either index_axis_names or index_df, and not both")
+    if axis_names is not None:
+        wrong = [axis for axis in axis_names if axis not in sizes]
+        if wrong or not axis_names or axis_names[0] != "layer":
+            raise ValueError(
+                f"index_axis_names must start with 'layer' and hold only {', '.join(sizes)}, "
+                f"got {list(axis_names)}"
+            )
+        return list(axis_names), make_df_from_ranges([sizes[a] for a in axis_names], axis_names)
+    if not isinstance(index_df, pd.DataFrame) or index_df.empty:
+        raise ValueError("index_df must be a DataFrame with one row per cell, and not empty")
+    whole = index_df.apply(pd.to_numeric, errors="coerce")
+    if whole.isna().any(axis=None) or (whole % 1 != 0).any(axis=None):
+        raise ValueError("index_df must hold whole numbers only")
+    whole = whole.astype("int64")
+    for column in whole.columns:
+        size = sizes.get(column)
+        if size is None:
+            continue
+        whole[column] = whole[column].where(whole[column] >= 0, whole[column] + size)
+        outside = index_df[column][(whole[column] < 0) | (whole[column] >= size)]
+        if len(outside):
+            raise ValueError(
+                f"index_df has {column} {outside.iloc[0]}, but there are only {size} of them"
+            )
+    return [], whole
+
+
+def _shaped(values: Tensor, shape: Sequence[int], reduce: str) -> Tensor:
+    """``[metric, cell, (batch)]`` to ``[metric, *shape, (batch)]``, averaged for "mean"."""
+    values = values.view(len(values), *shape, *values.shape[2:])
+    return values.mean(dim=-1) if reduce == "mean" else values
+
+
+def _baseline(base: Tensor, reduce: str, has_metric_axis: bool) -> Tensor:
+    base = base.mean(dim=-1) if reduce == "mean" else base
+    return base if has_metric_axis else base[0]
+
+
+def _documented(name: str, function: Callable[..., Any], what: str, axes: Sequence[str]) -> Any:
+    function.__doc__ = f"""Patch {what}; the result is ``[{", ".join(axes)}]``.
+
+    Args: ``(model, corrupted_tokens, clean_cache, metric, *, reduce, baseline, ...)`` as for
+    :func:`generic_activation_patch`. Source: ``transformer_lens.patching.{name}``.
+    """
+    return function
+
+
+for _name, (_activation, _setter, _axes) in SWEEPS.items():
+    globals()[f"get_act_patch_{_name}"] = _documented(
+        f"get_act_patch_{_name}",
+        partial(
+            generic_activation_patch,
+            patch_setter=_setter,
+            activation_name=_activation,
+            index_axis_names=_axes,
+        ),
+        f"'{_activation}' at each {', '.join(_axes)}",
+        _axes,
+    )
+for _name, (_sweeps, _names, _axes) in COMBINED.items():
+    globals()[f"get_act_patch_{_name}"] = _documented(
+        f"get_act_patch_{_name}",
+        partial(combined_activation_patch, sweeps=_sweeps, names=_names, axes=_axes),
+        f"{', '.join(_names)} in turn",
+        ("patch_type", *_axes),
+    )

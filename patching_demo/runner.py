@@ -1,0 +1,276 @@
+"""Runs a list of cells: fast where that is exact, plainly where it is not, and checked.
+
+What a sweep needs around the engine: memory limits, progress, rechecks against plain hooked
+forward passes, a file to resume from, and the plain loop itself.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from patching_demo import engine
+from patching_demo.bridge import Run, Unsupported, attached_hooks, capture, run_plain
+from patching_demo.checks import warn_once
+from patching_demo.engine import Cell, Scorer
+from patching_demo.store import CellStore
+
+SHARE_OF_FREE_MEMORY = 0.25
+FEWEST_CELLS = 4  # With fewer live cells the plain loop costs no more than setting up.
+
+
+class SweepMismatch(RuntimeError):
+    """A cell of a sweep differs from the plain hooked forward pass that rechecked it."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a sweep runs; none of these changes its numbers.
+
+    Attributes:
+        memory: bytes the patched runs may take; by default a quarter of what is free.
+        check: how many cells to recheck with plain forward passes; by default one or two, 0 for
+            none.
+        seed: chooses the cells to recheck.
+        progress: whether to show a progress bar over cells.
+        store: a file that keeps finished cells and from which an interrupted sweep resumes.
+    """
+
+    memory: int | None = None
+    check: int | None = None
+    seed: int = 0
+    progress: bool = True
+    store: str | os.PathLike[str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.memory is not None and self.memory <= 0:
+            raise ValueError(f"memory must be a positive number of bytes, got {self.memory}")
+        if self.check is not None and self.check < 0:
+            raise ValueError(f"check must be 0 or more cells, got {self.check}")
+
+
+@torch.no_grad()
+def run_cells(
+    model: Any,
+    tokens: Tensor,
+    clean: Mapping[str, Tensor],
+    cells: Sequence[Cell],
+    metrics: Mapping[str, Callable[..., Any]],
+    *,
+    per_example: bool,
+    options: Options,
+) -> tuple[Tensor, Tensor]:
+    """Values ``[metric, cell, (batch)]`` of all cells and the baseline ``[metric, (batch)]``.
+
+    Raises:
+        SweepMismatch: if a rechecked cell differs beyond rounding.
+        ValueError: if a metric gives NaN or infinity, naming the cell.
+    """
+    reasons = _reasons_for_plain_loop(model, cells)
+    run: Run | None = None
+    if not reasons:
+        try:
+            run = capture(model, tokens)
+        except Unsupported as reason:
+            reasons.append(str(reason))
+    logits = run.logits if run else model(tokens, return_type="logits")
+    scorer = Scorer(model, run or Run(tokens=tokens, logits=logits, resid=[]), metrics, per_example)
+    _refuse_not_finite(scorer, scorer.baseline[:, None], None)
+    values = scorer.baseline[:, None].repeat(1, len(cells), *(1,) * (scorer.baseline.ndim - 1))
+    with CellStore.open(options.store, model, tokens, clean, cells, scorer.baseline) as store:
+        todo = store.unfinished(values)
+        live = _live(todo, run, scorer) if run else list(todo)
+        store.finish(values, [cell for cell in todo if cell not in set(live)])
+        with _Progress(len(cells), len(cells) - len(live), options.progress) as bar:
+            if run and len(live) >= FEWEST_CELLS:
+                try:
+                    live = _run_fast(model, run, clean, live, scorer, values, store, bar, options)
+                except Unsupported as reason:
+                    reasons.append(str(reason))
+            if live and reasons:
+                warn_once(f"this sweep takes the plain loop: {reasons[0]}")
+            for cell in live:
+                values[:, cell.row] = _plain_value(model, tokens, clean, cell, scorer)
+                _refuse_not_finite(scorer, values[:, [cell.row]], [cell])
+                store.finish(values, [cell])
+                bar.advance(1)
+        if not reasons:
+            _recheck(model, tokens, clean, cells, scorer, values, options)
+    return values, scorer.baseline
+
+
+def _reasons_for_plain_loop(model: Any, cells: Sequence[Cell]) -> list[str]:
+    reasons = []
+    unknown = sorted({cell.hook_name.split(".", 2)[-1] for cell in cells if cell.site is None})
+    if unknown:
+        reasons.append(f"the patch setter or activation ({unknown[0]}) is not one the engine knows")
+    hooks = attached_hooks(model)
+    if hooks:
+        reasons.append(f"the model has hooks attached ({hooks[0]})")
+    return reasons
+
+
+def _live(cells: Sequence[Cell], run: Run, scorer: Scorer) -> list[Cell]:
+    """The cells whose patch can reach what the metrics read (idea 3)."""
+    last_layer = len(run.resid) - 2
+    return [
+        cell
+        for cell in cells
+        if not engine.is_dead(cell, scorer.last_read, last_layer, scorer.read)
+    ]
+
+
+def _run_fast(
+    model: Any,
+    run: Run,
+    clean: Mapping[str, Tensor],
+    cells: Sequence[Cell],
+    scorer: Scorer,
+    values: Tensor,
+    store: CellStore,
+    bar: _Progress,
+    options: Options,
+) -> list[Cell]:
+    """Fill in ``values`` portion by portion; gives the cells left undone, which is none."""
+    end = scorer.last_read + 1
+    call_tokens = engine.CALL_TOKENS["cuda" if run.tokens.is_cuda else "cpu"]
+    budget = _token_budget(run, options)
+    left = sorted(cells, key=lambda cell: cell.layer)
+    passenger = True
+    while left:
+        portion = _portion(left, end, budget, len(run.tokens), store.most_cells(len(cells)))
+        try:
+            part = engine.sweep_cells(
+                model,
+                run,
+                clean,
+                portion,
+                scorer,
+                call_tokens=min(call_tokens, budget),
+                passenger=passenger,
+                advance=lambda share, n=len(portion): bar.within(share * n),
+            )
+        except torch.OutOfMemoryError:
+            if len(portion) == 1 and budget <= 1:
+                raise
+            budget = max(1, min(budget, sum(end - cell.start for cell in portion)) // 2)
+            if run.tokens.is_cuda:
+                torch.cuda.empty_cache()
+            continue
+        _refuse_not_finite(scorer, part, portion)
+        values[:, [cell.row for cell in portion]] = part
+        store.finish(values, portion)
+        bar.advance(len(portion))
+        left, passenger = left[len(portion) :], False
+    return []
+
+
+def _token_budget(run: Run, options: Options) -> int:
+    """How many recomputed tokens may be held at once."""
+    device = run.tokens.device
+    if options.memory is not None:
+        memory = options.memory
+    else:
+        free = (
+            torch.cuda.mem_get_info(device)[0]
+            if device.type == "cuda"
+            else psutil.virtual_memory().available
+        )
+        memory = int(free * SHARE_OF_FREE_MEMORY)
+    resid = run.resid[-1]
+    # A token holds its residual stream, and once more while a pack is rebuilt or scored.
+    return max(1, memory // (3 * resid.shape[-1] * resid.element_size()))
+
+
+def _portion(
+    cells: Sequence[Cell], end: int, budget: int, batch: int, most_cells: int
+) -> list[Cell]:
+    """As many cells, in order, as the budget of tokens holds; at least one."""
+    tokens = 0
+    for count, cell in enumerate(cells):
+        tokens += (end - cell.start) * batch
+        if count and (tokens > budget or count >= most_cells):
+            return list(cells[:count])
+    return list(cells)
+
+
+def _plain_value(
+    model: Any, tokens: Tensor, clean: Mapping[str, Tensor], cell: Cell, scorer: Scorer
+) -> Tensor:
+    """One cell by one whole hooked forward pass: ``[metric, (batch)]``."""
+    logits = run_plain(model, tokens, cell.hook_name, cell.setter, cell.index, clean)
+    return torch.stack([scorer.full(name, logits) for name in scorer.metrics])
+
+
+def _recheck(
+    model: Any,
+    tokens: Tensor,
+    clean: Mapping[str, Tensor],
+    cells: Sequence[Cell],
+    scorer: Scorer,
+    values: Tensor,
+    options: Options,
+) -> None:
+    """Compare a few cells, chosen at random, with plain forward passes."""
+    count = options.check
+    if count is None:
+        count = 1 if len(cells) < 64 else 2
+    rng = np.random.default_rng(options.seed)
+    for index in rng.choice(len(cells), size=min(count, len(cells)), replace=False):
+        cell = cells[int(index)]
+        expected = _plain_value(model, tokens, clean, cell, scorer)
+        found = values[:, cell.row]
+        scale = torch.maximum(expected.abs(), scorer.baseline.abs())
+        spread = (values - scorer.baseline[:, None]).abs().flatten(1).max(dim=1).values
+        scale = torch.maximum(scale, spread.view(-1, *(1,) * (scale.ndim - 1)))
+        allowed = engine.tolerance(next(model.parameters()).dtype) * scale.clamp(min=1e-6)
+        if not ((found - expected).abs() <= allowed).all():
+            raise SweepMismatch(
+                f"{cell.describe()}: the sweep gives {found.tolist()}, a plain hooked forward pass "
+                f"{expected.tolist()}. Do not use these numbers; please report the model. "
+                "transformer_lens.patching runs the plain loop"
+            )
+
+
+def _refuse_not_finite(scorer: Scorer, values: Tensor, cells: Sequence[Cell] | None) -> None:
+    bad = ~torch.isfinite(values)
+    if not bad.any():
+        return
+    metric, index = bad.nonzero()[0][:2].tolist()
+    where = cells[index].describe() if cells else "the corrupted run"
+    raise ValueError(
+        f"metric {list(scorer.metrics)[metric]!r} is {values[metric, index].flatten()[0].item()} "
+        f"at {where}: a metric must be finite"
+    )
+
+
+class _Progress:
+    """A progress bar over cells that leaves nothing behind."""
+
+    def __init__(self, total: int, done: int, shown: bool) -> None:
+        self.bar = tqdm(
+            total=total, initial=done, disable=not shown, leave=False, unit="cell", delay=1.0
+        )
+        self.done = done
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.bar.close()
+
+    def advance(self, cells: int) -> None:
+        self.done += cells
+        self.within(0)
+
+    def within(self, cells: float) -> None:
+        """Show the finished cells plus those that the work of the current pass amounts to."""
+        self.bar.update(int(self.done + cells) - self.bar.n)
