@@ -55,18 +55,7 @@ HEAD_KINDS = {
 
 _FORMAT = "patching_demo result"
 _VERSION = 1
-_WORDS = {
-    "resid_pre": "residual stream before each block",
-    "attn_out": "attention output of each block",
-    "resid_mid": "residual stream between attention and MLP",
-    "mlp_out": "MLP output of each block",
-    "resid_post": "residual stream after each block",
-    "out": "head outputs",
-    "q": "queries",
-    "k": "keys",
-    "v": "values",
-    "pattern": "attention patterns",
-}
+_WORDS = {"out": "head outputs", "q": "queries", "k": "keys", "v": "values", "pattern": "patterns"}
 
 
 def sweep(
@@ -421,7 +410,8 @@ def _labelled(
         "by": by,
         "kind": "" if several else names[0],
         "n_key_value_heads": _key_value_heads(model) if names[0] in HEAD_KINDS else 0,
-        "what": _sentence(names, by),
+        "what": _what(names),
+        "each": _each(names, by),
     }
     return xr.DataArray(values, dims=dims, coords=coords, attrs=attrs, name="value")
 
@@ -430,18 +420,17 @@ def _key_value_heads(model: Any) -> int:
     return int(getattr(model.cfg, "n_key_value_heads", None) or model.cfg.n_heads)
 
 
-def _sentence(names: Sequence[str], by: str) -> str:
-    if len(names) > 1:
-        what = "activations of each kind"
-    else:
-        what = _WORDS[names[0]]
+def _what(names: Sequence[str]) -> str:
+    what = _WORDS.get(names[0], names[0]) if len(names) == 1 else "activations"
+    return f"clean {what} patched into the corrupted run"
+
+
+def _each(names: Sequence[str], by: str) -> str:
     if by == "all_pos":
-        place = "one head at a time, over all positions"
-    elif names[0] in HEAD_KINDS:
-        place = "one head and position at a time"
-    else:
-        place = "one layer and position at a time"
-    return f"{what} of the clean run patched into the corrupted run, {place}"
+        return "one head at a time, over all positions"
+    if names[0] in HEAD_KINDS:
+        return "one head and position at a time"
+    return "one layer and position at a time"
 
 
 def _baselines(result: xr.DataArray) -> tuple[float, float]:

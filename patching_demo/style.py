@@ -1,0 +1,165 @@
+"""The look that all figures share: colours, text that is shown as text, numbers in words."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import plotly
+
+__all__ = [
+    "BAND",
+    "DIVERGING",
+    "DASHES",
+    "GAP",
+    "HATCH",
+    "INK",
+    "LINES",
+    "MENU",
+    "SEQUENTIAL",
+    "SYMBOLS",
+    "compact",
+    "escape",
+    "listed",
+    "number",
+    "short_label",
+    "title",
+    "wrapped",
+]
+
+#: Colour of all text that does not sit on a button: a grey that reads on white and on near-black
+#: paper. It stands here alone, so that a page which knows its theme can replace it.
+INK = "#767676"
+
+#: Where nothing was measured because nothing exists. Translucent, so it darkens a light page and
+#: lightens a dark one, and differs from the near-white of "no effect" on both.
+GAP = "rgba(127,127,127,0.34)"
+
+#: Behind the hatching of positions at which clean and corrupted inputs agree.
+BAND = "#dedede"
+
+#: The lines of that hatching.
+HATCH = "#b2b2b2"
+
+# Orange and blue differ for every common kind of colour-blindness. The stops crowd around the
+# middle because single places rarely carry a large share of the effect: a tenth of the range is
+# visible, and the ends still tell half from all.
+DIVERGING = [
+    [0.0, "#5c2a04"],
+    [0.2, "#a85408"],
+    [0.36, "#e08a3c"],
+    [0.45, "#f6cda2"],
+    [0.5, "#f7f7f7"],
+    [0.55, "#b3d4ee"],
+    [0.64, "#5a9fd4"],
+    [0.8, "#1f66a8"],
+    [1.0, "#08305f"],
+]
+
+#: From nothing to all, for attention weights.
+SEQUENTIAL = [[0.0, "#f7f7f7"], [0.1, "#cfe1f2"], [0.4, "#5a9fd4"], [1.0, "#08305f"]]
+
+#: Colours of lines and bars, apart from each other also to colour-blind readers and visible on
+#: light and dark pages; dashes and symbols say the same again.
+LINES = ["#2f7fc1", "#d9731a", "#2a9d7c", "#b66fb5", "#8a8a1e", "#c44e4e"]
+DASHES = ["solid", "dash", "dot", "dashdot", "longdash", "longdashdot"]
+SYMBOLS = ["circle", "square", "diamond", "triangle-up", "x", "cross"]
+
+#: Buttons and menus keep dark on light in every theme: plotly's highlight is always light.
+MENU = {
+    "bgcolor": "#f2f2f2",
+    "bordercolor": "#8c8c8c",
+    "font": {"color": "#222222", "size": 12},
+}
+
+
+def escape(text: Any) -> str:
+    """Text that plotly shows as it is, neither as its HTML subset nor as LaTeX.
+
+    >>> escape("<b>$x$")
+    '&lt;b&gt;&#36;x&#36;'
+    """
+    text = str(text)
+    # One line: plotly turns line ends into nothing.
+    text = text.replace("\n", "\\n").replace("\r", "\\r").replace("\t", "\\t")
+    for raw, entity in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("$", "&#36;")):
+        text = text.replace(raw, entity)
+    # A template's own placeholders begin so.
+    return text.replace("%{", "&#37;{")
+
+
+def short_label(text: str, limit: int = 11) -> str:
+    """A position label short enough for an axis, with its number kept.
+
+    >>> short_label("<|im_start|> 0"), short_label("John 10")
+    ('<|im_sta… 0', 'John 10')
+    """
+    if len(text) <= limit:
+        return text
+    name, space, place = text.rpartition(" ")
+    keep = max(1, limit - len(space + place) - 1)
+    return f"{name[:keep]}…{space}{place}"
+
+
+def number(value: float) -> str:
+    """A number as a person would write it: up to three digits, a real minus sign.
+
+    >>> number(-10.3412), number(0.5), number(0.04567), number(12345.6)
+    ('−10.3', '0.5', '0.0457', '12346')
+    """
+    if not math.isfinite(value):
+        return str(value)
+    if value == 0 or abs(value) < 5e-7:
+        return "0"
+    digits = max(0, 2 - math.floor(math.log10(abs(value))))
+    text = f"{value:.{digits}f}".replace("-", "−")
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def wrapped(text: str, width: int = 46) -> str:
+    """Escaped text broken into lines that fit a telephone."""
+    lines = textwrap.wrap(text, width, break_long_words=True) or [""]
+    return "<br>".join(escape(line) for line in lines)
+
+
+def title(main: str, below: str) -> tuple[str, int]:
+    """A title with a smaller line below it, and the height of both in pixels."""
+    first = wrapped(main, 50)
+    lines = first.count("<br>") + 1
+    text, height = f"<b>{first}</b>", 19 * lines
+    if below:
+        second = wrapped(below, 62)
+        text += f'<br><span style="font-size:12px">{second}</span>'
+        height += 17 * (second.count("<br>") + 1)
+    return text, height + 20
+
+
+def compact(values: Any, digits: int = 4) -> np.ndarray:
+    """Numbers with few significant digits, in the form that is smallest in a figure's JSON."""
+    values = np.asarray(values, dtype=np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        exponent = np.where(
+            (values != 0) & np.isfinite(values), np.floor(np.log10(np.abs(values))), 0
+        )
+    scale = 10.0 ** (digits - 1 - exponent)
+    rounded = np.round(values * scale) / scale
+    # Plotly 6 and later pack arrays as base64, where float32 is half the size. Plotly 5 writes
+    # decimals, where float32 would be written with the seventeen digits of a float64.
+    return rounded.astype(np.float32) if _packs_arrays() else rounded
+
+
+def _packs_arrays() -> bool:
+    return int(plotly.__version__.split(".")[0]) >= 6
+
+
+def listed(words: Sequence[str]) -> str:
+    """Words as in a sentence.
+
+    >>> listed(["a", "b", "c"])
+    'a, b and c'
+    """
+    words = list(words)
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
