@@ -75,11 +75,13 @@ hub: venv ## tests that need a model hub
 browser: venv ## open the built book and JupyterLab in headless Chromium
 	$(PYTEST) -m browser
 
-colab: venv ## run the notebooks with Colab's versions, in an environment of their own
+colab: ## run the notebooks with Colab's versions, in an environment of their own
 	$(PYTHON) -m venv .venv-colab
 	.venv-colab/bin/python -m pip install --quiet --disable-pip-version-check \
-		-c requirements-colab.txt -r requirements-colab.txt ".[test]"
-	.venv-colab/bin/python -m pytest -m colab
+		-r requirements-colab.txt ".[test]"
+	.venv-colab/bin/python -m pip uninstall --quiet --yes patching-demo
+	.venv-colab/bin/python -m pytest --import-mode=importlib -p no:randomly --noconftest \
+		-o addopts="" -o filterwarnings="" -m colab tests/test_colab.py
 
 bench: venv ## time the sweeps and write benchmark/results.json
 	$(PY) scripts/bench.py

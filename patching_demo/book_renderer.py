@@ -1,9 +1,9 @@
 """Sphinx extension: plotly figures that live in a static book with nothing fetched from elsewhere.
 
-List ``patching_demo.book_renderer`` among a book's extensions and each plotly output of an executed
-notebook becomes a figure with a caption and a text for screen readers, drawn by a copy of plotly.js
-that is written once for the whole book and loaded only by pages with a figure. Without that line the
-module changes nothing, although its entry point makes every MyST-NB build import it.
+List ``patching_demo.book_renderer`` among a book's extensions and each plotly output of a notebook
+becomes a figure with a caption and a text for screen readers, drawn by a copy of plotly.js that is
+written once for the whole book and loaded only by pages with a figure. Without that line the module
+changes nothing, although its entry point makes every MyST-NB build import it.
 
 Source of the plug-in interface: the ``MimeRenderPlugin`` protocol of MyST-NB.
 """
@@ -143,6 +143,14 @@ def _load_scripts(
         app.add_js_file(SCRIPT, loading_method="defer")
 
 
+def _mend_bibliography(
+    app: Sphinx, pagename: str, templatename: str, context: dict, doctree: nodes.document | None
+) -> None:
+    # Docutils puts entries with a role of their own into a list, which may only hold list items.
+    if "citation-list" in context.get("body", ""):
+        context["body"] = context["body"].replace('role="doc-biblioentry"', 'role="listitem"')
+
+
 def _write_plotlyjs(app: Sphinx, env: Any, docnames: list[str]) -> None:
     static = Path(app.outdir) / "_static"
     static.mkdir(parents=True, exist_ok=True)
@@ -154,6 +162,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     FigureRenderer.mime_priority_overrides = [("html", FIGURE_TYPE, 1)]
     app.add_directive("plotly-figure", FigureFile)
     app.connect("html-page-context", _load_scripts)
+    app.connect("html-page-context", _mend_bibliography)
     app.connect("env-before-read-docs", _write_plotlyjs)
     return {
         "version": plotly.__version__,

@@ -1,9 +1,9 @@
 """Run every notebook and build the book from the runs: `make book`.
 
-1. papermill runs each notebook in a fresh kernel into book/notebooks/, unless the run that lies there
-   was made from the same sources.
-2. Figures of cells tagged `figure-NAME` are kept as book/notebooks/figures/NAME.json, for pages other
-   than the notebook's own, and tables for the run-times and benchmark pages are written.
+1. papermill runs each notebook in a fresh kernel into book/notebooks/, unless the run that lies
+   there was made from the same sources.
+2. Figures of cells tagged `figure-NAME` are kept as book/notebooks/figures/NAME.json, for pages
+   other than the notebook's own; parts of the reference pages are written.
 3. Jupyter Book builds the site, with every warning an error, and the site is checked for figures
    that a notebook drew and the page lacks.
 

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Two threads at most: CI machines have two cores, and torch's pool must not fight a second test run.
+# Two threads at most: CI machines have two cores, and two test runs may share them.
 os.environ.setdefault("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 1)))
 
 

@@ -1,8 +1,8 @@
 """The wheel works by itself: outside the checkout, with the declared dependencies and no others.
 
-The empty environment gets its dependencies as links to the files that the running environment has,
-and only those that the wheel declares, directly or through others. So the test needs no network, and
-a forgotten dependency is missing there as it would be in Colab.
+The empty environment gets its dependencies as links to the files that the running environment
+has, and only those that the wheel declares, directly or through others. So the test needs no
+network, and a forgotten dependency is missing there as it would be in Colab.
 """
 
 from __future__ import annotations

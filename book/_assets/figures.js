@@ -63,18 +63,20 @@
 
   async function drawAll() {
     const figures = Array.from(document.querySelectorAll("figure.plotly-figure"));
+    // First of all, for the page may settle on a theme while figures are being drawn.
+    new MutationObserver(() => {
+      for (const figure of figures) {
+        const plot = figure.querySelector(".plotly-figure-plot");
+        if (plot.layout) {
+          Plotly.relayout(plot, themed(plot.layout));
+        }
+      }
+    }).observe(document.documentElement, { attributes: true, attributeFilter: ["data-theme"] });
     for (const figure of figures) {
       await draw(figure);
       // Let the page answer the reader between two figures.
       await new Promise((resume) => setTimeout(resume));
     }
-    document.documentElement.dataset.figuresDrawn = String(figures.length);
-    new MutationObserver(() => {
-      for (const figure of figures) {
-        const plot = figure.querySelector(".plotly-figure-plot");
-        Plotly.relayout(plot, themed(plot.layout));
-      }
-    }).observe(document.documentElement, { attributes: true, attributeFilter: ["data-theme"] });
   }
 
   drawAll();

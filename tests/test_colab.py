@@ -1,0 +1,112 @@
+"""The notebooks in an environment with Colab's versions and a stand-in for its own module.
+
+`make colab` runs this in an environment that has the dependencies but not the package. The install
+cell fetches it by the repository's address, which git here resolves to the checkout.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import nbformat
+import pytest
+from packaging.requirements import Requirement
+
+pytestmark = pytest.mark.colab
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+PACKAGE = ["patching_demo", "pyproject.toml", "README.md", "LICENSE", "CITATION.cff"]
+STAND_IN = '''
+"""What notebooks may ask of Colab's own module, outside Colab."""
+
+
+class output:
+    @staticmethod
+    def enable_custom_widget_manager():
+        pass
+'''
+
+
+def installed() -> dict[str, str]:
+    """The versions in place of those that requirements-colab.txt names."""
+    lines = (ROOT / "requirements-colab.txt").read_text(encoding="utf-8").splitlines()
+    names = [Requirement(line).name for line in lines if line and not line.startswith("#")]
+    return {name: importlib.metadata.version(name).split("+")[0] for name in names}
+
+
+def wanted() -> dict[str, str]:
+    """The versions that requirements-colab.txt names."""
+    lines = (ROOT / "requirements-colab.txt").read_text(encoding="utf-8").splitlines()
+    found = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    return {r.name: str(r.specifier).removeprefix("==") for r in found}
+
+
+@pytest.fixture(scope="module")
+def colab(tmp_path_factory) -> dict[str, str]:
+    """The settings of a machine that looks like Colab and has the checkout as its repository."""
+    folder = tmp_path_factory.mktemp("colab")
+    repository = folder / "repository"
+    repository.mkdir()
+    for name in PACKAGE:
+        source = ROOT / name
+        if source.is_dir():
+            ignore = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(source, repository / name, ignore=ignore)
+        else:
+            shutil.copy(source, repository / name)
+    git = ["git", "-c", "user.name=ci", "-c", "user.email=ci@localhost", "-C", str(repository)]
+    subprocess.run([*git, "init", "--quiet", "--initial-branch=main"], check=True)
+    subprocess.run([*git, "add", "."], check=True)
+    subprocess.run([*git, "commit", "--quiet", "--message=checkout"], check=True)
+
+    module = folder / "modules" / "google" / "colab"
+    module.mkdir(parents=True)
+    (module / "__init__.py").write_text(STAND_IN, encoding="utf-8")
+    address = next(
+        line.split('"')[1]
+        for line in (ROOT / "pyproject.toml").read_text(encoding="utf-8").splitlines()
+        if line.startswith("Repository = ")
+    )
+    return {
+        **os.environ,
+        "PYTHONPATH": str(module.parents[1]),
+        "COLAB_RELEASE_TAG": "stand-in",
+        "GIT_CONFIG_COUNT": "1",
+        "GIT_CONFIG_KEY_0": f"url.{repository.as_uri()}.insteadOf",
+        "GIT_CONFIG_VALUE_0": address,
+    }
+
+
+def test_environment_has_colabs_versions_and_not_the_package():
+    assert installed() == wanted()
+    with pytest.raises(importlib.metadata.PackageNotFoundError):
+        importlib.metadata.version("patching-demo")
+
+
+def test_notebooks_install_the_package_and_run(colab, tmp_path):
+    from nbclient import NotebookClient
+
+    # One after another: the first installs the package, as in one Colab runtime.
+    for path in NOTEBOOKS:
+        notebook = nbformat.read(path, as_version=4)
+        client = NotebookClient(
+            notebook,
+            timeout=1800,
+            kernel_name="python3",
+            resources={"metadata": {"path": str(tmp_path)}},
+        )
+        client.execute(env=colab)
+        errors = [
+            output
+            for cell in notebook.cells
+            for output in cell.get("outputs", [])
+            if output.output_type == "error"
+        ]
+        assert not errors, f"{path.name}: {errors}"
+    assert importlib.metadata.version("patching-demo")
+    assert installed() == wanted(), "the install cell changed what Colab ships"
