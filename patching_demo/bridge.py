@@ -13,7 +13,7 @@ to slice; anything else raises :class:`Unsupported`, and the sweep takes the pla
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +23,9 @@ from torch import Tensor
 
 CACHE_ARGUMENTS = ("past_key_values", "layer_past", "past_key_value")
 POSITION_ARGUMENTS = ("position_ids", "position_embeddings")
+
+# A hook name, the patch setter called there, and the index it is given.
+Patch = tuple[str, Callable[..., Tensor], tuple[int, ...]]
 
 
 class Unsupported(Exception):
@@ -331,24 +334,32 @@ def hooked(model: Any, name: str, function: Callable[..., Any]) -> Iterator[None
             point.fwd_hooks.remove(handle)
 
 
-def run_plain(
-    model: Any,
-    tokens: Tensor,
-    name: str,
-    setter: Callable[..., Tensor],
-    index: tuple[int, ...],
-    clean: Any,
-) -> Tensor:
-    """Logits ``[batch, pos, d_vocab]`` of one whole forward pass with one activation patched.
+def run_plain(model: Any, tokens: Tensor, patches: Sequence[Patch], clean: Any) -> list[Tensor]:
+    """Logits ``[batch, pos, d_vocab]`` of whole forward passes with one activation patched each.
 
-    The setter is given copies, as most setters write in place, and is run without autograd:
-    with it, a setter's result for resid_mid would reach only the MLP and not the stream.
+    The passes are rows of one batch. Each patch is a hook name, a setter and its index. Setters
+    run without autograd: with it, what one returns for resid_mid reaches only the MLP and not the
+    stream. And they write in place, as they do in ``transformer_lens.patching``.
     """
+    batch = len(tokens)
 
-    def patch(activation: Tensor, hook: Any = None) -> Tensor:
-        return setter(activation, list(index), clean[name].to(activation.device))
+    def hook_for(number: int, patch: Patch) -> Any:
+        name, setter, index = patch
 
-    return model.run_with_hooks(tokens, return_type="logits", fwd_hooks=[(name, patch)])
+        def write(activation: Tensor, hook: Any = None) -> Tensor:
+            own = activation[number * batch : (number + 1) * batch]
+            patched = setter(own, list(index), clean[name].to(activation.device))
+            if patched is not own:
+                own.copy_(patched)
+            return activation
+
+        return write
+
+    hooks = [(patch[0], hook_for(number, patch)) for number, patch in enumerate(patches)]
+    logits = model.run_with_hooks(
+        tokens.repeat(len(patches), 1), return_type="logits", fwd_hooks=hooks
+    )
+    return list(logits.split(batch))
 
 
 def attached_hooks(model: Any) -> list[str]:

@@ -44,8 +44,8 @@ from patching_demo.bridge import (
 # A block call is most efficient with a few hundred tokens; a sequence much longer than this
 # spends its time on attention between runs that may not see each other. Where the prefix must
 # be run along with every sequence, a longer one carries it for more runs.
-SLOTS = {"cached prefix": 64, "prefix run along": 96}
-CALL_TOKENS = {"cpu": 512, "cuda": 16384}
+SLOTS = {"cached prefix": 32, "prefix run along": 96}
+CALL_TOKENS = {"cpu": 1024, "cuda": 16384}
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class Site:
 
     Attributes:
         activation: its name to ``transformer_lens.utilities.get_act_name``.
+        at_input: whether it is a function of the block's input at the same position alone.
         spreads: whether a patch at one position reaches later positions within its own block
             (keys and values do, a query or an output does not).
         enters: "hook" if the block must run to patch it, "input" if it is the residual stream a
@@ -61,6 +62,7 @@ class Site:
     """
 
     activation: str
+    at_input: bool = False
     spreads: bool = False
     enters: str = "hook"
 
@@ -68,14 +70,14 @@ class Site:
 SITES = {
     site.activation: site
     for site in (
-        Site("resid_pre", spreads=True, enters="input"),
+        Site("resid_pre", at_input=True, spreads=True, enters="input"),
         Site("resid_mid"),
         Site("resid_post", enters="output"),
         Site("attn_out"),
         Site("mlp_out"),
-        Site("q"),
-        Site("k", spreads=True),
-        Site("v", spreads=True),
+        Site("q", at_input=True),
+        Site("k", at_input=True, spreads=True),
+        Site("v", at_input=True, spreads=True),
         Site("z"),
         Site("pattern"),
     )
@@ -118,14 +120,26 @@ class Cell:
         return f"{self.hook_name}, index {list(self.index)}"
 
 
-def first_difference(clean: Tensor, corrupted: Tensor) -> int:
-    """The first position at which two residual streams ``[batch, pos, d_model]`` differ.
+def differing_positions(clean: Tensor, corrupted: Tensor) -> tuple[int, ...]:
+    """The positions at which two embeddings ``[batch, pos, d_model]`` differ in any prompt.
 
-    Compared bit for bit, so meant for the streams that enter block 0. Gives the number of
-    positions if they never differ.
+    An embedding is looked up, not computed, so it is compared bit for bit.
     """
-    same = (clean == corrupted).all(dim=-1).all(dim=0)
-    return int(same.long().cumprod(0).sum())
+    return tuple((clean != corrupted).any(dim=-1).any(dim=0).nonzero()[:, 0].tolist())
+
+
+def changed_positions(
+    site: Site, layer: int, positions: Sequence[int], differing: Sequence[int]
+) -> tuple[int, ...]:
+    """Of the positions that a patch writes to, those it may change (idea 3).
+
+    Nothing changes before the first differing input. What block 0 computes from its input
+    position by position changes at the differing positions only.
+    """
+    if layer == 0 and site.at_input:
+        return tuple(position for position in positions if position in differing)
+    first = min(differing, default=positions[-1] + 1)
+    return tuple(position for position in positions if position >= first)
 
 
 def is_dead(cell: Cell, last_read: int, last_layer: int, read: frozenset[int]) -> bool:
@@ -295,7 +309,7 @@ class Front:
         ``[batch, position, d_model]``.
         """
         members = [
-            (cell, range(cell.start, self.end) if cell.site.spreads else cell.positions)
+            (cell, range(cell.start, self.end if cell.site.spreads else cell.positions[-1] + 1))
             for cell in cells
         ]
         outputs: dict[int, Any] = {}
@@ -588,4 +602,13 @@ def _check_arrival(run: Run, pack: Pack, scorer: Scorer) -> None:
             )
 
 
-__all__ = ["SITES", "Cell", "Scorer", "Site", "first_difference", "is_dead", "sweep_cells"]
+__all__ = [
+    "SITES",
+    "Cell",
+    "Scorer",
+    "Site",
+    "changed_positions",
+    "differing_positions",
+    "is_dead",
+    "sweep_cells",
+]

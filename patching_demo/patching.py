@@ -242,20 +242,20 @@ class _Plan:
         self.model, self.tokens, self.clean_cache = model, tokens, clean_cache
         self.clean: dict[str, Tensor] = {}
         self.cells: list[Cell] = []
-        self.agree = self._agreeing_positions()
+        self.differing = self._differing_positions()
 
-    def _agreeing_positions(self) -> int:
-        """How many leading positions have the same input in both runs (idea 3 of the engine)."""
-        name = "hook_embed"
+    def _differing_positions(self) -> tuple[int, ...]:
+        """Where the inputs of the two runs differ; every position if the cache cannot tell."""
+        everywhere = tuple(range(self.tokens.shape[1]))
         try:
-            clean = self.clean_cache[name]
+            clean = self.clean_cache["hook_embed"]
         except (KeyError, TypeError):
-            return 0
+            return everywhere
         with torch.no_grad():
             corrupted = embedding(self.model, self.tokens)
         if corrupted is None or clean.shape != corrupted.shape:
-            return 0
-        return engine.first_difference(clean.to(corrupted.device), corrupted)
+            return everywhere
+        return engine.differing_positions(clean.to(corrupted.device), corrupted)
 
     def add(self, setter: Callable[..., Tensor], activation: str, index: pd.DataFrame) -> None:
         """Add one cell per row of ``index``."""
@@ -278,7 +278,11 @@ class _Plan:
                     site=site if meaning else None,
                     hook_name=name,
                     layer=layer,
-                    positions=tuple(p for p in positions if p >= self.agree),
+                    positions=(
+                        engine.changed_positions(site, layer, positions, self.differing)
+                        if site and meaning
+                        else positions
+                    ),
                     head=where.get("head"),
                     source=where.get("source"),
                     setter=setter,

@@ -98,7 +98,7 @@ def run_cells(
             if live and reasons:
                 warn_once(f"this sweep takes the plain loop: {reasons[0]}")
             for cell in live:
-                values[:, cell.row] = _plain_value(model, tokens, clean, cell, scorer)
+                values[:, cell.row] = _plain_values(model, tokens, clean, [cell], scorer)[0]
                 _refuse_not_finite(scorer, values[:, [cell.row]], [cell])
                 store.finish(values, [cell])
                 bar.advance(1)
@@ -202,12 +202,17 @@ def _portion(
     return list(cells)
 
 
-def _plain_value(
-    model: Any, tokens: Tensor, clean: Mapping[str, Tensor], cell: Cell, scorer: Scorer
+def _plain_values(
+    model: Any, tokens: Tensor, clean: Mapping[str, Tensor], cells: Sequence[Cell], scorer: Scorer
 ) -> Tensor:
-    """One cell by one whole hooked forward pass: ``[metric, (batch)]``."""
-    logits = run_plain(model, tokens, cell.hook_name, cell.setter, cell.index, clean)
-    return torch.stack([scorer.full(name, logits) for name in scorer.metrics])
+    """Cells by whole hooked forward passes: ``[cell, metric, (batch)]``."""
+    patches = [(cell.hook_name, cell.setter, cell.index) for cell in cells]
+    return torch.stack(
+        [
+            torch.stack([scorer.full(name, logits) for name in scorer.metrics])
+            for logits in run_plain(model, tokens, patches, clean)
+        ]
+    )
 
 
 def _recheck(
@@ -224,9 +229,12 @@ def _recheck(
     if count is None:
         count = 1 if len(cells) < 64 else 2
     rng = np.random.default_rng(options.seed)
-    for index in rng.choice(len(cells), size=min(count, len(cells)), replace=False):
-        cell = cells[int(index)]
-        expected = _plain_value(model, tokens, clean, cell, scorer)
+    chosen = rng.choice(len(cells), size=min(count, len(cells)), replace=False)
+    rechecked = [cells[int(index)] for index in chosen]
+    if not rechecked:
+        return
+    plain = _plain_values(model, tokens, clean, rechecked, scorer)
+    for cell, expected in zip(rechecked, plain, strict=True):
         found = values[:, cell.row]
         scale = torch.maximum(expected.abs(), scorer.baseline.abs())
         spread = (values - scorer.baseline[:, None]).abs().flatten(1).max(dim=1).values
