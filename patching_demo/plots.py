@@ -548,7 +548,7 @@ class _Scale:
     def buttons(self) -> list[dict[str, Any]]:
         """Buttons that choose how far the colours reach."""
         choices = (
-            ("colours up to the clean baseline", self.wide()),
+            ("colours up to clean", self.wide()),
             ("up to the largest effect", self.narrow()),
         )
         return [
@@ -636,6 +636,7 @@ def _base(heading: str) -> dict[str, Any]:
         "autosize": True,
         "dragmode": False,
         "hoverlabel": {"align": "left"},
+        "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": style.INK},
         "template": "none",
     }
 
@@ -1112,12 +1113,16 @@ class _Explorer:
                 }
             )
         sliders = []
-        slider_height = 0
+        slider_height = start = 0
         if self.sliding:
             slider_height = 72
+            # Open where the first choice of every menu has most to show.
+            opening = self.result.isel({d: 0 for d in self.result.dims if d not in _CELL_DIMS})
+            effect = np.abs(np.nan_to_num(opening.transpose("layer", ...).values))
+            start = int(effect.reshape(len(layers), -1).max(axis=1).argmax())
             sliders.append(
                 {
-                    "active": 0,
+                    "active": start,
                     "currentvalue": {"prefix": "layer ", "font": {"size": 13}},
                     "pad": {"t": grid.bottom - 18, "b": 6},
                     "len": 1,
@@ -1171,7 +1176,7 @@ class _Explorer:
             },
             yaxis={
                 **_AXIS,
-                "range": window(0, height, upward=True),
+                "range": window(start, height, upward=True),
                 "tickvals": [i + _OFF for i in y_shown],
                 "ticktext": [y_ticks[i] for i in y_shown],
                 "title": _axis_title(self.row_dim),
