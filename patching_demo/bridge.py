@@ -148,6 +148,22 @@ def _tensor_of(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
+def block_output(model: Any, run: Run, layer: int) -> Tensor:
+    """One block on the run's own input, all of it: ``[batch, pos, d_model]``."""
+    arguments = {
+        name: _Recorder() if isinstance(value, _Recorder) else value
+        for name, value in run.arguments[layer].items()
+    }
+    return _tensor_of(model.blocks[layer](run.resid[layer].clone(), **arguments))
+
+
+def block_kind(model: Any, layer: int) -> tuple[type, ...]:
+    """Blocks of the same kind compute in the same way, and differ in weights at most."""
+    attention = getattr(model.blocks[layer], "attn", None)
+    parts = (attention, getattr(attention, "original_component", None))
+    return (type(model.blocks[layer]), *map(type, parts))
+
+
 @dataclass
 class Layout:
     """Where in a pack each recomputed token sits.

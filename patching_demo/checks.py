@@ -6,13 +6,17 @@ Every check runs before the first forward pass, and every message names the valu
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from patching_demo.bridge import hook_point
+from patching_demo import engine
+from patching_demo.bridge import Run, block_kind, block_output, hook_point, hooked
+from patching_demo.engine import Cell
 
 FEWEST_BITS = {torch.float16: "about 0.1 %", torch.bfloat16: "about 1 %"}
 
@@ -157,6 +161,126 @@ def checked_activation(
     if not torch.isfinite(activation).all():
         raise ValueError(f"{name!r} in the clean cache holds NaN or infinity")
     return activation
+
+
+class Survey:
+    """What the swept hooks are given during one forward pass of the corrupted prompts.
+
+    It costs no pass of its own: it listens to the one that a sweep starts with. Attributes:
+        moved: per hook name, whether clean and corrupted differ at a position: bool ``[pos]``.
+        far: the same, but only where they differ by more than rounding.
+    """
+
+    def __init__(self, clean: Mapping[str, Tensor]) -> None:
+        self.clean = clean
+        self.moved: dict[str, Tensor] = {}
+        self.far: dict[str, Tensor] = {}
+
+    @contextmanager
+    def listening(self, model: Any) -> Iterator[Survey]:
+        """Listen while the model runs.
+
+        Raises:
+            ValueError: on leaving, if a swept hook was not called, or has another shape.
+        """
+        with ExitStack() as stack:
+            for name in self.clean:
+                stack.enter_context(hooked(model, name, self._listener(name)))
+            yield self
+        for name in self.clean:
+            if name not in self.moved:
+                raise ValueError(
+                    f"hook {name!r} is not live on this model: a forward pass never calls it, so "
+                    "every cell would read as zero effect (some hooks need a switch, for instance "
+                    "model.set_use_attn_result(True))"
+                )
+
+    def _listener(self, name: str) -> Callable[..., None]:
+        def listen(activation: Tensor, hook: Any = None) -> None:
+            clean = self.clean[name].to(activation.device)
+            if clean.shape != activation.shape:
+                raise ValueError(
+                    f"{name!r} in the clean cache has shape {tuple(clean.shape)}, in the corrupted "
+                    f"run it has {tuple(activation.shape)}: the cache must come from this model"
+                )
+            position = 2 if name.endswith("hook_pattern") else 1
+            others = [axis for axis in range(clean.ndim) if axis != position]
+            apart = (clean - activation).abs()
+            allowed = 0.1 * engine.tolerance(clean.dtype) * clean.abs().max()
+            self.moved[name] = (clean != activation).amax(dim=others).cpu()
+            self.far[name] = (apart > allowed).amax(dim=others).cpu()
+
+        return listen
+
+    def narrowed(self, cells: Sequence[Cell], differing: Sequence[int]) -> list[Cell]:
+        """Cells with only the positions that the patch can change (idea 3 of the engine).
+
+        That nothing changes before the first input that differs holds for the cache of a clean
+        run, not for one that was edited (averaged over prompts, for instance). So it is believed
+        only where the activations themselves agree.
+        """
+        out = []
+        for cell in cells:
+            if cell.site is not None:
+                claimed = engine.changed_positions(cell.site, cell.layer, cell.positions, differing)
+                moved, far = self.moved[cell.hook_name], self.far[cell.hook_name]
+                positions = tuple(
+                    p for p in cell.positions if moved[p] and (p in claimed or far[p])
+                )
+                cell = replace(cell, positions=positions)
+            out.append(cell)
+        return out
+
+    def warn_if_nothing_moves(self, differing: Sequence[int]) -> None:
+        """Warn once if clean and corrupted activations are the same everywhere."""
+        apart = self.moved if differing else self.far
+        if not any(bool(moved.any()) for moved in apart.values()):
+            warn_once(
+                "there is nothing to patch: clean and corrupted activations are the same at every "
+                "position (are the prompts the same?), so every cell is the corrupted baseline"
+            )
+
+
+def refuse_dead_hooks(model: Any, tokens: Tensor, run: Run | None, cells: Sequence[Cell]) -> None:
+    """Refuse hooks that can be read but not patched.
+
+    Where a model's attention is computed elsewhere, the hook is called with a finished copy, and
+    what it returns goes nowhere. Found by returning NaN from it, once for each kind of block: one
+    block is run where the engine runs blocks, else the model.
+
+    Raises:
+        ValueError: if the output does not depend on what the hook returns.
+    """
+    unpatched: dict[int, Tensor] = {}
+    tried: set[Any] = set()
+    for name, cell in {cell.hook_name: cell for cell in cells}.items():
+        if run is not None and cell.site is not None and cell.site.enters != "hook":
+            continue  # The residual stream itself is set, not a hook.
+        kind = (name.split(".", 2)[-1], block_kind(model, cell.layer))
+        if kind in tried:
+            continue
+        tried.add(kind)
+        layer = cell.layer if run is not None else -1
+        if layer not in unpatched:
+            unpatched[layer] = _output(model, tokens, run, layer)
+        with hooked(model, name, _not_a_number):
+            patched = _output(model, tokens, run, layer)
+        if torch.equal(patched, unpatched[layer]):
+            raise ValueError(
+                f"hook {name!r} is not live on this model: it is called, but what it returns "
+                "changes nothing (the attention is computed elsewhere), so it would read as zero "
+                "everywhere. Sweep another activation, for instance the heads' outputs"
+            )
+
+
+def _output(model: Any, tokens: Tensor, run: Run | None, layer: int) -> Tensor:
+    if run is None:
+        return model(tokens, return_type="logits")
+    return block_output(model, run, layer)
+
+
+def _not_a_number(activation: Tensor, hook: Any = None) -> Tensor:
+    return torch.full_like(activation, float("nan"))
 
 
 def _expected_shape(model: Any, name: str, tokens: Tensor) -> tuple[int | None, ...]:

@@ -278,11 +278,7 @@ class _Plan:
                     site=site if meaning else None,
                     hook_name=name,
                     layer=layer,
-                    positions=(
-                        engine.changed_positions(site, layer, positions, self.differing)
-                        if site and meaning
-                        else positions
-                    ),
+                    positions=positions,
                     head=where.get("head"),
                     source=where.get("source"),
                     setter=setter,
@@ -299,6 +295,7 @@ class _Plan:
             self.clean,
             self.cells,
             metrics,
+            differing=self.differing,
             per_example=reduce != "scalar",
             options=options,
         )

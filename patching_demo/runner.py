@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from patching_demo import engine
 from patching_demo.bridge import Run, Unsupported, attached_hooks, capture, run_plain
-from patching_demo.checks import warn_once
+from patching_demo.checks import Survey, refuse_dead_hooks, warn_once
 from patching_demo.engine import Cell, Scorer
 from patching_demo.store import CellStore
 
@@ -65,23 +65,31 @@ def run_cells(
     cells: Sequence[Cell],
     metrics: Mapping[str, Callable[..., Any]],
     *,
+    differing: Sequence[int],
     per_example: bool,
     options: Options,
 ) -> tuple[Tensor, Tensor]:
     """Values ``[metric, cell, (batch)]`` of all cells and the baseline ``[metric, (batch)]``.
 
+    ``differing`` are the positions at which the inputs of the two runs differ.
+
     Raises:
         SweepMismatch: if a rechecked cell differs beyond rounding.
-        ValueError: if a metric gives NaN or infinity, naming the cell.
+        ValueError: if a metric gives NaN or infinity, naming the cell, or a hook is not live.
     """
     reasons = _reasons_for_plain_loop(model, cells)
     run: Run | None = None
-    if not reasons:
-        try:
-            run = capture(model, tokens)
-        except Unsupported as reason:
-            reasons.append(str(reason))
-    logits = run.logits if run else model(tokens, return_type="logits")
+    with Survey(clean).listening(model) as survey:
+        if not reasons:
+            try:
+                run = capture(model, tokens)
+            except Unsupported as reason:
+                reasons.append(str(reason))
+        logits = run.logits if run else model(tokens, return_type="logits")
+    refuse_dead_hooks(model, tokens, run, cells)
+    cells = survey.narrowed(cells, differing)
+    if all(cell.site for cell in cells):
+        survey.warn_if_nothing_moves(differing)
     scorer = Scorer(model, run or Run(tokens=tokens, logits=logits, resid=[]), metrics, per_example)
     _refuse_not_finite(scorer, scorer.baseline[:, None], None)
     values = scorer.baseline[:, None].repeat(1, len(cells), *(1,) * (scorer.baseline.ndim - 1))

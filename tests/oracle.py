@@ -1,0 +1,152 @@
+"""The plain loop of ``transformer_lens.patching``, as what the sweeps are held to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+from unittest import mock
+
+import architectures
+import pandas as pd
+import tiny
+import torch
+import transformer_lens.patching as plain_patching
+from torch import Tensor
+
+from patching_demo import patching
+from patching_demo.metrics import LogitDifference, LogProb
+
+BATCH, N_POS = 2, 6
+#: Sweeps of ``transformer_lens.patching``; resid_post is ours alone.
+SINGLE = tuple(name for name in patching.SWEEPS if name != "resid_post")
+
+
+def model(name: str) -> Any:
+    """A shared tiny model by its name in ``tiny`` or ``architectures``."""
+    return tiny.model(name) if name in tiny.NAMES else architectures.model(name)
+
+
+@dataclass
+class Pair:
+    """Clean and corrupted tokens ``[batch, pos]``, the clean run's cache, and metrics."""
+
+    clean: Tensor
+    corrupted: Tensor
+    cache: Any
+    metrics: dict[str, Any]
+
+    @property
+    def per_example(self) -> dict[str, Any]:
+        return {
+            name: getattr(metric, "per_example", all_logits_per_example)
+            for name, metric in self.metrics.items()
+        }
+
+
+_weights = torch.linspace(-1.0, 1.0, tiny.D_VOCAB)[torch.randperm(tiny.D_VOCAB)]
+
+
+def all_logits_per_example(logits: Tensor) -> Tensor:
+    """A metric that reads every logit at every position: [batch]."""
+    where = torch.arange(1, logits.shape[1] + 1, dtype=logits.dtype)
+    return torch.einsum("bpv,v,p->b", logits, _weights.to(logits.dtype), where)
+
+
+def all_logits(logits: Tensor) -> Tensor:
+    return all_logits_per_example(logits).mean()
+
+
+def make_pair(
+    model: Any,
+    batch: int = BATCH,
+    n_pos: int = N_POS,
+    differ: tuple[int, ...] = (2,),
+    seed: int = 0,
+) -> Pair:
+    """Random prompts that differ at some positions, and in the first prompt at the last but one."""
+    draw = torch.Generator().manual_seed(seed)
+    clean = torch.randint(5, tiny.D_VOCAB, (batch, n_pos), generator=draw)
+    corrupted = clean.clone()
+    for position in differ:
+        # A shift by 1 to 100 within the vocabulary is never the same token.
+        shift = torch.randint(1, 100, (batch,), generator=draw)
+        corrupted[:, position] = (clean[:, position] - 5 + shift) % (tiny.D_VOCAB - 5) + 5
+    if differ and n_pos > 2:
+        corrupted[0, n_pos - 2] = (clean[0, n_pos - 2] - 5 + 7) % (tiny.D_VOCAB - 5) + 5
+    with torch.no_grad():
+        _, cache = model.run_with_cache(clean)
+    last = n_pos - 1
+    answers = torch.randint(5, tiny.D_VOCAB, (batch, 2), generator=draw)
+    metrics = {
+        # Each prompt is read elsewhere.
+        "difference": LogitDifference(
+            answers, positions=[last - (row % 2) * (last > 0) for row in range(batch)]
+        ),
+        "log-probability": LogProb(answers, positions=[[max(last - 2, 0), last]] * batch),
+        "all logits": all_logits,
+    }
+    return Pair(clean, corrupted, cache, metrics)
+
+
+@lru_cache(None)
+def pair(name: str) -> Pair:
+    """The shared pair of prompts of a shared model; tests must leave it as it is."""
+    return make_pair(model(name))
+
+
+def quiet() -> Any:
+    """The plain loop has no switch for its progress bar."""
+    return mock.patch.object(plain_patching, "tqdm", lambda rows, **_: rows)
+
+
+@lru_cache(None)
+def expected(name: str, sweep: str) -> Any:
+    """A whole sweep by the plain loop: per example, all metrics, with its baseline."""
+    data = pair(name)
+    with torch.no_grad(), quiet():
+        return getattr(plain_patching, f"get_act_patch_{sweep}")(
+            model(name),
+            data.corrupted,
+            data.cache,
+            data.per_example,
+            reduce="none",
+            baseline=True,
+        )
+
+
+def some_cells(name: str, sweep: str, count: int, seed: int = 0) -> pd.DataFrame:
+    """Indices of a few cells of a sweep, drawn at random."""
+    data = pair(name)
+    activation, _, axes = patching.SWEEPS[sweep]
+    _, index = patching._indices(model(name), data.corrupted, activation, axes, None)
+    return index.sample(min(count, len(index)), random_state=seed).reset_index(drop=True)
+
+
+def expected_cells(name: str, sweep: str, index: pd.DataFrame) -> Any:
+    """Some cells of a sweep by the plain loop, as :func:`expected`, flat."""
+    data = pair(name)
+    activation, setter, _ = patching.SWEEPS[sweep]
+    with torch.no_grad(), quiet():
+        return plain_patching.generic_activation_patch(
+            model(name),
+            data.corrupted,
+            data.cache,
+            data.per_example,
+            setter,
+            activation,
+            index_df=index,
+            reduce="none",
+            baseline=True,
+        )
+
+
+def assert_close(found: Tensor, wanted: Tensor, metric_axis: bool = True) -> None:
+    """At most 1e-4 of the range of the values, metric by metric."""
+    assert found.shape == wanted.shape, f"{tuple(found.shape)} is not {tuple(wanted.shape)}"
+    if not metric_axis:
+        found, wanted = found[None], wanted[None]
+    for number, (one, other) in enumerate(zip(found, wanted, strict=True)):
+        spread = float(other.max() - other.min())
+        error = float((one - other).abs().max())
+        assert error <= 1e-4 * spread, f"metric {number}: error {error:.2e}, range {spread:.2e}"
