@@ -478,7 +478,7 @@ def _answer_rows(
             "answers must be (right, wrong) or a list of such pairs, got "
             f"{type(answers).__name__} {answers!r}"
         )
-    if len(answers) == 2 and all(isinstance(a, (str, int)) for a in answers):
+    if len(answers) == 2 and not any(isinstance(a, (list, tuple)) for a in answers):
         pairs = [tuple(answers)] * len(prompt_rows)
     else:
         pairs = [tuple(p) if isinstance(p, (list, tuple)) else (p,) for p in answers]
@@ -519,8 +519,9 @@ def _answer_token(model: Any, answer: Any, prompt: str | None, what: str) -> int
     ids = _answer_ids(model, answer)
     spaced = _answer_ids(model, " " + answer)
     open_ended = prompt is None or not prompt[-1].isspace()
+    unknown = getattr(model.tokenizer, "unk_token_id", None)
     lacks_space = answer[:1].isalnum() and open_ended
-    if lacks_space and len(spaced) == 1 and spaced != ids:
+    if lacks_space and len(spaced) == 1 and spaced not in (ids, [unknown]):
         raise ValueError(
             f"{what} is {answer!r}, {_shown(model, ids)}, without a leading space. Inside a "
             f"sentence the model predicts {' ' + answer!r}, {_shown(model, spaced)}: write it "
@@ -534,7 +535,6 @@ def _answer_token(model: Any, answer: Any, prompt: str | None, what: str) -> int
             "next token: choose a word that is a single token in this model, or give the id of "
             f"its first piece, {ids[0]}"
         )
-    unknown = getattr(model.tokenizer, "unk_token_id", None)
     if ids[0] == unknown and answer != getattr(model.tokenizer, "unk_token", None):
         # Some models use one token as unknown, BOS and pad: a real answer is none of them.
         raise ValueError(f"{what}, {answer!r}, is not in the tokenizer's vocabulary")

@@ -1,0 +1,428 @@
+"""Tasks hold what they say, and mistakes in prompts and answers are refused with the remedy."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from patching_demo.metrics import LogitDifference, reads
+from patching_demo.tasks import (
+    CORRUPTIONS,
+    IOI_ANSWERS,
+    IOI_PROMPTS,
+    METRICS,
+    induction_task,
+    ioi_task,
+    prompt_task,
+)
+
+RIGHT_WRONG = (" Mary", " John")
+CLEAN, CORRUPTED = "John gave the bag to", "Mary gave the bag to"
+WITH_TOKENIZER = [name for name in tiny.NAMES if name != "attn-only"]
+
+
+@pytest.fixture
+def model():
+    return tiny.model("gpt2")
+
+
+@pytest.mark.parametrize("name", WITH_TOKENIZER)
+def test_ioi_task_holds_the_eight_prompts_swapped_in_pairs(name):
+    model = tiny.model(name)
+    task = ioi_task(model)
+    assert torch.equal(task.clean_tokens, model.to_tokens(list(IOI_PROMPTS)))
+    swap = [1, 0, 3, 2, 5, 4, 7, 6]
+    assert torch.equal(task.corrupted_tokens, task.clean_tokens[swap])
+    assert task.clean_tokens.dtype == torch.int64
+    by_name = [[model.to_single_token(a) for a in pair] for pair in IOI_ANSWERS]
+    assert task.answers.tolist() == by_name
+    # Every answer is in its prompt, and the wrong one is the subject that is named twice.
+    for prompt, (right, wrong) in zip(IOI_PROMPTS, IOI_ANSWERS, strict=True):
+        assert (prompt.count(right.strip()), prompt.count(wrong.strip())) == (1, 2)
+    assert len(set(IOI_PROMPTS)) == 8
+    # Swapping within pairs swaps the answers, so the corrupted baseline is the clean one's mirror.
+    assert task.corrupted_baseline == pytest.approx(-task.clean_baseline, abs=1e-5)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_baselines_are_the_metric_on_both_runs(model, metric):
+    task = ioi_task(model, metric=metric)
+    with torch.no_grad():
+        assert float(task.metric(model(task.clean_tokens))) == task.clean_baseline
+        assert float(task.metric(model(task.corrupted_tokens))) == task.corrupted_baseline
+    assert task.metric.name == metric
+    again = ioi_task(model).with_metric(model, metric)
+    assert (again.clean_baseline, again.corrupted_baseline) == (
+        task.clean_baseline,
+        task.corrupted_baseline,
+    )
+
+
+def test_normalised_task_is_one_clean_and_zero_corrupted(model):
+    task = ioi_task(model).normalised()
+    assert (task.clean_baseline, task.corrupted_baseline) == (1.0, 0.0)
+    with torch.no_grad():
+        assert float(task.metric(model(task.clean_tokens))) == pytest.approx(1.0, abs=1e-5)
+        assert float(task.metric(model(task.corrupted_tokens))) == pytest.approx(0.0, abs=1e-5)
+
+
+def test_normalising_refuses_equal_baselines(model):
+    task = dataclasses.replace(ioi_task(model), clean_baseline=0.5, corrupted_baseline=0.5)
+    with pytest.raises(ValueError, match="both 0.5"):
+        task.normalised()
+
+
+def test_labels_are_unique_and_name_token_and_position(model):
+    task = ioi_task(model)
+    assert task.position_labels[0] == "<bos> 0"
+    assert task.position_labels[10] == "John 10"
+    assert task.position_tokens[10] == " John"
+    assert len(set(task.position_labels)) == task.clean_tokens.shape[1]
+    assert task.agree_until == 10
+    assert "indirect object" in repr(task) and "8 prompt" in repr(task)
+
+
+def test_labels_of_line_ends_and_spaces_can_be_seen(model):
+    task = prompt_task(model, "The\n bag", "The\n ball", (" Mary", " John"))
+    assert task.position_labels[2] == "\\n 2"
+
+
+@pytest.mark.parametrize("name", tiny.NAMES)
+@pytest.mark.parametrize("corrupted", CORRUPTIONS)
+def test_induction_task_is_made_of_the_copies_it_names(name, corrupted):
+    model = tiny.model(name)
+    length = 6
+    task = induction_task(model, corrupted, batch=3, seq_len=length)
+    reference = induction_task(model, "BC", batch=3, seq_len=length)
+    copies = {
+        "A": task.clean_tokens[:, 1 : length + 1],
+        "B": reference.corrupted_tokens[:, 1 : length + 1],
+        "C": reference.corrupted_tokens[:, length + 1 :],
+    }
+    for tokens, spelling in ((task.clean_tokens, "AA"), (task.corrupted_tokens, corrupted)):
+        first, second = tokens[:, 1 : length + 1], tokens[:, length + 1 :]
+        assert torch.equal(first, copies[spelling[0]]) and torch.equal(second, copies[spelling[1]])
+        assert len(set(tokens[:, 0].tolist())) == 1
+    # Within a row no random token occurs twice, and none is special.
+    for row in torch.cat(list(copies.values()), dim=1).tolist():
+        assert len(set(row)) == 3 * length
+        assert task.clean_tokens[0, 0].item() not in row
+
+
+def test_induction_metric_is_the_mean_log_probability_of_the_second_copy():
+    model = tiny.model("attn-only")
+    length = 5
+    task = induction_task(model, batch=2, seq_len=length)
+    with torch.no_grad():
+        log_probs = model(task.clean_tokens).log_softmax(-1)
+    each = [
+        log_probs[row, place, task.clean_tokens[row, place + 1]].item()
+        for row in range(2)
+        for place in range(length + 1, 2 * length)
+    ]
+    assert task.clean_baseline == pytest.approx(sum(each) / len(each), abs=1e-5)
+    assert task.metric.units == "nats"
+    assert task.position_labels[:3] == ["BOS 0", "A1 1", "A2 2"]
+    assert task.position_labels[-1] == f"A{length} {2 * length}"
+
+
+def test_induction_is_the_same_for_the_same_seed_and_leaves_torchs_generator_alone():
+    model = tiny.model("attn-only")
+    state = torch.random.get_rng_state()
+    one, same, other = (induction_task(model, seed=s, seq_len=5) for s in (3, 3, 4))
+    assert torch.equal(one.clean_tokens, same.clean_tokens)
+    assert one.clean_baseline == same.clean_baseline
+    assert not torch.equal(one.clean_tokens, other.clean_tokens)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_induction_in_a_small_vocabulary_repeats_tokens_only_between_copies():
+    inner = tiny.model("attn-only")
+    small = _standing_in(inner, d_vocab=12)
+    task = induction_task(small, "BC", batch=2, seq_len=8)
+    for half in task.corrupted_tokens[:, 1:].split(8, dim=1):
+        assert all(len(set(row)) == 8 for row in half.tolist())
+    with pytest.raises(
+        ValueError, match=r"more distinct tokens than this vocabulary offers \(11\)"
+    ):
+        induction_task(small, seq_len=11)
+
+
+def test_induction_draws_from_the_middle_of_a_large_vocabulary():
+    large = _standing_in(tiny.model("attn-only"), d_vocab=50_000, logits=True)
+    tokens = induction_task(large, seq_len=20, batch=4).clean_tokens[:, 1:]
+    assert tokens.min() >= 100 and tokens.max() < 10_000
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"corrupted": "AA"}, "AB, BA, BB, BC"),
+        ({"batch": 0}, "batch"),
+        ({"batch": 2.5}, "batch"),
+        ({"seq_len": 1}, "first token of the second copy"),
+        ({"seq_len": 32}, "at most 31"),
+    ],
+)
+def test_induction_refuses_what_does_not_fit(options, message):
+    with pytest.raises(ValueError, match=message):
+        induction_task(tiny.model("attn-only"), **options)
+
+
+def test_own_prompts_as_text_tokens_or_arrays_make_the_same_task(model):
+    text = prompt_task(model, CLEAN, CORRUPTED, RIGHT_WRONG)
+    assert text.clean_tokens.tolist() == model.to_tokens(CLEAN).tolist()
+    ids = [model.to_single_token(a) for a in RIGHT_WRONG]
+    for convert in (
+        lambda t: t,
+        lambda t: t.int(),
+        np.asarray,
+        lambda t: t.tolist(),
+        lambda t: t[0],
+    ):
+        same = prompt_task(model, *(convert(model.to_tokens(p)) for p in (CLEAN, CORRUPTED)), ids)
+        assert torch.equal(same.clean_tokens, text.clean_tokens)
+        assert same.clean_tokens.dtype == torch.int64
+        assert same.clean_baseline == text.clean_baseline
+
+
+def test_one_pair_of_answers_serves_all_prompts(model):
+    clean, corrupted = [CLEAN, CORRUPTED], [CORRUPTED, CLEAN]
+    one = prompt_task(model, clean, corrupted, RIGHT_WRONG)
+    each = prompt_task(model, clean, corrupted, [RIGHT_WRONG, RIGHT_WRONG])
+    assert torch.equal(one.answers, each.answers)
+
+
+@pytest.mark.parametrize("name", WITH_TOKENIZER)
+@pytest.mark.parametrize("metric", METRICS)
+def test_prompts_of_different_lengths_are_each_read_at_their_own_end(name, metric):
+    model = tiny.model(name)
+    clean = [CLEAN, "When John and Mary went to the shops, John gave the bag to", "John to"]
+    corrupted = [p.replace("John gave", "Mary gave") for p in clean[:2]] + ["Mary to"]
+    together = prompt_task(model, clean, corrupted, RIGHT_WRONG, metric=metric)
+    alone = [
+        prompt_task(model, a, b, RIGHT_WRONG, metric=metric)
+        for a, b in zip(clean, corrupted, strict=True)
+    ]
+    with torch.no_grad():
+        each = together.metric.per_example(model(together.clean_tokens))
+    assert each.tolist() == pytest.approx([t.clean_baseline for t in alone], abs=1e-5)
+    lengths = [t.clean_tokens.shape[1] for t in alone]
+    assert together.lengths.tolist() == lengths and len(set(lengths)) > 1
+    assert together.metric.positions.tolist() == [[n - 1] for n in lengths]
+    # Labels come from the longest prompt, so that none names a pad.
+    assert "<pad>" not in " ".join(together.position_labels)
+
+
+def test_tokens_padded_on_the_right_are_served_and_on_the_left_refused(model):
+    short, long = model.to_tokens(CLEAN)[0], model.to_tokens(CLEAN + " the cat")[0]
+    pad = model.tokenizer.pad_token_id
+    gap = torch.full((len(long) - len(short),), pad)
+    other = [t.clone() for t in (short, long)]
+    for t in other:
+        t[1] = model.to_single_token("Mary")
+    right = [torch.stack([torch.cat([a, gap]), b]) for a, b in ((short, long), other)]
+    task = prompt_task(model, *right, RIGHT_WRONG)
+    assert task.metric.positions.tolist() == [[len(short) - 1], [len(long) - 1]]
+    left = [torch.stack([b, torch.cat([gap, a])]) for a, b in ((short, long), other)]
+    with pytest.raises(ValueError, match="clean prompt 2 is padded on the left"):
+        prompt_task(model, *left, RIGHT_WRONG)
+
+
+def test_a_bos_that_is_also_the_pad_is_no_padding(model):
+    tokens = model.to_tokens(CLEAN)
+    both = _standing_in(model, pad_token_id=model.tokenizer.bos_token_id)
+    other = tokens.clone()
+    other[0, 1] = model.to_single_token("Mary")
+    assert prompt_task(both, tokens, other, RIGHT_WRONG).lengths.tolist() == [tokens.shape[1]]
+    double = [torch.cat([t[:, :1], t], dim=1) for t in (tokens, other)]
+    with pytest.raises(ValueError, match="padded on the left"):
+        prompt_task(both, *double, RIGHT_WRONG)
+
+
+def test_unequal_lengths_show_both_tokenisations_aligned(model):
+    with pytest.raises(ValueError) as refusal:
+        prompt_task(model, CLEAN, "John gave the the bag to", RIGHT_WRONG)
+    message = str(refusal.value)
+    assert "6 tokens" in message and "7" in message
+    clean, corrupted = message.splitlines()[-2:]
+    assert clean.split()[0] == "clean" and corrupted.split()[0] == "corrupted"
+    assert clean.index("' gave'") == corrupted.index("' gave'")
+    assert clean.count("' the'") == 1 and corrupted.count("' the'") == 2
+
+
+PROMPTS = (CLEAN, CORRUPTED)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "answers", "shown"),
+    [
+        ((CLEAN, CLEAN), RIGHT_WRONG, ["pair 1", "same", "' gave'"]),
+        (([CLEAN] * 2, [CORRUPTED]), RIGHT_WRONG, ["2 clean and 1 corrupted"]),
+        (PROMPTS, ("Mary", " John"), ["right answer", "'Mary'", "leading space", "' Mary'"]),
+        (PROMPTS, (" Mary", "John"), ["wrong answer", "'John'", "leading space"]),
+        (PROMPTS, (" Mary gave", " John"), ["2 tokens", "' Mary' | ' gave'", "first piece"]),
+        (PROMPTS, (" Mary", " Mary"), ["same token", "' Mary'"]),
+        (PROMPTS, (" Mary", " Zanzibar"), ["not in the tokenizer's vocabulary"]),
+        (PROMPTS, (" Mary", ""), ["no token"]),
+        (PROMPTS, (5, 128), ["token 128", "vocabulary of 128"]),
+        (PROMPTS, (-1, 5), ["token -1"]),
+        (PROMPTS, [RIGHT_WRONG] * 2, ["2 pairs of answers for 1 prompts"]),
+        (PROMPTS, [(" Mary",)], ["(right, wrong)"]),
+        ((CLEAN + " ", CORRUPTED + " "), RIGHT_WRONG, ["ends in a space", "begins with one"]),
+        (("", CORRUPTED), RIGHT_WRONG, ["clean prompt 1 is empty"]),
+        ((["a"], []), RIGHT_WRONG, ["no corrupted prompt"]),
+        ((" the" * 64, " cat" * 64), RIGHT_WRONG, ["clean prompt 1 has 65 tokens", "64"]),
+        (([[4, 5, 128]], [[4, 5, 6]]), (5, 6), ["clean tokens", "128", "vocabulary"]),
+        (([[4, 5, 6]], [[4, 5, -3]]), (5, 6), ["corrupted tokens", "-3"]),
+        ((torch.zeros(1, 2, 3, dtype=torch.int64),) * 2, (5, 6), ["[batch, pos]"]),
+    ],
+)
+def test_prompts_and_answers_that_cannot_work_are_refused_with_the_tokens(
+    model, prompts, answers, shown
+):
+    with pytest.raises(ValueError) as refusal:
+        prompt_task(model, *prompts, answers)
+    for part in shown:
+        assert part in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "answers", "message"),
+    [
+        ((CLEAN, [CORRUPTED]), RIGHT_WRONG, "same form"),
+        ((3.5, 2.5), RIGHT_WRONG, "must be integers"),
+        ((torch.rand(1, 3), torch.rand(1, 3)), RIGHT_WRONG, "must be integers"),
+        ((None, None), RIGHT_WRONG, "clean prompts must be"),
+        ((["a", 3], ["b", 4]), RIGHT_WRONG, "clean prompts must be"),
+        (PROMPTS, None, "answers must be"),
+        (PROMPTS, " Mary", "answers must be"),
+        (PROMPTS, (None, " John"), "string or a token id"),
+        (PROMPTS, [(True, False)], "string or a token id"),
+        (PROMPTS, [(1.5, 2.5)], "string or a token id"),
+    ],
+)
+def test_prompts_and_answers_of_the_wrong_kind_are_a_type_error(model, prompts, answers, message):
+    with pytest.raises(TypeError, match=message):
+        prompt_task(model, *prompts, answers)
+
+
+def test_an_answer_without_its_space_is_fine_where_no_space_belongs(model):
+    # After a space in the prompt, in front of punctuation, or where only that form exists.
+    assert prompt_task(model, CLEAN + " ", CORRUPTED + " ", ("Mary", "John"))
+    assert prompt_task(model, CLEAN, CORRUPTED, (".", "!"))
+    assert prompt_task(model, CLEAN, CORRUPTED, ("ing", "."))
+
+
+def test_a_model_without_a_tokenizer_takes_tokens_only():
+    model = tiny.model("attn-only")
+    task = prompt_task(model, [[0, 1, 2]], [[0, 3, 2]], (5, 6))
+    assert task.position_labels == ["#0 0", "#1 1", "#2 2"]
+    with pytest.raises(ValueError, match="no tokenizer"):
+        prompt_task(model, "a", "b", (5, 6))
+    with pytest.raises(ValueError, match="no tokenizer"):
+        prompt_task(model, [[0, 1]], [[0, 2]], (" a", " b"))
+
+
+def test_unknown_and_unfitting_metrics_are_refused(model):
+    with pytest.raises(ValueError, match="'loss'"):
+        prompt_task(model, *PROMPTS, RIGHT_WRONG, metric="loss")
+    with pytest.raises(ValueError, match="right answers alone"):
+        induction_task(model, seq_len=3).with_metric(model, "logit difference")
+    assert induction_task(model, seq_len=3).with_metric(model, "probability").clean_baseline > 0
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_metric_that_is_not_finite_is_refused_by_name(model, value):
+    broken = reads([[1]], name="broken one")(lambda logits: torch.tensor([value]))
+    task = prompt_task(model, *PROMPTS, RIGHT_WRONG)
+    with pytest.raises(ValueError, match="'broken one' is .* clean prompts"):
+        task.with_metric(model, broken)
+
+
+def test_a_model_in_training_mode_is_refused():
+    model = tiny.fresh("gpt2")
+    model.train()
+    with pytest.raises(ValueError, match=r"model.eval\(\)"):
+        prompt_task(model, *PROMPTS, RIGHT_WRONG)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_grad_mode_stays_as_it_was_and_nothing_keeps_a_graph(model, enabled):
+    with torch.set_grad_enabled(enabled):
+        task = prompt_task(model, *PROMPTS, RIGHT_WRONG)
+        cache = task.clean_cache(model)
+        assert torch.is_grad_enabled() == enabled
+    assert not cache["blocks.0.hook_resid_pre"].requires_grad
+
+
+def test_caches_are_of_the_run_they_are_named_for_and_can_be_narrow(model):
+    task = prompt_task(model, *PROMPTS, RIGHT_WRONG)
+    name = "blocks.1.attn.hook_z"
+    for tokens, cache in (
+        (task.clean_tokens, task.clean_cache(model, [name])),
+        (task.corrupted_tokens, task.corrupted_cache(model, [name])),
+    ):
+        # The bridge keeps the same tensor under a second name.
+        assert name in cache and not any("blocks.0" in key for key in cache)
+        with torch.no_grad():
+            assert torch.equal(cache[name], model.run_with_cache(tokens)[1][name])
+
+
+def test_any_metric_can_score_a_task(model):
+    task = prompt_task(model, *PROMPTS, RIGHT_WRONG)
+    other = task.with_metric(model, LogitDifference(task.answers.flip(1), task.metric.positions))
+    assert other.clean_baseline == pytest.approx(-task.clean_baseline)
+
+
+def _standing_in(inner, *, d_vocab=None, pad_token_id=None, logits=False):
+    """The model with another vocabulary size or pad token in what it says about itself."""
+
+    class StandIn:
+        training = False
+        cfg = SimpleNamespace(
+            d_vocab=d_vocab or inner.cfg.d_vocab,
+            n_ctx=inner.cfg.n_ctx,
+            device="cpu",
+            model_name="stand-in",
+        )
+        tokenizer = None
+        to_tokens = staticmethod(inner.to_tokens)
+
+        def __call__(self, tokens, **options):
+            return torch.rand(*tokens.shape, d_vocab) if logits else inner(tokens, **options)
+
+    if pad_token_id is not None:
+
+        class Tokenizer:
+            def __getattr__(self, name):
+                return getattr(inner.tokenizer, name)
+
+        StandIn.tokenizer = Tokenizer()
+        StandIn.tokenizer.pad_token_id = pad_token_id
+    return StandIn()
+
+
+@pytest.mark.hub
+def test_gpt2_small_gives_the_published_numbers():
+    from patching_demo import load_model
+
+    task = ioi_task(load_model("gpt2-small"))
+    assert task.clean_baseline == pytest.approx(3.5519, abs=5e-4)
+    assert task.corrupted_baseline == pytest.approx(-3.5519, abs=5e-4)
+    assert task.answers.tolist() == [
+        [5335, 1757],
+        [1757, 5335],
+        [4186, 3700],
+        [3700, 4186],
+        [6035, 15686],
+        [15686, 6035],
+        [5780, 14235],
+        [14235, 5780],
+    ]
