@@ -1,0 +1,383 @@
+"""Time every sweep against ``transformer_lens.patching``, in one run on one machine.
+
+    python scripts/bench.py                 everything this machine can run
+    python scripts/bench.py --models smollm2-135m --sweeps resid_pre attn_head_out_by_pos
+
+Both sides of a row are measured within the same minute, with the machine's own matrix
+multiplication before and after them, so that a row can be judged on a noisy machine. Where the
+plain loop would take more than two minutes, a random sample of its cells is timed instead and the
+row says so. Writes benchmark/results.json and benchmark/table.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+import transformer_lens.patching as plain
+from transformer_lens.patching import make_df_from_ranges
+
+from patching_demo import induction_task, ioi_task, load_model, patching
+from patching_demo.engine import SITES
+
+OUT = Path(__file__).resolve().parent.parent / "benchmark"
+WHOLE_UNDER_SECONDS = 120
+SAMPLE_CELLS = 12
+
+BLOCKS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
+BY_POS = tuple(f"attn_head_{kind}_by_pos" for kind in patching.HEAD_KINDS)
+ALL_POS = tuple(f"attn_head_{kind}_all_pos" for kind in patching.HEAD_KINDS)
+NOTEBOOK_2 = (
+    "resid_pre", "resid_mid", "attn_out", "mlp_out",
+    "attn_head_all_pos_every", "attn_head_by_pos_every",
+)  # fmt: skip
+PLAIN_METRIC = ("resid_pre", "attn_head_out_by_pos", "attn_head_out_all_pos")
+"""Sweeps that are also timed with a metric that is a bare function of full logits."""
+
+# The least ratio each row must reach on two CPU cores.
+MARKS = {
+    "smollm2-135m": (
+        dict.fromkeys((*BY_POS, "attn_head_by_pos_every", "attn_head_pattern_dest_src_pos"), 45.0)
+        | dict.fromkeys((*BLOCKS, "block_every"), 40.0)
+        | dict.fromkeys((*ALL_POS, "attn_head_all_pos_every"), 8.0)
+        | {"all of notebook 2": 35.0}
+    ),
+    "attn-only-2l-demo": dict.fromkeys((*patching.SWEEPS, *patching.COMBINED), 10.0),
+}
+SHARE_MARK = 0.75
+PLAIN_METRIC_SHARE_OF_MARK = 2 / 3
+
+
+@dataclass
+class Row:
+    """One measured sweep; times in seconds, memory in MiB over the loaded model."""
+
+    model: str
+    dtype: str
+    sweep: str
+    cells: int
+    seconds: float
+    plain_seconds: float
+    sampled: bool
+    ratio: float
+    mark: float | None
+    max_difference: float
+    value_range: float
+    peak_mib: float
+    matmul_gflops: float
+    share_of_matmul: float | None
+
+    @property
+    def passed(self) -> bool | None:
+        return None if self.mark is None else self.ratio >= self.mark
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timed(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
+    synchronise(device)
+    begin = time.perf_counter()
+    result = call()
+    synchronise(device)
+    return time.perf_counter() - begin, result
+
+
+def matmul_gflops(device: torch.device, dtype: torch.dtype) -> float:
+    """The machine's own speed at square matrix products, best of five."""
+    size = 8192 if device.type == "cuda" else 2048
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    times = [timed(lambda: a @ a, device)[0] for _ in range(6)][1:]
+    return 2 * size**3 / min(times) / 1e9
+
+
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[list[float]]:
+    """Collects the most memory in MiB that the block used over what it began with."""
+    found: list[float] = []
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield found
+        found.append((torch.cuda.max_memory_allocated(device) - before) / 2**20)
+        return
+    process, done, most = psutil.Process(), threading.Event(), [0]
+    before = process.memory_info().rss
+
+    def watch() -> None:
+        while not done.wait(0.02):
+            most[0] = max(most[0], process.memory_info().rss)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield found
+    finally:
+        done.set()
+        watcher.join()
+        found.append(max(0, most[0] - before) / 2**20)
+
+
+def needed_flops(model: Any, task: Any, sweep: str) -> float:
+    """The multiplications and additions that the patched runs of a sweep cannot do without.
+
+    Matrix products with the blocks' weights, for the positions that a patch can change and the
+    metric can see: in the patch's own block only what comes after the patch, in the last block
+    keys and values for positions that are not read. Attention's own products and the few logits
+    that are read are left out, so the share of matmul speed is understated.
+    """
+    sweeps = patching.COMBINED[sweep][0] if sweep in patching.COMBINED else (sweep,)
+    clean, corrupted = task.clean_tokens, task.corrupted_tokens
+    differ = (clean != corrupted).any(0).nonzero()[:, 0].tolist()
+    read = set(task.metric.positions.flatten().tolist())
+    end, n_layers = max(read) + 1, len(model.blocks)
+    total = 0.0
+    for name in sweeps:
+        activation, _, axes = patching.SWEEPS[name]
+        heads = model.cfg.n_heads
+        if activation in ("k", "v"):
+            heads = getattr(model.cfg, "n_key_value_heads", None) or heads
+        each = heads if {"head", "head_index"} & set(axes) else 1
+        positions = {"pos", "dest_pos"} & set(axes)
+        starts = range(differ[0], end) if positions else [differ[0]]
+        for layer in range(n_layers):
+            whole, kv, after = _block_weights(model.blocks[layer], activation)
+            for start in starts:
+                if layer == 0 and SITES[activation].at_input and start not in differ:
+                    continue
+                sources = start + 1 if "src_pos" in axes else 1
+                tokens = end - start
+                own = tokens if SITES[activation].spreads or not positions else 1
+                if layer == n_layers - 1:
+                    own = sum(start <= p < start + own for p in read)
+                weights = after * own
+                last_whole, last_kv, _ = _block_weights(model.blocks[-1], activation)
+                later = n_layers - 1 - layer
+                if later:
+                    read_here = sum(p >= start for p in read)
+                    weights += whole * tokens * (later - 1)
+                    weights += last_whole * read_here + last_kv * (tokens - read_here)
+                total += 2.0 * weights * each * sources * len(clean)
+    return total
+
+
+def _block_weights(block: Any, activation: str) -> tuple[int, int, int]:
+    """Weights of a block: all, those of keys and values, those used after the patch."""
+
+    def size(*parts: str) -> int:
+        count = 0
+        for part in parts:
+            owner: Any = block
+            for name in part.split("."):
+                owner = getattr(owner, name, None)
+            if owner is not None:
+                count += sum({id(w): w.numel() for w in owner.parameters() if w.ndim == 2}.values())
+        return count
+
+    mlp, kv, out = size("mlp"), size("attn.k", "attn.v"), size("attn.o")
+    whole = mlp + kv + size("attn.q") + out
+    after = {
+        "resid_pre": whole,
+        "resid_mid": mlp,
+        "attn_out": mlp,
+        "mlp_out": 0,
+        "resid_post": 0,
+    }.get(activation, mlp + out)
+    return whole, kv, after
+
+
+def plain_sweep(name: str) -> Callable[..., Any]:
+    """The sweep of transformer_lens.patching; resid_post, which it lacks, from its generic one."""
+    found = getattr(plain, f"get_act_patch_{name}", None)
+    if found is not None:
+        return found
+    activation, setter, axes = patching.SWEEPS[name]
+    return lambda *inputs: plain.generic_activation_patch(
+        *inputs, patch_setter=setter, activation_name=activation, index_axis_names=axes
+    )
+
+
+def sample_plain(
+    model: Any, task: Any, cache: Any, metric: Any, name: str, result: torch.Tensor
+) -> tuple[float, float]:
+    """Seconds per cell of the plain loop on some random cells, and their largest difference."""
+    rng = np.random.default_rng(0)
+    sweeps = patching.COMBINED[name][0] if name in patching.COMBINED else (name,)
+    seconds, worst, count = 0.0, 0.0, 0
+    for number, sweep in enumerate(sweeps):
+        activation, setter, axes = patching.SWEEPS[sweep]
+        own = result[number] if name in patching.COMBINED else result
+        order = patching.COMBINED[name][2] if name in patching.COMBINED else axes
+        short = [{"head_index": "head", "dest_pos": "pos"}.get(axis, axis) for axis in axes]
+        if name in patching.COMBINED:
+            own = own.permute(*[list(order).index(axis) for axis in short])
+            if activation in ("k", "v"):
+                own = own[..., : getattr(model.cfg, "n_key_value_heads", None) or own.shape[-1]]
+        index = make_df_from_ranges(list(own.shape), list(axes))
+        cells = max(2, SAMPLE_CELLS // len(sweeps))
+        rows = rng.choice(len(index), size=min(cells, len(index)), replace=False)
+        chosen = index.iloc[rows].reset_index(drop=True)
+        took, values = timed(
+            lambda chosen=chosen, setter=setter, activation=activation: (
+                plain.generic_activation_patch(
+                    model, task.corrupted_tokens, cache, metric, setter, activation, None, chosen
+                )
+            ),
+            task.corrupted_tokens.device,
+        )
+        seconds, count = seconds + took, count + len(chosen)
+        found = torch.stack([own[tuple(row)] for row in chosen.to_numpy().tolist()])
+        worst = max(worst, (found - values).abs().max().item())
+    return seconds / count, worst
+
+
+@torch.no_grad()
+def measure(model: Any, model_name: str, task: Any, cache: Any, name: str, bare: bool) -> Row:
+    device, dtype = task.corrupted_tokens.device, next(model.parameters()).dtype
+    metric = (lambda logits: task.metric(logits)) if bare else task.metric
+    inputs = (model, task.corrupted_tokens, cache, metric)
+    ours = getattr(patching, f"get_act_patch_{name}")
+    speed = [matmul_gflops(device, dtype)]
+    with peak_memory(device) as peak:
+        seconds, result = timed(lambda: ours(*inputs, progress=False), device)
+    if seconds < 5:
+        again = [timed(lambda: ours(*inputs, progress=False), device)[0] for _ in range(4)]
+        seconds = statistics.median(again)
+    speed.append(matmul_gflops(device, dtype))
+    per_cell, worst = sample_plain(model, task, cache, metric, name, result)
+    cells = int(torch.isfinite(result).sum())
+    sampled = per_cell * cells > WHOLE_UNDER_SECONDS
+    plain_seconds = per_cell * cells
+    if not sampled:
+        plain_seconds, expected = timed(lambda: plain_sweep(name)(*inputs), device)
+        differences = (result - expected)[torch.isfinite(result)]
+        worst = differences.abs().max().item()
+    speed.append(matmul_gflops(device, dtype))
+    gflops = statistics.median(speed)
+    mark = MARKS.get(model_name, {}).get(name) if device.type == "cpu" else None
+    if mark and bare:
+        mark *= PLAIN_METRIC_SHARE_OF_MARK
+    finite = result[torch.isfinite(result)]
+    needed = None if bare else needed_flops(model, task, name)
+    return Row(
+        model=model_name,
+        dtype=str(dtype)[6:],
+        sweep=name + (" (bare function)" if bare else ""),
+        cells=cells,
+        seconds=seconds,
+        plain_seconds=plain_seconds,
+        sampled=sampled,
+        ratio=plain_seconds / seconds,
+        mark=mark,
+        max_difference=worst,
+        value_range=(finite.max() - finite.min()).item(),
+        peak_mib=peak[0],
+        matmul_gflops=gflops,
+        share_of_matmul=None if needed is None else needed / seconds / gflops / 1e9,
+    )
+
+
+def total_row(rows: list[Row], name: str, parts: tuple[str, ...]) -> Row | None:
+    """The sum of some rows, as one."""
+    found = [row for row in rows if row.sweep in parts]
+    if len(found) < len(parts):
+        return None
+    seconds = sum(row.seconds for row in found)
+    plain_seconds = sum(row.plain_seconds for row in found)
+    gflops = statistics.median(row.matmul_gflops for row in found)
+    work = sum(row.share_of_matmul * row.seconds * row.matmul_gflops for row in found)
+    first = found[0]
+    return Row(
+        first.model, first.dtype, name, sum(row.cells for row in found), seconds, plain_seconds,
+        any(row.sampled for row in found), plain_seconds / seconds,
+        MARKS.get(first.model, {}).get(name) if first.mark else None,
+        max(row.max_difference for row in found), max(row.value_range for row in found),
+        max(row.peak_mib for row in found), gflops, work / seconds / gflops,
+    )  # fmt: skip
+
+
+def table(rows: list[Row], about: dict[str, Any]) -> str:
+    """The table as Markdown."""
+    lines = [
+        f"Measured on {about['device']}, {about['threads']} threads, torch {about['torch']}, "
+        f"transformer_lens {about['transformer_lens']}, {about['date']}. Times are in seconds; "
+        "`~` marks a plain loop timed on a random sample of its cells.",
+        "",
+        "| model | dtype | sweep | cells | here | plain loop | ratio | mark | largest difference "
+        "| peak memory (MiB) | share of matmul speed |",
+        "|---|---|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in rows:
+        mark = "" if row.mark is None else f"{row.mark:.0f}{'' if row.passed else ' (missed)'}"
+        share = "" if row.share_of_matmul is None else f"{row.share_of_matmul:.0%}"
+        lines.append(
+            f"| {row.model} | {row.dtype} | {row.sweep} | {row.cells:,} | {row.seconds:.2f} | "
+            f"{'~' if row.sampled else ''}{row.plain_seconds:,.1f} | {row.ratio:.1f} | {mark} | "
+            f"{row.max_difference:.1e} | {row.peak_mib:.0f} | {share} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--models", nargs="+", default=["attn-only-2l-demo", "smollm2-135m"])
+    parser.add_argument("--sweeps", nargs="+", default=[*patching.SWEEPS, *patching.COMBINED])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    about = {
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor()
+        or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformer_lens": version("transformer_lens"),
+        "date": time.strftime("%Y-%m-%d"),
+    }  # fmt: skip
+    rows: list[Row] = []
+    plain.tqdm = lambda cells, **_: cells  # The plain loop's own bar cannot be turned off.
+    for name in arguments.models:
+        for dtype in (torch.float32, torch.bfloat16) if device.type == "cuda" else (torch.float32,):
+            model = load_model(name, device=device).to(dtype)
+            build = induction_task if name.startswith("attn-only") else ioi_task
+            task = build(model)
+            with torch.no_grad():
+                _, cache = model.run_with_cache(task.clean_tokens)
+            own: list[Row] = []
+            for sweep in arguments.sweeps:
+                for bare in (False, True) if sweep in PLAIN_METRIC else (False,):
+                    try:
+                        row = measure(model, name, task, cache, sweep, bare)
+                    except ValueError as error:
+                        print(f"{name} {sweep}: not on this model ({error})", flush=True)
+                        continue
+                    own.append(row)
+                    print(table([row], about).splitlines()[-1], flush=True)
+            total = total_row(own, "all of notebook 2", NOTEBOOK_2)
+            rows += own + ([total] if total else [])
+    OUT.mkdir(exist_ok=True)
+    (OUT / "results.json").write_text(
+        json.dumps({"about": about, "rows": [asdict(row) for row in rows]}, indent=1) + "\n"
+    )
+    (OUT / "table.md").write_text(table(rows, about))
+    print("\n" + table(rows, about))
+    missed = [row.sweep for row in rows if row.passed is False]
+    print("every mark reached" if not missed else f"below their mark: {', '.join(missed)}")
+
+
+if __name__ == "__main__":
+    main()
