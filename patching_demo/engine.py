@@ -394,6 +394,37 @@ class _patch_hooks:  # noqa: N801 (used as a context manager, like a function)
         return set_patterns if pack.cells[members[0]].site.activation == "pattern" else set_vectors
 
 
+def measured(name: str, metric: Callable[..., Any], logits: Tensor, per_example: bool) -> Tensor:
+    """A metric on full logits ``[batch, pos, d_vocab]``: a scalar, or ``[batch]``.
+
+    Raises:
+        TypeError: if the metric returns something that is not a number.
+        ValueError: if its shape is not the one that ``per_example`` asks for.
+    """
+    value = metric(logits)
+    try:
+        value = torch.as_tensor(value, device=logits.device).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"metric {name!r} must return a number or a tensor, got {type(value).__name__}"
+        ) from error
+    batch = len(logits)
+    if per_example and value.shape != (batch,):
+        raise ValueError(
+            f"metric {name!r} must return a [batch] tensor of length {batch} with reduce="
+            f"'mean' or 'none', got shape {tuple(value.shape)}"
+        )
+    if not per_example and value.ndim:
+        raise ValueError(
+            f"metric {name!r} must return a scalar with reduce='scalar', got shape "
+            f"{tuple(value.shape)}: pass reduce='mean' or 'none' to keep [batch] values"
+        )
+    if value.is_complex():
+        raise TypeError(f"metric {name!r} must return real numbers, got {value.dtype}")
+    wide = torch.promote_types(value.dtype, torch.float32)
+    return value.to(wide)
+
+
 class Scorer:
     """Turns finished packs into metric values, computing no more logits than are read (idea 4).
 
@@ -419,34 +450,8 @@ class Scorer:
         self.last_read = max(self.read)
 
     def full(self, name: str, logits: Tensor) -> Tensor:
-        """One metric on full logits ``[batch, pos, d_vocab]``: a scalar, or ``[batch]``.
-
-        Raises:
-            TypeError: if the metric returns something that is not a number.
-            ValueError: if its shape is not the one that ``per_example`` asks for.
-        """
-        value = self.metrics[name](logits)
-        try:
-            value = torch.as_tensor(value, device=logits.device).detach()
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise TypeError(
-                f"metric {name!r} must return a number or a tensor, got {type(value).__name__}"
-            ) from error
-        batch = len(logits)
-        if self.per_example and value.shape != (batch,):
-            raise ValueError(
-                f"metric {name!r} must return a [batch] tensor of length {batch} with reduce="
-                f"'mean' or 'none', got shape {tuple(value.shape)}"
-            )
-        if not self.per_example and value.ndim:
-            raise ValueError(
-                f"metric {name!r} must return a scalar with reduce='scalar', got shape "
-                f"{tuple(value.shape)}: pass reduce='mean' or 'none' to keep [batch] values"
-            )
-        if value.is_complex():
-            raise TypeError(f"metric {name!r} must return real numbers, got {value.dtype}")
-        wide = torch.promote_types(value.dtype, torch.float32)
-        return value.to(wide)
+        """One metric on full logits ``[batch, pos, d_vocab]``, see :func:`measured`."""
+        return measured(name, self.metrics[name], logits, self.per_example)
 
     def _declares(self, name: str) -> bool:
         """Whether what the metric says it reads gives what it computes, on the corrupted run."""
@@ -612,5 +617,6 @@ __all__ = [
     "changed_positions",
     "differing_positions",
     "is_dead",
+    "measured",
     "sweep_cells",
 ]

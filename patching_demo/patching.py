@@ -30,6 +30,9 @@ from transformer_lens.patching import (
     layer_pos_patch_setter,
     make_df_from_ranges,
 )
+from transformer_lens.patching import (
+    get_act_patch_direct_path as _direct_path,
+)
 from transformer_lens.utilities import get_act_name
 
 from patching_demo import checks, engine, runner
@@ -233,6 +236,79 @@ def combined_activation_patch(
         has_metric_axis=has_metric_axis,
         patch_type_names=list(names),
     )
+
+
+def get_act_patch_direct_path(
+    model: Any,
+    corrupted_tokens: Tensor,
+    clean_cache: Mapping[str, Tensor],
+    corrupted_cache: Mapping[str, Tensor],
+    patching_metric: Callable[[Tensor], Any],
+    src_layer: int,
+    src_head: int,
+    component: str = "q",
+    verbose: bool = True,
+) -> Tensor:
+    """Patch the path from one head into each later head alone (Wang et al., 2022).
+
+    The difference that the source head writes, clean minus corrupted, is added to what one later
+    head reads. This is the plain loop of ``transformer_lens.patching``, one forward per head.
+
+    Args:
+        model, corrupted_tokens, clean_cache: as for :func:`generic_activation_patch`.
+        corrupted_cache: activations of the corrupted run.
+        patching_metric: from logits ``[batch, pos, d_vocab]`` to a number.
+        src_layer, src_head: the source head.
+        component: what of the later head is patched: its "q", "k" or "v" input.
+        verbose: whether to show a progress bar.
+
+    Returns:
+        ``[layer, head]`` in the metric's units. At or before the source layer there is no path,
+        and the value is NaN.
+
+    Raises:
+        TypeError, ValueError: for inputs as in :func:`generic_activation_patch`, a source head or
+            component that does not exist, a model on which such paths are not defined (grouped
+            query heads with "k" or "v"), or a metric that gives NaN or infinity.
+        NotImplementedError: if the model's attention cannot tell its heads' inputs apart.
+
+    Source: ``transformer_lens.patching.get_act_patch_direct_path``.
+    """
+    checks.checked_model(model)
+    tokens = checks.checked_tokens(model, corrupted_tokens)
+    for what, value, size in (
+        ("src_layer", src_layer, model.cfg.n_layers),
+        ("src_head", src_head, model.cfg.n_heads),
+    ):
+        if not isinstance(value, int) or not 0 <= value < size:
+            raise ValueError(f"{what} must be a whole number from 0 to {size - 1}, got {value!r}")
+    if component not in ("q", "k", "v"):
+        raise ValueError(f"component must be 'q', 'k' or 'v', got {component!r}")
+    source = get_act_name("z", src_layer)
+    caches = [
+        {source: checks.checked_activation(model, cache, source, tokens)}
+        for cache in (clean_cache, corrupted_cache)
+    ]
+    metrics, several = _metrics(patching_metric)
+    if several:
+        raise TypeError("direct path patching takes one metric, got a mapping: give one function")
+
+    def metric(logits: Tensor) -> Tensor:
+        return engine.measured("metric", metrics["metric"], logits, per_example=False)
+
+    with torch.no_grad():
+        values = _direct_path(
+            model, tokens, *caches, metric, src_layer, src_head, component, verbose
+        )
+    values[: src_layer + 1] = float("nan")
+    bad = (~torch.isfinite(values[src_layer + 1 :])).nonzero()
+    if len(bad):
+        layer, head = (bad[0] + torch.tensor([src_layer + 1, 0])).tolist()
+        raise ValueError(
+            f"the metric is {values[layer, head].item()} with the path from "
+            f"L{src_layer}H{src_head} to L{layer}H{head} patched: a metric must be finite"
+        )
+    return values
 
 
 class _Plan:
