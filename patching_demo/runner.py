@@ -96,7 +96,8 @@ def run_cells(
     with CellStore.open(options.store, model, tokens, clean, cells, scorer.baseline) as store:
         todo = store.unfinished(values)
         live = _live(todo, run, scorer) if run else list(todo)
-        store.finish(values, [cell for cell in todo if cell not in set(live)])
+        alive = {cell.row for cell in live}
+        store.finish(values, [cell for cell in todo if cell.row not in alive])
         with _Progress(len(cells), len(cells) - len(live), options.progress) as bar:
             if run and len(live) >= FEWEST_CELLS:
                 try:
