@@ -51,7 +51,19 @@ LIBRARIES = ("torch", "transformer_lens", "transformers", "numpy", "xarray", "pl
 
 # The API reference: modules in the order of use, others after them, inner workings left out.
 API_ORDER = ("models", "tasks", "metrics", "patching", "results", "plots", "claims", "explorer")
-INTERNAL = {"book_renderer", "bridge", "checks", "engine", "fetch", "hub", "notebook", "runner"}
+INTERNAL = {
+    "book_renderer",
+    "bridge",
+    "chapter_claims",
+    "checks",
+    "diagram",
+    "engine",
+    "fetch",
+    "hub",
+    "notebook",
+    "runner",
+    "style",
+}
 
 
 class BookError(Exception):
