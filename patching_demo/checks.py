@@ -133,15 +133,16 @@ def checked_activation(
         ValueError: if the model has no such hook, the cache has no such entry, or its shape
             belongs to other prompts or another model.
     """
+    if not name.startswith("blocks."):
+        raise ValueError(f"hook {name!r} belongs to no layer: sweep an activation of the blocks")
     if hook_point(model, name) is None:
-        layer = name.split(".")[1]
         raise ValueError(
-            f"this model has no hook {name!r}: block {layer} has no such activation (a parallel "
-            "block has no resid_mid, an attention-only block no mlp_out)"
+            f"this model has no hook {name!r}: block {name.split('.')[1]} has no such activation "
+            "(a parallel block has no resid_mid, an attention-only block no mlp_out)"
         )
     try:
         activation = clean_cache[name]
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, IndexError) as error:
         raise ValueError(
             f"the clean cache has no {name!r}: make it with model.run_with_cache(clean_tokens), or "
             f"with a names_filter that keeps names ending in {name.split('.', 2)[-1]!r}"

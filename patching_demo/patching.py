@@ -49,6 +49,8 @@ SETTERS = {
 }
 """What the indices given to each patch setter mean, in order."""
 
+PATTERN_SETTERS = tuple(setter for setter in SETTERS if "_pattern_" in setter.__name__)
+
 SWEEPS: dict[str, tuple[str, Callable[..., Tensor], tuple[str, ...]]] = {
     **{
         kind: (kind, layer_pos_patch_setter, ("layer", "pos"))
@@ -159,7 +161,9 @@ def generic_activation_patch(
     metrics, has_metric_axis = _metrics(patching_metric)
     _check_choices(reduce, return_index_df, has_metric_axis or baseline)
     tokens, options_ = _prepare(model, corrupted_tokens, options)
-    names, index = _indices(model, tokens, activation_name, index_axis_names, index_df)
+    names, index = _indices(
+        model, tokens, patch_setter, activation_name, index_axis_names, index_df
+    )
     plan = _Plan(model, tokens, clean_cache)
     plan.add(patch_setter, activation_name, index)
     values, base = plan.run(metrics, reduce, options_)
@@ -206,7 +210,7 @@ def combined_activation_patch(
     parts = []
     for sweep in sweeps:
         activation, setter, axis_names = SWEEPS[sweep]
-        own, index = _indices(model, tokens, activation, axis_names, None)
+        own, index = _indices(model, tokens, setter, activation, axis_names, None)
         first = len(plan.cells)
         plan.add(setter, activation, index)
         parts.append((slice(first, len(plan.cells)), own, tuple(index.max() + 1)))
@@ -325,18 +329,17 @@ class _Plan:
         everywhere = tuple(range(self.tokens.shape[1]))
         try:
             clean = self.clean_cache["hook_embed"]
-        except (KeyError, TypeError):
+        except (KeyError, TypeError, IndexError):
             return everywhere
         with torch.no_grad():
             corrupted = embedding(self.model, self.tokens)
-        if corrupted is None or clean.shape != corrupted.shape:
+        if corrupted is None or not isinstance(clean, Tensor) or clean.shape != corrupted.shape:
             return everywhere
         return engine.differing_positions(clean.to(corrupted.device), corrupted)
 
     def add(self, setter: Callable[..., Tensor], activation: str, index: pd.DataFrame) -> None:
         """Add one cell per row of ``index``."""
-        meaning = SETTERS.get(setter)
-        site = SITES.get(activation)
+        known = _is_known(setter, activation)
         n_pos = self.tokens.shape[1]
         columns = index.to_numpy().tolist()
         for row in columns:
@@ -346,12 +349,12 @@ class _Plan:
                 self.clean[name] = checks.checked_activation(
                     self.model, self.clean_cache, name, self.tokens
                 )
-            where = dict(zip(meaning, row, strict=True)) if meaning and site else {}
+            where = dict(zip(SETTERS[setter], row, strict=True)) if known else {}
             positions = (where["pos"],) if "pos" in where else tuple(range(n_pos))
             self.cells.append(
                 Cell(
                     row=len(self.cells),
-                    site=site if meaning else None,
+                    site=SITES[activation] if known else None,
                     hook_name=name,
                     layer=layer,
                     positions=positions,
@@ -414,6 +417,7 @@ def _prepare(
 def _indices(
     model: Any,
     tokens: Tensor,
+    setter: Callable[..., Tensor],
     activation: str,
     axis_names: Sequence[str] | None,
     index_df: pd.DataFrame | None,
@@ -421,42 +425,86 @@ def _indices(
     """The axes of the result (none if flat), and one row of whole numbers per cell.
 
     Raises:
+        TypeError: if the setter is not a function or the activation's name not a string.
         ValueError: if both or neither are given, an axis is unknown, or an index out of range.
     """
+    if not callable(setter):
+        raise TypeError(f"patch_setter must be a function, got {type(setter).__name__}")
+    if not isinstance(activation, str):
+        raise TypeError(f"activation_name must be a str, got {type(activation).__name__}")
+    if (axis_names is None) == (index_df is None):
+        raise ValueError("give either index_axis_names or index_df, and not both")
     heads = model.cfg.n_heads
     if activation in ("k", "v"):
         heads = getattr(model.cfg, "n_key_value_heads", None) or heads
-    n_pos = tokens.shape[1]
     sizes = {"layer": model.cfg.n_layers}
-    sizes |= dict.fromkeys(("pos", "dest_pos", "src_pos"), n_pos)
+    sizes |= dict.fromkeys(("pos", "dest_pos", "src_pos"), tokens.shape[1])
     sizes |= dict.fromkeys(("head", "head_index"), heads)
-    if (axis_names is None) == (index_df is None):
-        raise ValueError("give either index_axis_names or index_df, and not both")
-    if axis_names is not None:
-        wrong = [axis for axis in axis_names if axis not in sizes]
-        if wrong or not axis_names or axis_names[0] != "layer":
+    if index_df is None:
+        axes = [axis_names] if isinstance(axis_names, str) else list(axis_names)
+        if (
+            not axes
+            or axes[0] != "layer"
+            or any(axis not in sizes for axis in axes)
+            or len(set(axes)) < len(axes)
+        ):
             raise ValueError(
-                f"index_axis_names must start with 'layer' and hold only {', '.join(sizes)}, "
-                f"got {list(axis_names)}"
+                f"index_axis_names must start with 'layer' and hold only {', '.join(sizes)}, each "
+                f"once, got {axes}"
             )
-        return list(axis_names), make_df_from_ranges([sizes[a] for a in axis_names], axis_names)
+        whole = make_df_from_ranges([sizes[axis] for axis in axes], axes)
+    else:
+        axes, whole = [], _whole_numbers(index_df)
+    meaning = SETTERS.get(setter) if _is_known(setter, activation) else None
+    if setter in SETTERS and len(SETTERS[setter]) != whole.shape[1]:
+        raise ValueError(
+            f"{setter.__name__} takes {len(SETTERS[setter])} indices "
+            f"({', '.join(SETTERS[setter])}), got {list(whole.columns)}"
+        )
+    for place, column in enumerate(whole.columns):
+        kind = meaning[place] if meaning else column
+        size = sizes.get("src_pos" if kind == "source" else kind)
+        if size is None:
+            continue
+        given = whole.iloc[:, place]
+        counted = given.where(given >= 0, given + size)
+        outside = given[(counted < 0) | (counted >= size)]
+        if len(outside):
+            what = "index_df" if index_df is not None else "the index"
+            raise ValueError(
+                f"{what} has {column} {outside.iloc[0]}, but there are only {size} of them"
+            )
+        whole.isetitem(place, counted)
+    return axes, whole
+
+
+def _whole_numbers(index_df: Any) -> pd.DataFrame:
+    """A copy of ``index_df`` in int64."""
     if not isinstance(index_df, pd.DataFrame) or index_df.empty:
         raise ValueError("index_df must be a DataFrame with one row per cell, and not empty")
+    if index_df.columns[0] != "layer":
+        raise ValueError(
+            f"the first column of index_df must be 'layer', got {index_df.columns[0]!r}"
+        )
     whole = index_df.apply(pd.to_numeric, errors="coerce")
     if whole.isna().any(axis=None) or (whole % 1 != 0).any(axis=None):
         raise ValueError("index_df must hold whole numbers only")
-    whole = whole.astype("int64")
-    for column in whole.columns:
-        size = sizes.get(column)
-        if size is None:
-            continue
-        whole[column] = whole[column].where(whole[column] >= 0, whole[column] + size)
-        outside = index_df[column][(whole[column] < 0) | (whole[column] >= size)]
-        if len(outside):
-            raise ValueError(
-                f"index_df has {column} {outside.iloc[0]}, but there are only {size} of them"
-            )
-    return [], whole
+    return whole.astype("int64")
+
+
+def _is_known(setter: Callable[..., Tensor], activation: str) -> bool:
+    """Whether the engine knows what ``setter`` does to ``activation``.
+
+    The same setter means something else on an activation of another layout: on a pattern
+    ``[batch, head, dest, src]``, the setter of positions would pick heads.
+    """
+    meaning, site = SETTERS.get(setter), SITES.get(activation)
+    if meaning is None or site is None:
+        return False
+    of_patterns = setter in PATTERN_SETTERS
+    return of_patterns == (activation == "pattern") and (
+        "head" not in meaning or activation in ("z", "q", "k", "v", "pattern")
+    )
 
 
 def _shaped(values: Tensor, shape: Sequence[int], reduce: str) -> Tensor:

@@ -118,8 +118,8 @@ def expected(name: str, sweep: str) -> Any:
 def some_cells(name: str, sweep: str, count: int, seed: int = 0) -> pd.DataFrame:
     """Indices of a few cells of a sweep, drawn at random."""
     data = pair(name)
-    activation, _, axes = patching.SWEEPS[sweep]
-    _, index = patching._indices(model(name), data.corrupted, activation, axes, None)
+    activation, setter, axes = patching.SWEEPS[sweep]
+    _, index = patching._indices(model(name), data.corrupted, setter, activation, axes, None)
     return index.sample(min(count, len(index)), random_state=seed).reset_index(drop=True)
 
 

@@ -1,4 +1,4 @@
-"""The sweeps give the numbers of ``transformer_lens.patching``, or better ones where it is wrong."""
+"""The sweeps give the numbers of ``transformer_lens.patching``, or right ones where it errs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,16 @@ import pytest
 import tiny
 import torch
 import transformer_lens.patching as plain_patching
-from oracle import SINGLE, assert_close, expected, expected_cells, make_pair, pair, some_cells
+from oracle import (
+    N_POS,
+    SINGLE,
+    assert_close,
+    expected,
+    expected_cells,
+    make_pair,
+    pair,
+    some_cells,
+)
 from torch import Tensor
 
 from patching_demo import checks, patching, runner
@@ -208,3 +217,472 @@ def test_the_plain_loop_reads_zero_where_the_pattern_is_not_live() -> None:
 def test_combinations_refuse_a_pattern_that_is_not_live() -> None:
     with pytest.raises(ValueError, match="is not live"):
         sweep_of("opt", "attn_head_all_pos_every")
+
+
+# ---- where the plain loop is wrong, or has no such sweep
+
+
+def by_hand(name: str, layer: int, position: int, kind: str, metric: Any) -> float:
+    """One cell of resid_mid or resid_post, from the model's own modules and nothing patched."""
+    model, data = oracle.model(name), pair(name)
+    with torch.no_grad():
+        _, cache = model.run_with_cache(data.corrupted)
+        block = model.blocks[layer]
+        stream = cache[f"blocks.{layer}.hook_{kind}"].clone()
+        stream[:, position] = data.cache[f"blocks.{layer}.hook_{kind}"][:, position]
+        if kind == "resid_mid":
+            stream = stream + block.mlp(block.ln2(stream))
+        if layer + 1 == model.cfg.n_layers:
+            return float(metric(model.unembed(model.ln_final(stream))))
+        entry = f"blocks.{layer + 1}.hook_resid_pre"
+        hooks = [(entry, lambda activation, hook=None: stream)]
+        return float(metric(model.run_with_hooks(data.corrupted, fwd_hooks=hooks)))
+
+
+@pytest.mark.parametrize("kind", ["resid_mid", "resid_post"])
+@pytest.mark.parametrize("name", ["gpt2", "neox-sequential", "llama-gqa", "attn-only"])
+def test_residual_sweeps_are_right_with_autograd_on(name: str, kind: str) -> None:
+    if not exists_on(name, kind):
+        return
+    metric = pair(name).metrics["all logits"]
+    with torch.enable_grad():
+        found = sweep_of(name, kind, metrics=metric)
+    wanted = torch.tensor(
+        [
+            [by_hand(name, layer, position, kind, metric) for position in range(N_POS)]
+            for layer in range(oracle.model(name).cfg.n_layers)
+        ]
+    )
+    assert_close(found, wanted, metric_axis=False)
+
+
+def test_resid_post_is_the_next_blocks_resid_pre() -> None:
+    post, pre = sweep_of("llama", "resid_post"), sweep_of("llama", "resid_pre")
+    assert_close(post.values[:, :-1], pre.values[:, 1:])
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama-gqa"])
+@pytest.mark.parametrize("component", ["q", "k", "v"])
+def test_direct_paths_agree_and_are_nan_where_there_is_no_path(name: str, component: str) -> None:
+    model, data = tiny.model(name), pair(name)
+    metric = data.metrics["difference"]
+    with torch.no_grad():
+        _, corrupted_cache = model.run_with_cache(data.corrupted)
+    arguments = (model, data.corrupted, data.cache, corrupted_cache, metric, 0, 1, component)
+    if name == "llama-gqa" and component != "q":
+        with pytest.raises(ValueError, match="GQA"):
+            patching.get_act_patch_direct_path(*arguments, verbose=False)
+        return
+    with torch.no_grad():
+        wanted = plain_patching.get_act_patch_direct_path(*arguments, verbose=False)
+    found = patching.get_act_patch_direct_path(*arguments, verbose=False)
+    assert found[0].isnan().all()
+    assert torch.equal(found[1:], wanted[1:])
+    assert not found.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"src_layer": 2}, "src_layer must be a whole number from 0 to 1, got 2"),
+        ({"src_layer": 0.0}, "src_layer must be a whole number"),
+        ({"src_head": -1}, "src_head must be a whole number from 0 to 3, got -1"),
+        ({"component": "z"}, "component must be 'q', 'k' or 'v', got 'z'"),
+        ({"patching_metric": {"a": oracle.all_logits}}, "takes one metric, got a mapping"),
+        ({"patching_metric": lambda logits: logits.sum() * float("nan")}, "L0H1 to L1H0 patched"),
+        ({"patching_metric": lambda logits: "high"}, "must return a number"),
+        ({"corrupted_cache": {}}, "the clean cache has no 'blocks.0.attn.hook_z'"),
+    ],
+)
+def test_direct_paths_refuse(change: dict[str, Any], message: str) -> None:
+    model, data = tiny.model("gpt2"), pair("gpt2")
+    arguments = dict(
+        model=model,
+        corrupted_tokens=data.corrupted,
+        clean_cache=data.cache,
+        corrupted_cache=data.cache,
+        patching_metric=data.metrics["difference"],
+        src_layer=0,
+        src_head=1,
+        verbose=False,
+    )
+    with pytest.raises((ValueError, TypeError), match=message):
+        patching.get_act_patch_direct_path(**{**arguments, **change})
+
+
+# ---- arguments and results
+
+
+def generic(index: Any, name: str = "gpt2", sweep: str = "resid_pre", **options: Any) -> Any:
+    data = pair(name)
+    activation, setter, _ = patching.SWEEPS[sweep]
+    return patching.generic_activation_patch(
+        oracle.model(name),
+        data.corrupted,
+        data.cache,
+        options.pop("metric", data.metrics["difference"]),
+        options.pop("setter", setter),
+        options.pop("activation", activation),
+        index_df=index,
+        **QUIET,
+        **options,
+    )
+
+
+def test_an_index_df_gives_a_flat_result() -> None:
+    index = pd.DataFrame({"layer": [1, 0, 1], "pos": [3, 2, 5]})
+    whole = sweep_of("gpt2", "resid_pre", metrics=pair("gpt2").metrics["difference"])
+    flat = generic(index)
+    assert flat.shape == (3,)
+    assert_close(flat, whole[index["layer"], index["pos"]], metric_axis=False)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "int32", "object"])
+def test_an_index_df_may_count_from_the_end_and_hold_floats(dtype: str) -> None:
+    """A data frame that was joined or filtered easily turns its whole numbers into floats."""
+    index = pd.DataFrame({"layer": [1, 0], "pos": [-1, -4]}).astype({"layer": dtype, "pos": dtype})
+    straight = generic(pd.DataFrame({"layer": [1, 0], "pos": [N_POS - 1, N_POS - 4]}))
+    assert torch.equal(generic(index), straight)
+
+
+def test_the_index_df_comes_back_if_asked_for() -> None:
+    index = pd.DataFrame({"layer": [0, 1], "pos": [2, 3]})
+    values, back = generic(index, return_index_df=True)
+    assert values.shape == (2,)
+    pd.testing.assert_frame_equal(back, index)
+    whole, index = sweep_of(
+        "gpt2", "resid_pre", return_index_df=True, metrics=pair("gpt2").metrics["difference"]
+    )
+    assert len(index) == whole.numel()
+    assert list(index.columns) == ["layer", "pos"]
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ({"layer": [9], "pos": [0]}, "index_df has layer 9, but there are only 2 of them"),
+        ({"layer": [0], "pos": [-7]}, "index_df has pos -7, but there are only 6 of them"),
+        ({"layer": [0], "pos": [0.5]}, "index_df must hold whole numbers only"),
+        ({"layer": [0], "pos": [float("nan")]}, "index_df must hold whole numbers only"),
+        ({"layer": ["one"], "pos": [0]}, "index_df must hold whole numbers only"),
+        ({"layer": [], "pos": []}, "and not empty"),
+        ({"pos": [0], "layer": [0]}, "first column of index_df must be 'layer'"),
+        ({"layer": [0]}, "takes 2 indices"),
+        ({"layer": [0], "pos": [0], "head": [0]}, "takes 2 indices"),
+    ],
+)
+def test_an_index_df_that_does_not_fit_is_refused(index: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        generic(pd.DataFrame(index))
+
+
+def test_an_index_df_must_be_a_data_frame() -> None:
+    with pytest.raises(ValueError, match="index_df must be a DataFrame"):
+        generic([[0, 1]])
+
+
+@pytest.mark.parametrize("axes", [None, [], ["pos", "layer"], ["layer", "neuron"]])
+def test_axes_that_do_not_exist_are_refused(axes: Any) -> None:
+    data = pair("gpt2")
+    with pytest.raises(ValueError, match="index_axis_names"):
+        patching.generic_activation_patch(
+            tiny.model("gpt2"),
+            data.corrupted,
+            data.cache,
+            data.metrics["difference"],
+            plain_patching.layer_pos_patch_setter,
+            "resid_pre",
+            index_axis_names=axes,
+            **QUIET,
+        )
+
+
+def test_reductions_agree_with_each_other_and_with_the_plain_loop() -> None:
+    metric = pair("gpt2").per_example["difference"]
+    kept = sweep_of("gpt2", "mlp_out", reduce="none", baseline=True, metrics=metric)
+    mean = sweep_of("gpt2", "mlp_out", reduce="mean", metrics=metric)
+    scalar = sweep_of("gpt2", "mlp_out", metrics=pair("gpt2").metrics["difference"])
+    wanted = expected("gpt2", "mlp_out")["difference"]
+    assert_close(kept.values, wanted.values, metric_axis=False)
+    assert_close(mean, wanted.mean(), metric_axis=False)
+    assert_close(scalar, wanted.mean(), metric_axis=False)
+    assert torch.allclose(kept.baseline, wanted.baseline)
+
+
+def test_a_result_has_its_statistics() -> None:
+    found = sweep_of("gpt2", "attn_head_out_by_pos", reduce="none", baseline=True)
+    wanted = expected("gpt2", "attn_head_out_by_pos")
+    # A metric that shows a change in every cell, so that no statistic rests on rounding.
+    one, other = found["all logits"], wanted["all logits"]
+    assert_close(one.effect(), other.effect(), metric_axis=False)
+    clean = other.baseline + 1.0
+    assert_close(one.normalized(clean), other.normalized(clean), metric_axis=False)
+    assert_close(one.mean(), other.mean(), metric_axis=False)
+    assert_close(one.stderr(), other.stderr(), metric_axis=False)
+    for ours, theirs in zip(one.bootstrap_ci(), other.bootstrap_ci(), strict=True):
+        assert_close(ours, theirs, metric_axis=False)
+    assert one.permutation_pvalue().shape == other.permutation_pvalue().shape
+    frame = found.to_dataframe()
+    assert len(frame) == found.values.numel()
+    assert set(frame["metric"]) == set(found.metric_names)
+
+
+def test_wrong_choices_are_refused() -> None:
+    with pytest.raises(ValueError, match="reduce must be 'scalar', 'mean' or 'none', got 'sum'"):
+        sweep_of("gpt2", "resid_pre", reduce="sum")
+    with pytest.raises(ValueError, match="return_index_df goes with a tensor result"):
+        sweep_of("gpt2", "resid_pre", baseline=True, return_index_df=True)
+    with pytest.raises(TypeError, match="unknown option 'cheque': the options are memory"):
+        sweep_of("gpt2", "resid_pre", cheque=1)
+    with pytest.raises(ValueError, match="memory must be a positive number of bytes, got 0"):
+        sweep_of("gpt2", "resid_pre", memory=0)
+    with pytest.raises(ValueError, match="check must be 0 or more cells, got -1"):
+        sweep_of("gpt2", "resid_pre", check=-1)
+
+
+# ---- what the engine leaves to the plain loop
+
+
+def scaled_setter(activation: Tensor, index: Any, clean: Tensor) -> Tensor:
+    """Half way between corrupted and clean; returns a new tensor."""
+    layer, position = index
+    out = activation.clone()
+    out[:, position] = (activation[:, position] + clean[:, position]) / 2
+    return out
+
+
+def test_an_unknown_patch_setter_takes_the_plain_loop_and_says_so_once() -> None:
+    index = pd.DataFrame({"layer": [0, 1], "pos": [2, 4]})
+    data = pair("gpt2")
+    with torch.no_grad(), oracle.quiet():
+        wanted = plain_patching.generic_activation_patch(
+            tiny.model("gpt2"),
+            data.corrupted,
+            data.cache,
+            data.metrics["all logits"],
+            scaled_setter,
+            "resid_pre",
+            index_df=index,
+        )
+    with pytest.warns(UserWarning, match="the patch setter or activation") as caught:
+        found = generic(index, setter=scaled_setter, metric=data.metrics["all logits"])
+        generic(index, setter=scaled_setter, metric=data.metrics["all logits"])
+    assert len(caught) == 1
+    assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("activation", ["post", "mlp_in", "ln1.hook_normalized"])
+def test_other_activations_take_the_plain_loop(activation: str) -> None:
+    index = pd.DataFrame({"layer": [0, 1], "pos": [2, 4]})
+    data = pair("gpt2")
+    with torch.no_grad(), oracle.quiet():
+        try:
+            wanted = plain_patching.generic_activation_patch(
+                tiny.model("gpt2"),
+                data.corrupted,
+                data.cache,
+                data.metrics["all logits"],
+                plain_patching.layer_pos_patch_setter,
+                activation,
+                index_df=index,
+            )
+        except (KeyError, ValueError):
+            wanted = None
+    if wanted is None:
+        with pytest.raises(ValueError, match="hook"):
+            generic(index, activation=activation)
+        return
+    with pytest.warns(UserWarning, match="takes the plain loop"):
+        found = generic(index, activation=activation, metric=data.metrics["all logits"])
+    assert torch.equal(found, wanted)
+
+
+def test_an_activation_that_is_switched_off_is_refused() -> None:
+    """Heads' results exist as a hook, but are computed only where the model is told to."""
+    index = pd.DataFrame({"layer": [0], "pos": [2], "head": [1]})
+    with pytest.raises(ValueError, match="result"):
+        generic(index, sweep="attn_head_out_by_pos", activation="result")
+
+
+@pytest.mark.parametrize("permanent", [False, True])
+def test_the_callers_hooks_take_part_and_stay(permanent: bool) -> None:
+    model, data = tiny.model("gpt2"), pair("gpt2")
+    name = "blocks.0.hook_mlp_out"
+    point = model.hook_dict.get(name) or model.blocks[0].hook_mlp_out
+
+    def damp(activation: Tensor, hook: Any = None) -> Tensor:
+        return activation * 0.5
+
+    handle = point.add_hook(damp, is_permanent=permanent)
+    before = list(point.fwd_hooks)
+    try:
+        with torch.no_grad(), oracle.quiet():
+            wanted = plain_patching.get_act_patch_resid_pre(
+                model, data.corrupted, data.cache, data.metrics["all logits"]
+            )
+        with pytest.warns(UserWarning, match="the model has hooks attached"):
+            found = sweep_of("gpt2", "resid_pre", metrics=data.metrics["all logits"])
+        assert point.fwd_hooks == before
+        assert_close(found, wanted, metric_axis=False)
+    finally:
+        handle.hook.remove()
+        point.fwd_hooks.remove(handle)
+    undamped = sweep_of("gpt2", "resid_pre", metrics=data.metrics["all logits"])
+    assert (undamped - wanted).abs().max() > 1e-3
+
+
+# ---- caches and prompts
+
+
+def test_a_cache_edited_where_inputs_agree_is_taken_as_it_is() -> None:
+    """A mean over prompts, say: no clean run, so agreeing inputs say nothing about it."""
+    model, data = tiny.model("gpt2"), pair("gpt2")
+    edited = {name: value.clone() for name, value in data.cache.items()}
+    for name in edited:
+        if name.endswith(("hook_z", "hook_resid_pre")):
+            edited[name][:] = edited[name].mean(dim=0, keepdim=True)
+    metric = data.metrics["all logits"]
+    for sweep in ("attn_head_out_by_pos", "resid_pre"):
+        with torch.no_grad(), oracle.quiet():
+            wanted = getattr(plain_patching, f"get_act_patch_{sweep}")(
+                model, data.corrupted, edited, metric
+            )
+        found = getattr(patching, f"get_act_patch_{sweep}")(
+            model, data.corrupted, edited, metric, check=0, **QUIET
+        )
+        assert_close(found, wanted, metric_axis=False)
+        assert (found[:, 0] - found[0, 0].flatten()[0]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("keep", ["z", "all but the embedding"])
+def test_a_cache_may_hold_no_more_than_what_is_swept(keep: str, no_plain_loop: None) -> None:
+    data = pair("gpt2")
+    kept = {
+        name: value
+        for name, value in data.cache.items()
+        if (name.endswith("hook_z") if keep == "z" else name != "hook_embed")
+    }
+    metric = data.metrics["all logits"]
+    found = patching.get_act_patch_attn_head_out_by_pos(
+        tiny.model("gpt2"), data.corrupted, kept, metric, **QUIET
+    )
+    wanted = expected("gpt2", "attn_head_out_by_pos")["all logits"].mean()
+    assert_close(found, wanted, metric_axis=False)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama-gqa"])
+def test_right_padded_prompts_read_as_if_alone(name: str) -> None:
+    """Each prompt is read at its own last token, and never at a pad."""
+    model = tiny.model(name)
+    data = make_pair(model, batch=2, n_pos=7)
+    short = 5  # The second prompt is short, and padded.
+    pad = model.tokenizer.pad_token_id
+    clean, corrupted = data.clean.clone(), data.corrupted.clone()
+    clean[1, short:] = corrupted[1, short:] = pad
+    answers = torch.tensor([[9, 11], [12, 30]])
+    metric = oracle.LogitDifference(answers, positions=[6, short - 1]).per_example
+    with torch.no_grad():
+        _, cache = model.run_with_cache(clean)
+    together = patching.get_act_patch_attn_head_out_by_pos(
+        model, corrupted, cache, metric, reduce="none", **QUIET
+    ).values
+    for row, length in ((0, 7), (1, short)):
+        with torch.no_grad():
+            _, own = model.run_with_cache(clean[[row], :length])
+            with oracle.quiet():
+                alone = plain_patching.get_act_patch_attn_head_out_by_pos(
+                    model,
+                    corrupted[[row], :length],
+                    own,
+                    oracle.LogitDifference(answers[[row]], positions=length - 1),
+                )
+        assert_close(together[:, :length, :, row], alone, metric_axis=False)
+        rest = together[:, length:, :, row]
+        if rest.numel():
+            assert rest.std() <= 1e-6 * rest.abs().max()
+
+
+# ---- the sweep checks itself
+
+
+def test_a_wrong_cell_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With an engine that is off by a little everywhere, any rechecked cell fails loudly."""
+    right = runner.engine.sweep_cells
+
+    def wrong(*arguments: Any, **options: Any) -> Tensor:
+        return right(*arguments, **options) + 0.05
+
+    monkeypatch.setattr(runner.engine, "sweep_cells", wrong)
+    metric = pair("gpt2").metrics["difference"]
+    with pytest.raises(runner.SweepMismatch, match=r"the sweep gives .* a plain hooked forward"):
+        sweep_of("gpt2", "resid_pre", metrics=metric, check=12)
+    unchecked = sweep_of("gpt2", "resid_pre", metrics=metric, check=0)
+    assert torch.isfinite(unchecked).all()
+
+
+def test_the_rechecked_cells_follow_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[Any]] = []
+    right = runner.run_plain
+
+    def spy(model: Any, tokens: Tensor, patches: Any, clean: Any) -> Any:
+        seen.append([index for _, _, index in patches])
+        return right(model, tokens, patches, clean)
+
+    monkeypatch.setattr(runner, "run_plain", spy)
+    metric = pair("gpt2").metrics["difference"]
+    for seed in (0, 0, 1):
+        sweep_of("gpt2", "resid_pre", metrics=metric, check=4, seed=seed)
+    first, again, other = seen
+    assert first == again != other
+    assert len(first) == 4
+
+
+def test_a_model_that_breaks_the_engines_assumptions_takes_the_plain_loop(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The unpatched run that rides along comes back changed."""
+    right = runner.engine.run_block
+
+    def leaky(model: Any, run: Any, layer: int, layout: Any, states: Tensor, *rest: Any) -> Tensor:
+        return right(model, run, layer, layout, states, *rest) * 1.05
+
+    monkeypatch.setattr(runner.engine, "run_block", leaky)
+    metric = pair("gpt2").metrics["all logits"]
+    with pytest.warns(UserWarning, match="an unpatched run comes back with other"):
+        found = sweep_of("gpt2", "resid_pre", metrics=metric)
+    wanted = expected("gpt2", "resid_pre")["all logits"].mean()
+    assert_close(found, wanted, metric_axis=False)
+
+
+def test_a_setter_of_another_layout_means_what_it_does_there() -> None:
+    """On a pattern [batch, head, dest, src], the setter of positions picks a head."""
+    index = pd.DataFrame({"layer": [0, 1], "pos": [1, 3]})
+    data = pair("gpt2")
+    arguments = (tiny.model("gpt2"), data.corrupted, data.cache, data.metrics["all logits"])
+    setter = plain_patching.layer_pos_patch_setter
+    with torch.no_grad(), oracle.quiet():
+        wanted = plain_patching.generic_activation_patch(
+            *arguments, setter, "pattern", index_df=index
+        )
+    with pytest.warns(UserWarning, match="takes the plain loop"):
+        found = patching.generic_activation_patch(
+            *arguments, setter, "pattern", index_df=index, **QUIET
+        )
+    assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize(
+    ("setter", "activation", "message"),
+    [
+        ("layer_pos_patch_setter", "resid_pre", "patch_setter must be a function, got str"),
+        (None, "resid_pre", "patch_setter must be a function, got NoneType"),
+        (scaled_setter, 3, "activation_name must be a str, got int"),
+        (scaled_setter, "hook_embed", "'hook_embed' belongs to no layer"),
+        (scaled_setter, "nonsense", "this model has no hook 'blocks.0.hook_nonsense'"),
+    ],
+)
+def test_setters_and_activations_that_do_not_exist_are_refused(
+    setter: Any, activation: Any, message: str
+) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        generic(pd.DataFrame({"layer": [0], "pos": [1]}), setter=setter, activation=activation)
