@@ -198,8 +198,9 @@ def combine(results: Mapping[str, xr.DataArray], dim: str = "corrupted") -> xr.D
         varies = any(not np.array_equal(a[key].values, first[key].values) for a in arrays)
         values = np.stack([a[key].values for a in arrays]) if varies else coord.values
         coords[str(key)] = ((dim, *coord.dims) if varies else coord.dims, values)
-    coords["clean_baseline"] = (dim, [clean for clean, _ in baselines])
-    coords["corrupted_baseline"] = (dim, [corrupted for _, corrupted in baselines])
+    # What was combined before has its measured baselines as coordinates already.
+    coords.setdefault("clean_baseline", (dim, [clean for clean, _ in baselines]))
+    coords.setdefault("corrupted_baseline", (dim, [corrupted for _, corrupted in baselines]))
     out = xr.DataArray(
         np.stack([a.values for a in arrays]),
         dims=(dim, *first.dims),

@@ -60,7 +60,7 @@ DIVERGING = [
 ]
 
 #: From nothing to all, for attention weights.
-SEQUENTIAL = [[0.0, "#f7f7f7"], [0.1, "#cfe1f2"], [0.4, "#5a9fd4"], [1.0, "#08305f"]]
+SEQUENTIAL = [[0.0, "#f7f7f7"], [0.1, "#bdd7ee"], [0.4, "#5a9fd4"], [1.0, "#08305f"]]
 
 #: Colours of lines and bars, apart from each other also to colour-blind readers and visible on
 #: light and dark pages; dashes and symbols say the same again.

@@ -1,0 +1,638 @@
+"""Figures show the numbers, say what they show, and treat every label as text."""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import lru_cache
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import pytest
+import tiny
+import torch
+import xarray as xr
+
+from patching_demo import plots, style
+from patching_demo.results import BLOCK_KINDS, HEAD_KINDS, combine, share
+from patching_demo.tasks import ioi_task, prompt_task
+
+TOKENS = ["<bos>", "When", " John", " gave", " it", " to"]
+NASTY = ["<bos>", "<b>bold", "$x$", "a&b", "%{z}", "<script>alert(1)</script>"]
+
+
+@lru_cache(None)
+def _made(dims, kinds=None, layers=3, heads=4, agree=2, clean=2.0, corrupted=-1.0, nasty=False):
+    """A result with known numbers; cells before ``agree`` have no effect."""
+    tokens = NASTY if nasty else TOKENS
+    sizes = {"kind": len(kinds or ()), "layer": layers, "position": len(tokens), "head": heads}
+    shape = [sizes[d] for d in dims]
+    values = corrupted + np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    coords = {"layer": np.arange(layers)}
+    if kinds:
+        coords["kind"] = list(kinds)
+    if "position" in dims:
+        coords["position"] = [f"{t.strip()} {i}" for i, t in enumerate(tokens)]
+        coords["token"] = ("position", tokens)
+        coords["agrees"] = ("position", np.arange(len(tokens)) < agree)
+    if "head" in dims:
+        labels = [[f"L{i}H{j}" for j in range(heads)] for i in range(layers)]
+        coords |= {"head": np.arange(heads), "head_label": (("layer", "head"), labels)}
+    result = xr.DataArray(values, dims=dims, coords=coords, name="value")
+    if "position" in dims:
+        result = result.where(~result["agrees"], corrupted)
+    return result.assign_attrs(
+        metric="logit difference",
+        units="logits",
+        clean_baseline=clean,
+        corrupted_baseline=corrupted,
+        task="<i>task</i> $y$" if nasty else "a task",
+        model="tiny",
+        by="pos",
+        kind="" if kinds else "out",
+        n_key_value_heads=heads,
+        what="clean activations patched into the corrupted run",
+        each="one at a time",
+    )
+
+
+SHAPES = {
+    "layer x position": dict(dims=("layer", "position")),
+    "layer x head": dict(dims=("layer", "head")),
+    "head rows": dict(dims=("layer", "position", "head")),
+    "blocks": dict(dims=("kind", "layer", "position"), kinds=tuple(BLOCK_KINDS)),
+    "heads": dict(dims=("kind", "layer", "head"), kinds=tuple(HEAD_KINDS)),
+    "heads by position": dict(dims=("kind", "layer", "position", "head"), kinds=tuple(HEAD_KINDS)),
+}
+
+
+def _z(trace) -> np.ndarray:
+    return np.asarray(trace.z, dtype=float)
+
+
+def _measured(figure) -> list[go.Heatmap]:
+    return [t for t in figure.data if t.coloraxis and t.visible is not False]
+
+
+def _json(figure) -> dict:
+    return json.loads(figure.to_json())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_cell_is_drawn_with_its_number(shape):
+    result = _made(**SHAPES[shape])
+    figure = plots.heatmap(result, collapse=False)
+    panels = _measured(figure)
+    assert len(panels) == result.sizes.get("kind", 1)
+    by_name = {t.name: t for t in panels}
+    checked = 0
+    for kind in result["kind"].values if "kind" in result.dims else [None]:
+        trace = by_name[plots.KIND_NAMES[kind]] if kind else panels[0]
+        part = result.sel(kind=kind) if kind else result
+        for y, row in zip(trace.y, _z(trace), strict=True):
+            where = dict(zip(("layer", "head"), map(int, re.findall(r"\d+", y)), strict=False))
+            for x, value in zip(trace.x, row, strict=True):
+                place = int(re.findall(r"\d+", x)[0])
+                column = {"position" if x.startswith("position") else "head": place}
+                cell = part.isel({**where, **column})
+                assert cell.ndim == 0
+                if "agrees" in cell.coords and cell["agrees"]:
+                    assert np.isnan(value)
+                else:
+                    assert value == pytest.approx(cell.item(), rel=1e-3)
+                checked += 1
+    assert checked == result.size
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_colours_are_symmetric_about_the_corrupted_baseline_and_reach_the_clean_one(shape):
+    result = _made(**SHAPES[shape])
+    axis = plots.heatmap(result).layout.coloraxis
+    clean, corrupted = result.attrs["clean_baseline"], result.attrs["corrupted_baseline"]
+    assert (axis.cmin + axis.cmax) / 2 == pytest.approx(corrupted)
+    reach = max(abs(clean - corrupted), float(np.abs(result - corrupted).max()))
+    assert axis.cmax - corrupted == pytest.approx(reach, rel=1e-3)
+    ticks = dict(zip(axis.colorbar.tickvals, axis.colorbar.ticktext, strict=True))
+    assert ticks[corrupted] == "−1<br>corrupted" and ticks[clean] == "2<br>clean"
+    assert [c for at, c in axis.colorscale if at == 0.5] == ["#f7f7f7"]
+
+
+def test_colours_stay_symmetric_when_clean_is_below_corrupted():
+    axis = plots.heatmap(_made(("layer", "head"), clean=-4.0, corrupted=1.0)).layout.coloraxis
+    assert (axis.cmin + axis.cmax) / 2 == pytest.approx(1.0)
+    assert axis.cmin <= -4.0
+
+
+def test_small_effects_get_a_button_that_spreads_the_colours():
+    result = _made(("layer", "head"), clean=50.0)
+    figure = plots.heatmap(result)
+    wide, narrow = figure.layout.updatemenus[0].buttons
+    largest = float(np.abs(result + 1.0).max())
+    assert narrow.args[0]["coloraxis.cmax"] == pytest.approx(-1.0 + largest, rel=1e-5)
+    assert wide.args[0]["coloraxis.cmax"] == figure.layout.coloraxis.cmax == pytest.approx(50.0)
+    assert not plots.heatmap(_made(("layer", "head"), clean=0.0)).layout.updatemenus
+
+
+def test_positions_that_agree_are_marked_and_not_drawn_as_zero():
+    figure = plots.heatmap(_made(("layer", "position"), agree=5))
+    nothing = [t for t in figure.data if t.name == "nothing to patch"]
+    assert len(nothing) == 1 and len(nothing[0].x) == 5
+    assert not nothing[0].coloraxis and "nothing to patch" in nothing[0].hovertemplate
+    assert np.isnan(_z(_measured(figure)[0])[:, :5]).all()
+    assert np.isfinite(_z(_measured(figure)[0])[:, 5:]).all()
+    assert any(s.type == "path" for s in figure.layout.shapes)
+    assert "nothing<br>to patch" in figure.layout.annotations[0].text
+    assert "hatched" in figure.layout.meta["caption"]
+    free = plots.heatmap(_made(("layer", "position"), agree=0))
+    assert not free.layout.shapes and "hatched" not in free.layout.meta["caption"]
+
+
+def test_hatching_stays_inside_its_panel():
+    for agree in (1, 2, 5):
+        figure = plots.heatmap(_made(("layer", "position"), agree=agree))
+        (shape,) = figure.layout.shapes
+        points = [tuple(map(float, p.split(","))) for p in re.findall(r"[ML]([^ML]+)", shape.path)]
+        assert len(points) >= 8
+        assert all(-0.5 <= x <= agree - 0.5 and -0.001 <= y <= 1.001 for x, y in points)
+
+
+def test_panels_collapse_the_positions_that_agree():
+    result = _made(("kind", "layer", "position"), kinds=tuple(BLOCK_KINDS), agree=4)
+    for trace in _measured(plots.heatmap(result)):
+        assert len(trace.x) == 3
+        assert trace.x[0] == "position 0 '&lt;bos&gt;' to position 3 ' gave'"
+        np.testing.assert_allclose(
+            _z(trace)[:, 1:],
+            result.sel(kind={v: k for k, v in plots.KIND_NAMES.items()}[trace.name])[:, 4:],
+            rtol=1e-3,
+        )
+
+
+def test_missing_cells_are_gaps():
+    result = _made(("kind", "layer", "head"), kinds=("out", "k")).copy(deep=True)
+    result.loc[dict(kind="k", head=[2, 3])] = np.nan
+    figure = plots.heatmap(result.assign_attrs(n_key_value_heads=2))
+    out, key = _measured(figure)
+    assert np.isfinite(_z(out)).all()
+    assert np.isnan(_z(key)[:, 2:]).all() and np.isfinite(_z(key)[:, :2]).all()
+    assert key.hoverongaps is False
+    assert "key-value head" in key.hovertemplate and "key-value" not in out.hovertemplate
+    assert "do not exist" in figure.layout.meta["caption"]
+
+
+def test_hover_is_in_words_with_the_share():
+    (trace,) = _measured(plots.heatmap(_made(("layer", "position", "head"))))
+    assert trace.y[0].startswith("layer ") and ", head " in trace.y[0]
+    assert trace.x[5] == "position 5 ' to'"
+    assert "%{y}, %{x}" in trace.hovertemplate and "logit difference" in trace.hovertemplate
+    assert "%{customdata:.0%} of clean minus corrupted" in trace.hovertemplate
+    np.testing.assert_allclose(
+        np.asarray(trace.customdata, float)[:, 2:], (_z(trace)[:, 2:] + 1) / 3, atol=2e-3
+    )
+    (scaled,) = _measured(plots.heatmap(share(_made(("layer", "position", "head")))))
+    assert "%{z:.0%} of clean minus corrupted" in scaled.hovertemplate
+    assert scaled.customdata is None
+
+
+def test_no_tick_sits_on_a_cell_where_it_would_replace_the_words_in_the_hover():
+    layout = plots.heatmap(_made(("layer", "position", "head"))).layout
+    for axis in (layout.xaxis, layout.yaxis):
+        off = np.asarray(axis.tickvals) - np.round(axis.tickvals)
+        span = abs(axis.range[1] - axis.range[0])
+        assert (np.abs(off) > span / 10_000).all() and (np.abs(off) < 0.1).all()
+
+
+def test_many_rows_are_trimmed_to_the_largest_with_the_whole_a_click_away():
+    result = _made(("layer", "position", "head"), layers=12, heads=4)
+    figure = plots.heatmap(result, top=5)
+    (shown,) = _measured(figure)
+    effect = np.abs(result + 1.0).where(~result["agrees"]).max("position")
+    order = np.argsort(-effect.transpose("layer", "head").values.ravel(), kind="stable")[:5]
+    assert list(shown.y) == [f"layer {i // 4}, head {i % 4}" for i in order]
+    few, every = figure.layout.updatemenus[0].buttons
+    assert every.label == "all 48"
+    applied = go.Figure(figure)
+    for trace, visible in zip(applied.data, every.args[0]["visible"], strict=True):
+        trace.visible = visible
+    (whole,) = _measured(applied)
+    assert len(whole.y) == 48 and whole.y[5] == "layer 1, head 1"
+    assert every.args[1]["yaxis.range"] == [47.5, -0.5]
+    assert every.args[1]["height"] > figure.layout.height == few.args[1]["height"]
+    # Each row keeps enough height to read its label.
+    plot = every.args[1]["height"] - figure.layout.margin.t - figure.layout.margin.b
+    assert plot / 48 >= 12
+    assert not plots.heatmap(result, top=None).layout.updatemenus
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_figures_say_what_they_show(shape):
+    result = _made(**SHAPES[shape])
+    figure = plots.heatmap(result)
+    title = figure.layout.title.text
+    assert "Clean activations patched into the corrupted" in title.replace("<br>", " ")
+    assert "tiny" in title and "a task" in title and "logit difference" in title
+    meta = figure.layout.meta
+    assert meta["caption"].endswith(".") and meta["caption"].count(". ") == 0
+    effect = np.abs(result + 1.0)
+    top = effect.where(effect == effect.max(), drop=True)
+    assert "Largest effects" in meta["alt"]
+    first = meta["alt"].split("Largest effects: ")[1].split(";")[0]
+    if "head" in result.dims:
+        assert f"L{top['layer'].item()}H{top['head'].item()}" in first
+    else:
+        assert f"L{top['layer'].item()} " in first
+    if "position" in result.dims:
+        assert top["position"].item() in first
+    if "kind" in result.dims:
+        assert plots.KIND_NAMES[top["kind"].item()] in first
+    given = plots.heatmap(result, title="My title", caption="My caption.")
+    assert "My title" in given.layout.title.text and given.layout.meta["caption"] == "My caption."
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_figures_adapt_to_their_column_and_theme(shape):
+    layout = plots.heatmap(_made(**SHAPES[shape])).layout
+    assert layout.width is None and layout.autosize
+    assert layout.paper_bgcolor == "rgba(0,0,0,0)"
+    assert layout.font.color == style.INK
+    # One colour for text, so that a page can replace it: nothing inside sets its own, besides
+    # buttons and labels that bring their own background.
+    for note in layout.annotations:
+        assert note.font.color is None or note.bgcolor
+    assert layout.title.font.color is None and layout.coloraxis.colorbar.tickfont.color is None
+
+
+def test_panels_wrap_before_they_get_too_narrow_to_read():
+    wide = _made(("kind", "layer", "head"), kinds=tuple(HEAD_KINDS), heads=16)
+    layout = plots.heatmap(wide).layout
+    domains = {(a.domain[0], a.domain[1]) for a in _axes(layout, "x")}
+    assert len(domains) == 3
+    rows = {a.domain for a in _axes(layout, "y")}
+    assert len(rows) == 2
+    for axis in (*_axes(layout, "x"), *_axes(layout, "y")):
+        assert 0 <= axis.domain[0] < axis.domain[1] <= 1
+
+
+def _axes(layout, letter):
+    return [layout[k] for k in layout if re.fullmatch(rf"{letter}axis\d*", k)]
+
+
+def test_two_further_dimensions_make_a_grid_with_one_colour_scale():
+    inner = _made(("kind", "layer", "head"), kinds=("out", "q", "k"))
+    other = inner.assign_attrs(corrupted_baseline=-3.0)
+    figure = plots.heatmap(combine({"AB": inner, "BA": other}))
+    panels = _measured(figure)
+    assert [t.name for t in panels] == [
+        f"{c} · {k}" for c in ("AB", "BA") for k in ("output", "query", "key")
+    ]
+    assert {t.coloraxis for t in panels} == {"coloraxis"}
+    assert "clean" in figure.layout.coloraxis.colorbar.ticktext[1]
+    with pytest.raises(ValueError, match="two further dimensions"):
+        plots.heatmap(combine({"x": combine({"AB": inner, "BA": other})}, "seed"))
+
+
+def test_what_cannot_be_drawn_is_refused():
+    result = _made(("layer", "head"))
+    with pytest.raises(TypeError, match="ndarray"):
+        plots.heatmap(result.values)
+    with pytest.raises(ValueError, match="keep_attrs"):
+        plots.heatmap(result.drop_attrs())
+    with pytest.raises(ValueError, match="curves or bars"):
+        plots.heatmap(result.isel(layer=0))
+    with pytest.raises(ValueError, match="no cell"):
+        plots.heatmap(result.where(False))
+    with pytest.raises(ValueError, match="empty"):
+        plots.heatmap(result.isel(layer=[]))
+
+
+def test_equal_baselines_can_be_drawn():
+    figure = plots.heatmap(_made(("layer", "head"), clean=-1.0))
+    assert "share" not in figure.data[0].hovertemplate
+    assert "of clean minus" not in figure.data[0].hovertemplate
+    flat = _made(("layer", "head"), clean=-1.0) * 0 - 1.0
+    flat.attrs = dict(_made(("layer", "head"), clean=-1.0).attrs)
+    axis = plots.heatmap(flat).layout.coloraxis
+    assert axis.cmin < axis.cmax
+
+
+TEXTS = re.compile(r"<(?!/?(b|br|span)\b)[^>]*>|\$")
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_html_and_latex_in_tokens_are_text(shape):
+    result = _made(**SHAPES[shape], nasty=True)
+    figures = [plots.heatmap(result), plots.heatmap(result, title="<script>$z$")]
+    if "kind" in result.dims:
+        figures.append(plots.explore(result, title="<script>$z$"))
+    for figure in figures:
+        for text in _shown(_json(figure)):
+            assert not TEXTS.search(text.replace("<extra></extra>", "")), text
+            assert "script>" not in text
+
+
+def _shown(content):
+    """Every string that plotly would draw."""
+    keys = {"text", "ticktext", "x", "y", "name", "hovertemplate", "label", "tickvals"}
+    found = []
+
+    def walk(node, key=None):
+        if isinstance(node, dict):
+            for k, v in node.items():
+                if k != "meta":
+                    walk(v, k)
+        elif isinstance(node, list):
+            for v in node:
+                walk(v, key)
+        elif isinstance(node, str) and key in keys:
+            found.append(node)
+
+    walk(content)
+    return found
+
+
+@pytest.mark.parametrize("make", ["heatmap", "explore"])
+def test_figures_of_the_largest_sweeps_stay_small(make):
+    kinds = tuple(HEAD_KINDS)
+    result = _made(("kind", "layer", "position", "head"), kinds=kinds, layers=30, heads=9, agree=1)
+    if make == "explore":
+        result = combine({m: result for m in ("one", "two")}, "metric")
+    size = len(getattr(plots, make)(result).to_json())
+    assert size < 400_000
+
+
+def _explorer(layers=3, dims=("kind", "layer", "position", "head")):
+    kinds = ("out", "q", "k")
+    base = _made(dims, kinds=kinds, layers=layers)
+    states = {}
+    for i, corrupted in enumerate(("AB", "BA")):
+        metrics = {
+            m: (base + i + 10 * j).assign_attrs(
+                {**base.attrs, "metric": m, "corrupted_baseline": -1.0 - i - j}
+            )
+            for j, m in enumerate(("logit difference", "probability"))
+        }
+        states[corrupted] = combine(metrics, "metric")
+    return combine(states, "corrupted")
+
+
+def _pressed(figure, *presses):
+    """The figure after some buttons, by (menu or "slider", entry)."""
+    figure = go.Figure(figure)
+    for menu, entry in presses:
+        if menu == "slider":
+            step = figure.layout.sliders[0].steps[entry]
+        else:
+            step = figure.layout.updatemenus[menu].buttons[entry]
+        change = step.args[0]
+        if step.method == "restyle":
+            for key, values in change.items():
+                for trace, value in zip(figure.data, values, strict=True):
+                    trace[key] = value
+        else:
+            assert step.method == "relayout"
+            for key, value in change.items():
+                figure.layout[key] = value
+    return figure
+
+
+def _in_view(figure):
+    """The numbers that the window shows of the one trace that is visible and opaque."""
+    seen = [t for t in _measured(figure) if t.opacity in (None, 1) and t.hoverinfo != "skip"]
+    assert len(seen) == 1
+    x, y = (sorted(axis.range) for axis in (figure.layout.xaxis, figure.layout.yaxis))
+    rows, columns = (slice(int(r[0] + 0.5), int(r[1] + 0.5)) for r in (y, x))
+    return seen[0], _z(seen[0])[rows, columns]
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, "slider"), ("slider", 2, 1, 0), (1, "slider", 0, 2)])
+def test_explorer_shows_what_its_menus_say_in_whichever_order_they_are_used(order):
+    result = _explorer()
+    figure = plots.explore(result)
+    names = {m: [b.label for b in menu.buttons] for m, menu in enumerate(figure.layout.updatemenus)}
+    assert names[0] == ["output", "query", "key"]
+    assert names[1] == ["AB", "BA"] and names[2] == ["logit difference", "probability"]
+    for kind in range(3):
+        for corrupted in range(2):
+            for metric in range(2):
+                for layer in range(3):
+                    entries = {0: kind, 1: corrupted, 2: metric, "slider": layer}
+                    after = _pressed(figure, *((m, entries[m]) for m in order))
+                    trace, values = _in_view(after)
+                    cell = result.isel(
+                        kind=kind, corrupted=corrupted, metric=metric, layer=layer
+                    ).transpose("head", "position")
+                    expected = cell.where(~cell["agrees"]).values
+                    np.testing.assert_allclose(values, expected, rtol=5e-3)
+                    assert trace.name == f"{names[1][corrupted]} · {names[2][metric]}"
+    baseline = result["corrupted_baseline"].sel(corrupted="BA", metric="probability").item()
+    assert f"corrupted {style.number(baseline)}" in trace.hovertemplate
+
+
+def test_explorer_over_all_positions_shows_all_layers():
+    result = _explorer(dims=("kind", "layer", "head"))
+    figure = plots.explore(result)
+    assert not figure.layout.sliders
+    _, values = _in_view(_pressed(figure, (0, 2)))
+    expected = result.isel(kind=2, corrupted=0, metric=0).values
+    np.testing.assert_allclose(values, expected, rtol=5e-3)
+    assert "Menus: activation, corrupted input and metric" in figure.layout.meta["alt"]
+
+
+def test_explorer_takes_results_by_name_and_opens_at_the_layer_with_most_to_show():
+    result = _made(("layer", "position", "head"), layers=4)
+    figure = plots.explore({"AB": result, "BA": result})
+    effect = np.abs(share(result)).max(("position", "head")).values
+    start = figure.layout.sliders[0].active
+    assert start == int(effect.argmax())
+    step = figure.layout.sliders[0].steps[start]
+    assert list(figure.layout.yaxis.range) == list(step.args[0]["yaxis.range"])
+
+
+def test_explorer_refuses_what_it_has_no_menu_for():
+    with pytest.raises(ValueError, match="nothing to choose"):
+        plots.explore(_made(("layer", "head")))
+    with pytest.raises(ValueError, match="two of layer"):
+        plots.explore(_made(("layer", "head")).isel(layer=0))
+    deep = combine({"s": _explorer(dims=("kind", "layer", "head"))}, "seed")
+    with pytest.raises(ValueError, match="three dimensions"):
+        plots.explore(deep)
+
+
+def test_curves_are_the_numbers_with_both_baselines():
+    result = _made(("kind", "layer", "position"), kinds=("resid_pre", "mlp_out"))
+    best = result.max("position", keep_attrs=True)
+    figure = plots.curves(best)
+    assert [t.name for t in figure.data] == ["resid_pre", "mlp_out"]
+    for trace, row in zip(figure.data, best.values, strict=True):
+        np.testing.assert_allclose(np.asarray(trace.y, float), row, rtol=1e-3)
+    looks = {(t.line.color, t.line.dash, t.marker.symbol) for t in figure.data}
+    assert len(looks) == len({c for c, _, _ in looks}) == len({d for _, d, _ in looks}) == 2
+    assert sorted(s.y0 for s in figure.layout.shapes) == [-1.0, 2.0]
+    assert {a.text for a in figure.layout.annotations} == {"clean<br>2", "corrupted<br>−1"}
+    low, high = figure.layout.yaxis.range
+    assert low < -1.0 and high > 2.0
+    along = plots.curves(result.sel(kind="mlp_out"), along="position")
+    assert len(along.data) == 3 and along.data[0].name == "layer 0"
+    with pytest.raises(ValueError, match="select or reduce"):
+        plots.curves(result)
+
+
+def test_bars_start_at_the_corrupted_baseline():
+    result = _made(("kind", "layer", "head"), kinds=("out", "v")).isel(layer=1)
+    figure = plots.bars(result)
+    for trace, row in zip(figure.data, result.values, strict=True):
+        assert trace.base == -1.0
+        np.testing.assert_allclose(np.asarray(trace.y, float) - 1.0, row, rtol=1e-2, atol=1e-3)
+        np.testing.assert_allclose(np.asarray(trace.customdata, float), row, rtol=1e-3)
+    single = plots.bars(result.isel(kind=0))
+    assert len(single.data) == 1 and single.layout.showlegend is False
+    top = int(np.abs(result.values[0] + 1.0).argmax())
+    assert f"at {top}" in single.layout.meta["alt"]
+
+
+def test_attention_pattern_is_the_heads_own():
+    model = tiny.model("gpt2")
+    task = ioi_task(model)
+    figure = plots.attention_pattern(model, task.clean_tokens, 1, 2, labels=task.position_labels)
+    with torch.no_grad():
+        _, cache = model.run_with_cache(task.clean_tokens)
+    expected = cache["blocks.1.attn.hook_pattern"][:, 2].mean(0).numpy()
+    drawn = _z(figure.data[0])
+    lower = np.tri(len(expected), dtype=bool)
+    np.testing.assert_allclose(drawn[lower], expected[lower], rtol=1e-2, atol=1e-6)
+    assert np.isnan(drawn[~lower]).all()
+    assert "L1H2" in figure.layout.title.text and "Strongest" in figure.layout.meta["alt"]
+    plain = plots.attention_pattern(model, task.clean_tokens[0], 0, 0)
+    assert plain.layout.xaxis.ticktext[3] == "3"
+    for layer, head in ((2, 0), (0, 4), (-1, 0)):
+        with pytest.raises(ValueError, match=f"no L{layer}H{head}"):
+            plots.attention_pattern(model, task.clean_tokens, layer, head)
+    with pytest.raises(ValueError, match="2 labels for 15 positions"):
+        plots.attention_pattern(model, task.clean_tokens, 0, 0, labels=["a", "b"])
+
+
+def test_tokens_table_marks_exactly_what_differs():
+    task = ioi_task(tiny.model("gpt2"))
+    shown = plots.tokens_table(task, rows=2)
+    html = shown._repr_html_()
+    assert html.count("<mark") == 4
+    marked = re.findall(r"<mark[^>]*><code[^>]*>([^<]*)</code></mark>", html)
+    assert marked == [" John", " Mary", " Mary", " John"]
+    assert html.count("<tr>") == 5 and "<caption" in html and 'tabindex="0"' in html
+    assert "* John*" in repr(shown) and repr(shown).count("\n") == 4
+    assert plots.tokens_table(task)._repr_html_().count("<tr>") == 17
+    with pytest.raises(ValueError, match="rows"):
+        plots.tokens_table(task, rows=0)
+
+
+def test_tables_show_markup_and_formulas_as_text():
+    model = tiny.model("gpt2")
+    task = prompt_task(model, "The <b> $x$ cat", "The <b> $x$ dog", (" Mary", " John"))
+    for html in (
+        plots.tokens_table(task, caption="<script>$z$")._repr_html_(),
+        plots.table(pd.DataFrame({"token": ["<script>$z$", "a\nb"]}), "<script>")._repr_html_(),
+    ):
+        assert "<script" not in html and "&lt;script&gt;" in html
+        # A formula needs both of its dollars in one piece of text.
+        body = html.split(">", 1)[1]
+        assert all(text.count("$") < 2 for text in re.split(r"<[^>]*>", body))
+    assert "mathjax_ignore" in html
+
+
+def test_table_writes_numbers_for_people():
+    frame = pd.DataFrame({"label": ["L9H6"], "value": [-1.23456], "share": [0.4211], "n": [3]})
+    html = plots.table(frame, "Largest effects.")._repr_html_()
+    cells = re.findall(r"<td[^>]*>([^<]*)</td>", html)
+    assert cells == ["L9H6", "−1.23", "42 %", "3"]
+    gap = plots.table(pd.DataFrame({"share": [float("nan")]}), "x")._repr_html_()
+    assert ">–<" in gap
+
+
+# Machado, Oliveira and Fernandes (2009), severity 1.0, for linear RGB.
+DEFICIENCIES = {
+    "full colour vision": np.eye(3),
+    "protanopia": np.array(
+        [
+            [0.152286, 1.052583, -0.204868],
+            [0.114503, 0.786281, 0.099216],
+            [-0.003882, -0.048116, 1.051998],
+        ]
+    ),
+    "deuteranopia": np.array(
+        [
+            [0.367322, 0.860646, -0.227968],
+            [0.280085, 0.672501, 0.047413],
+            [-0.011820, 0.042940, 0.968881],
+        ]
+    ),
+    "tritanopia": np.array(
+        [
+            [1.255528, -0.076749, -0.178779],
+            [-0.078411, 0.930809, 0.147602],
+            [0.004733, 0.691367, 0.303900],
+        ]
+    ),
+}
+
+
+def _linear(colour):
+    rgb = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+    return np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+
+
+def _lab(linear):
+    to_xyz = np.array(
+        [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+    )
+    xyz = to_xyz @ np.clip(linear, 0, 1) / np.array([0.9505, 1.0, 1.089])
+    f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
+    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
+@pytest.mark.parametrize("vision", DEFICIENCIES)
+def test_both_sides_of_the_scale_stay_apart_to_every_eye(vision):
+    seen = [_lab(DEFICIENCIES[vision] @ _linear(colour)) for _, colour in style.DIVERGING]
+    middle = len(seen) // 2
+    for i in range(middle):
+        # Same strength, opposite direction; a distance of about 2 is just noticeable.
+        assert np.linalg.norm(seen[i] - seen[-1 - i]) > 20
+    lightness = [colour[0] for colour in seen]
+    assert lightness[: middle + 1] == sorted(lightness[: middle + 1])
+    assert lightness[middle:] == sorted(lightness[middle:], reverse=True)
+
+
+@pytest.mark.parametrize("vision", DEFICIENCIES)
+def test_attention_colours_grow_darker_to_every_eye(vision):
+    lightness = [_lab(DEFICIENCIES[vision] @ _linear(c))[0] for _, c in style.SEQUENTIAL]
+    assert lightness == sorted(lightness, reverse=True)
+    assert min(-np.diff(lightness)) > 8
+
+
+def _contrast(one, other):
+    weights = np.array([0.2126, 0.7152, 0.0722])
+    low, high = sorted(float(weights @ _linear(c)) for c in (one, other))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_text_reads_on_white_and_on_dark_paper():
+    assert _contrast(style.INK, "#ffffff") >= 4.5
+    assert _contrast(style.INK, "#121212") >= 4.0
+    assert _contrast(style.MENU["font"]["color"], style.MENU["bgcolor"]) >= 4.5
+    for colour in style.LINES:
+        assert _contrast(colour, "#ffffff") >= 3 and _contrast(colour, "#14181e") >= 3
+
+
+def test_compact_numbers_keep_four_digits():
+    values = np.array([123456.0, -0.00123456, 0.0, np.nan, 1.0])
+    out = np.asarray(style.compact(values), float)
+    np.testing.assert_allclose(out[:2], [123500.0, -0.001235], rtol=1e-6)
+    assert out[2] == 0 and np.isnan(out[3]) and out[4] == 1
+
+
+def test_figures_do_not_choose_a_renderer():
+    import plotly.io
+
+    before = plotly.io.renderers.default
+    plots.heatmap(_made(("layer", "head")))
+    assert plotly.io.renderers.default == before

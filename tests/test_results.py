@@ -1,0 +1,339 @@
+"""Labelled results carry the sweep's numbers under the right names, also through a file."""
+
+from __future__ import annotations
+
+import json
+import os
+from functools import lru_cache
+
+import numpy as np
+import pytest
+import tiny
+import torch
+import xarray as xr
+
+from patching_demo import patching
+from patching_demo.results import (
+    BLOCK_KINDS,
+    HEAD_KINDS,
+    combine,
+    largest_cells,
+    load,
+    save,
+    share,
+    sweep,
+    sweep_metrics,
+)
+from patching_demo.tasks import CORRUPTIONS, induction_task, prompt_task
+
+QUIET = {"progress": False}
+
+
+@lru_cache(None)
+def _task(name, metric="logit difference"):
+    model = tiny.model(name)
+    return prompt_task(
+        model,
+        ["When John gave the bag to", "The cat sat on"],
+        ["When Mary gave the bag to", "The dog sat on"],
+        (" Mary", " John"),
+        metric=metric,
+    )
+
+
+@lru_cache(None)
+def _result(name="gpt2", kinds="out", by="pos"):
+    kinds = list(kinds) if isinstance(kinds, tuple) else kinds
+    return sweep(tiny.model(name), _task(name), kinds, by=by, **QUIET)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama-gqa"])
+@pytest.mark.parametrize(
+    ("kind", "by", "sweep_name", "dims"),
+    [
+        *((kind, "pos", kind, ("layer", "position")) for kind in BLOCK_KINDS),
+        *(
+            (kind, "pos", f"attn_head_{kind}_by_pos", ("layer", "position", "head"))
+            for kind in HEAD_KINDS
+        ),
+        *((kind, "all_pos", f"attn_head_{kind}_all_pos", ("layer", "head")) for kind in HEAD_KINDS),
+    ],
+)
+def test_one_kind_is_the_sweep_of_that_name_with_labels(name, kind, by, sweep_name, dims):
+    model, task = tiny.model(name), _task(name)
+    result = _result(name, kind, by)
+    assert result.dims == dims and result.dtype == np.float32
+    run = getattr(patching, f"get_act_patch_{sweep_name}")
+    values = run(model, task.corrupted_tokens, task.clean_cache(model), task.metric, **QUIET)
+    if sweep_name == "attn_head_pattern_by_pos":  # [layer, head, position]
+        values = values.permute(0, 2, 1)
+    np.testing.assert_allclose(result.values, values.numpy(), atol=1e-5)
+    assert result.attrs["kind"] == kind
+
+
+def test_several_kinds_are_stacked_in_the_order_given():
+    result = _result("gpt2", ("v", "out"), "all_pos")
+    assert result.dims == ("kind", "layer", "head")
+    assert result["kind"].values.tolist() == ["v", "out"]
+    for kind in ("v", "out"):
+        np.testing.assert_allclose(
+            result.sel(kind=kind).values, _result("gpt2", kind, "all_pos").values, atol=1e-5
+        )
+
+
+def test_heads_that_do_not_exist_are_gaps():
+    result = _result("llama-gqa", tuple(HEAD_KINDS), "all_pos")
+    missing = result.isnull().any("layer")
+    for kind in HEAD_KINDS:
+        expected = [False, False, kind in "kv", kind in "kv"]
+        assert missing.sel(kind=kind).values.tolist() == expected
+    assert result.attrs["n_key_value_heads"] == 2
+    assert _result("llama-gqa", "k", "all_pos").sizes["head"] == 2
+
+
+def test_labels_say_where_a_cell_is():
+    result, task = _result("gpt2", "out"), _task("gpt2")
+    assert result["position"].values.tolist() == task.position_labels
+    assert result["token"].values.tolist() == task.position_tokens
+    assert result["head_label"].sel(layer=1, head=3).item() == "L1H3"
+    agree = int((task.clean_tokens != task.corrupted_tokens).any(0).int().argmax())
+    assert agree > 0
+    expected = [i < agree for i in range(task.clean_tokens.shape[1])]
+    assert result["agrees"].values.tolist() == expected
+    assert result.attrs["clean_baseline"] == task.clean_baseline
+    assert result.attrs["corrupted_baseline"] == task.corrupted_baseline
+    assert result.attrs["metric"] == "logit difference" and result.attrs["units"] == "logits"
+    assert "patched into the corrupted run" in result.attrs["what"]
+
+
+def test_where_inputs_agree_the_value_is_the_corrupted_baseline():
+    result = _result("gpt2", "out")
+    untouched = result.where(result["agrees"], drop=True)
+    np.testing.assert_allclose(untouched.values, result.attrs["corrupted_baseline"], atol=1e-5)
+    assert np.ptp(result.values) > 1e-4
+
+
+def test_one_sweep_scored_by_several_metrics_is_each_of_them():
+    model = tiny.model("gpt2")
+    tasks = {m: _task("gpt2", m) for m in ("logit difference", "probability")}
+    together = sweep_metrics(model, tasks, ["out", "q"], by="all_pos", **QUIET)
+    for metric, task in tasks.items():
+        alone = sweep(model, task, ["out", "q"], by="all_pos", **QUIET)
+        np.testing.assert_allclose(together[metric].values, alone.values, atol=1e-5)
+        assert together[metric].attrs == alone.attrs
+    with pytest.raises(ValueError, match="no task"):
+        sweep_metrics(model, {}, "out")
+    with pytest.raises(ValueError, match="'other' has other prompts"):
+        sweep_metrics(model, {**tasks, "other": induction_task(model, seq_len=3)}, "out")
+
+
+@pytest.mark.parametrize(
+    ("kinds", "by", "message"),
+    [
+        ("resid", "pos", "'resid'"),
+        ([], "pos", "empty"),
+        (["out", "out"], "pos", "twice"),
+        (["out", "resid_pre"], "pos", "two sweeps"),
+        ("out", "position", "'position'"),
+        ("resid_pre", "all_pos", "by='pos'"),
+    ],
+)
+def test_unknown_kinds_are_refused_before_anything_runs(kinds, by, message):
+    class NeverCalled:
+        def __getattr__(self, name):
+            raise AssertionError(f"the model was touched: {name}")
+
+    with pytest.raises(ValueError, match=message):
+        sweep(NeverCalled(), _task("gpt2"), kinds, by=by)
+
+
+@pytest.mark.parametrize("option", [{"reduce": "none"}, {"baseline": True}])
+def test_options_that_change_the_shape_are_refused(option):
+    with pytest.raises(TypeError, match=next(iter(option))):
+        sweep(tiny.model("gpt2"), _task("gpt2"), "out", **option)
+
+
+def test_share_is_zero_at_corrupted_and_one_at_clean():
+    result = _result("gpt2", "resid_pre")
+    clean, corrupted = (result.attrs[f"{w}_baseline"] for w in ("clean", "corrupted"))
+    scaled = share(result)
+    np.testing.assert_allclose(scaled * (clean - corrupted) + corrupted, result, atol=1e-5)
+    assert (scaled.attrs["clean_baseline"], scaled.attrs["corrupted_baseline"]) == (1.0, 0.0)
+    assert scaled.attrs["units"] == "share of clean - corrupted"
+    again = share(scaled)
+    assert again.identical(scaled)
+    assert result.attrs["units"] == "logits"
+    # Patching everything the last position will read makes the run the clean one.
+    task = sweep(tiny.model("gpt2"), _task("gpt2").normalised(), "resid_pre", **QUIET)
+    np.testing.assert_allclose(task.values, scaled.values, atol=1e-4)
+
+
+def test_share_needs_two_different_baselines():
+    flat = _result("gpt2", "out").copy()
+    flat.attrs["clean_baseline"] = flat.attrs["corrupted_baseline"]
+    with pytest.raises(ValueError, match="share of their difference"):
+        share(flat)
+    with pytest.raises(ValueError, match="keep_attrs"):
+        share(xr.DataArray([1.0], dims="layer"))
+
+
+def _corruptions(kinds="out"):
+    model = tiny.model("attn-only")
+    return {
+        c: sweep(model, induction_task(model, c, batch=2, seq_len=4), kinds, **QUIET)
+        for c in CORRUPTIONS
+    }
+
+
+def test_combined_results_are_shares_of_their_own_baselines():
+    results = _corruptions()
+    combined = combine(results)
+    assert combined.dims == ("corrupted", "layer", "position", "head")
+    for name, result in results.items():
+        np.testing.assert_allclose(combined.sel(corrupted=name).values, share(result).values)
+        for which in ("clean", "corrupted"):
+            measured = combined[f"{which}_baseline"].sel(corrupted=name).item()
+            assert measured == result.attrs[f"{which}_baseline"]
+        agrees = combined["agrees"].sel(corrupted=name).values
+        assert agrees.tolist() == result["agrees"].values.tolist()
+    assert combined.attrs["task"] == "induction, AA against AB, BA, BB, BC"
+
+
+def test_results_with_the_same_baselines_are_combined_as_they_are():
+    result = _result("gpt2", "out")
+    combined = combine({"one": result, "two": result}, "run")
+    assert combined.attrs["units"] == "logits"
+    np.testing.assert_array_equal(combined.sel(run="two").values, result.values)
+
+
+def test_combining_twice_keeps_the_measured_baselines():
+    metrics = ("logit difference", "probability")
+    inner = {
+        m: sweep(tiny.model("gpt2"), _task("gpt2", m), "out", by="all_pos", **QUIET)
+        for m in metrics
+    }
+    outer = combine({"x": combine(inner, "metric"), "y": combine(inner, "metric")}, "corrupted")
+    assert outer.dims == ("corrupted", "metric", "layer", "head")
+    for m in metrics:
+        cell = outer["clean_baseline"].sel(metric=m).values
+        assert np.allclose(cell, inner[m].attrs["clean_baseline"])
+
+
+def test_only_like_results_combine():
+    with pytest.raises(ValueError, match="no results"):
+        combine({})
+    with pytest.raises(ValueError, match="same sweep"):
+        combine({"a": _result("gpt2", "out"), "b": _result("gpt2", "resid_pre")})
+    moved = _result("gpt2", "out").assign_coords(head=[4, 5, 6, 7])
+    with pytest.raises(ValueError, match="other labels"):
+        combine({"a": _result("gpt2", "out"), "b": moved})
+
+
+def test_largest_cells_are_the_largest_effects_in_order():
+    result = _result("gpt2", "out").copy(deep=True)
+    base = result.attrs["corrupted_baseline"]
+    result.values[:] = base
+    marked = [((1, 4, 2), 5.0), ((0, 5, 3), -4.0), ((1, 6, 0), 3.0)]
+    for index, change in marked:
+        result.values[index] += change
+    result.values[0, 0, 0] += 100.0  # before the inputs differ: not an effect of any patch
+    table = largest_cells(result, 3)
+    assert table["label"].tolist() == ["L1H2", "L0H3", "L1H0"]
+    assert table["position"].tolist() == [result["position"].values[i] for i in (4, 5, 6)]
+    assert table["token"].tolist() == [result["token"].values[i] for i in (4, 5, 6)]
+    assert table["value"].tolist() == pytest.approx([base + c for _, c in marked], abs=1e-5)
+    spread = result.attrs["clean_baseline"] - base
+    assert table["share"].tolist() == pytest.approx([c / spread for _, c in marked], abs=1e-4)
+
+
+def test_largest_cells_name_kinds_and_skip_gaps():
+    table = largest_cells(_result("llama-gqa", tuple(HEAD_KINDS), "all_pos"), 1000)
+    assert len(table) == 3 * (3 * 4 + 2 * 2)
+    assert set(table["kind"]) == set(HEAD_KINDS)
+    assert "position" not in table and not table["value"].isna().any()
+    effect = (table["value"] - _task("llama-gqa").corrupted_baseline).abs()
+    assert effect.is_monotonic_decreasing
+    layers = largest_cells(_result("gpt2", "resid_pre"), 1)
+    assert layers["label"].item() in ("L0", "L1")
+
+
+def test_largest_cells_need_a_positive_count():
+    with pytest.raises(ValueError, match="at least 1"):
+        largest_cells(_result(), 0)
+
+
+@pytest.mark.parametrize("which", ["one", "gaps", "combined", "odd names"])
+def test_a_result_survives_its_file(tmp_path, which):
+    result = {
+        "one": lambda: _result("gpt2", "resid_pre"),
+        "gaps": lambda: _result("llama-gqa", tuple(HEAD_KINDS), "pos"),
+        "combined": lambda: combine(_corruptions(["out", "v"])),
+        "odd names": lambda: (
+            _result("gpt2", "resid_pre")
+            .assign_coords(position=[f"<b>\n$x$ é {i}" for i in range(7)])
+            .assign_attrs(note="Ω", list=[1, 2.5], numpy=np.float32(0.5))
+        ),
+    }[which]()
+    folder = tmp_path / "with space é"
+    folder.mkdir()
+    path = save(result, folder / "r.json")
+    back = load(path)
+    back.attrs["numpy"] = back.attrs.get("numpy")
+    result.attrs["numpy"] = result.attrs.get("numpy")
+    assert back.identical(result)
+    assert back.dtype == result.dtype
+    for name, coord in result.coords.items():
+        assert back[name].dtype.kind == coord.dtype.kind
+
+
+def test_a_failed_save_keeps_the_earlier_file(tmp_path, monkeypatch):
+    path = tmp_path / "r.json"
+    save(_result(), path)
+    before = path.read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        save(_result("gpt2", "resid_pre"), path)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["r.json"]
+
+
+def test_what_cannot_be_kept_is_refused(tmp_path):
+    with pytest.raises(TypeError):
+        save(_result().assign_attrs(bad=object()), tmp_path / "r.json")
+    with pytest.raises(ValueError, match="infinite"):
+        save(_result() + np.inf, tmp_path / "r.json")
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_that_are_not_results_are_refused_by_name(tmp_path):
+    path = save(_result(), tmp_path / "r.json")
+    text = path.read_text(encoding="utf-8")
+    content = json.loads(text)
+    damaged = {**content, "values": {**content["values"], "shape": [1, 2, 3]}}
+    cases = {
+        "cut short": text[: len(text) // 2],
+        "not a saved result": "[1, 2]",
+        "no format": "{}",
+        "version 99": json.dumps({**content, "version": 99}),
+        "damaged": json.dumps(damaged),
+    }
+    for message, broken in cases.items():
+        path.write_text(broken, encoding="utf-8")
+        with pytest.raises(ValueError, match=message) as refusal:
+            load(path)
+        assert "r.json" in str(refusal.value)
+    path.write_bytes(b"\x80\x02}q")
+    with pytest.raises(ValueError, match="not a saved result"):
+        load(path)
+    with pytest.raises(FileNotFoundError):
+        load(tmp_path / "absent.json")
+
+
+def test_a_sweep_keeps_no_graph_and_grad_mode():
+    with torch.enable_grad():
+        sweep(tiny.model("gpt2"), _task("gpt2"), "out", by="all_pos", **QUIET)
+        assert torch.is_grad_enabled()
