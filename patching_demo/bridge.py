@@ -86,6 +86,25 @@ class _Prefix:
         return self.keys.shape[2]
 
 
+class _KeysComputed(Exception):
+    """Leaves a block as soon as it has the keys and values."""
+
+
+class _KeysOnly(_Prefix):
+    """Takes a block's keys and values, and stops the block there."""
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        self.keys, self.values = super().update(keys, values)
+        raise _KeysComputed
+
+
+class _Complete(_Prefix):
+    """Holds the keys and values of every token, those of the rows being run among them."""
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        return self.keys, self.values
+
+
 def capture(model: Any, tokens: Tensor) -> Run:
     """Run the model once on ``tokens`` [batch, pos] and keep what resuming it needs.
 
@@ -177,15 +196,22 @@ class Layout:
         owner: int64 ``[group, slot]``, which patched run; -1 in a slot not used.
         start: int64 ``[group, slot]``, the owner's first recomputed position.
         prefix: how many prefix positions any token of the pack can see.
+        columns: int64 ``[group, column]``, the positions that can be attended to: the prefix,
+            then the slots.
+        column_owner: int64 ``[group, column]``, -2 for the prefix.
     """
 
     positions: Tensor
     owner: Tensor
     start: Tensor
     prefix: int
+    columns: Tensor | None = None
+    column_owner: Tensor | None = None
     _arguments: dict[Any, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.columns is not None:
+            return
         groups = len(self.positions)
         before = torch.arange(self.prefix, device=self.positions.device).expand(groups, -1)
         self.columns = torch.cat([before, self.positions], dim=1)
@@ -200,6 +226,60 @@ class Layout:
         is_prefix = self.column_owner[:, None, :] == -2
         own = owner[:, :, None] == self.column_owner[:, None, :]
         return torch.where(is_prefix, self.columns[:, None, :] < start[:, :, None], own)
+
+
+def rows_of(layout: Layout, slots: Tensor) -> Layout:
+    """The layout of some slots ``[group, n]`` alone, which still attend to all others."""
+    return Layout(
+        positions=layout.positions.gather(1, slots),
+        owner=layout.owner.gather(1, slots),
+        start=layout.start.gather(1, slots),
+        prefix=layout.prefix,
+        columns=layout.columns,
+        column_owner=layout.column_owner,
+    )
+
+
+def run_block_rows(
+    model: Any, run: Run, layer: int, layout: Layout, states: Tensor, slots: Tensor
+) -> Tensor:
+    """As :func:`run_block`, for some slots ``[group, n]`` only: ``[group, batch, n, d_model]``.
+
+    The other tokens are run no further than their keys and values.
+    """
+    groups, batch, _, d_model = states.shape
+    cache = _prefix_cache(run, layer, layout, groups, _KeysOnly)
+    arguments = _with_cache(_pack_arguments(run, layer, layout, False), cache)
+    try:
+        model.blocks[layer](states.flatten(0, 1), **arguments)
+        raise Unsupported(f"block {layer} does not use the key-value cache it is given")
+    except _KeysComputed:
+        pass
+    rows = states.gather(2, slots[:, None, :, None].expand(-1, batch, -1, d_model))
+    arguments = _pack_arguments(run, layer, rows_of(layout, slots), False)
+    arguments = _with_cache(arguments, _Complete(cache.keys, cache.values))
+    output = _tensor_of(model.blocks[layer](rows.flatten(0, 1), **arguments))
+    return output.reshape(rows.shape)
+
+
+def _prefix_cache(
+    run: Run, layer: int, layout: Layout, groups: int, kind: type[_Prefix]
+) -> _Prefix:
+    """The corrupted run's keys and values before the pack, once for each group."""
+    return kind(
+        *(
+            part[:, :, : layout.prefix]
+            .expand(groups, *(-1,) * part.ndim)
+            .reshape(groups * len(part), part.shape[1], layout.prefix, part.shape[3])
+            for part in (run.keys[layer], run.values[layer])
+        )
+    )
+
+
+def _with_cache(arguments: dict[str, Any], cache: _Prefix) -> dict[str, Any]:
+    return {
+        name: cache if isinstance(value, _Recorder) else value for name, value in arguments.items()
+    }
 
 
 def run_block(model: Any, run: Run, layer: int, layout: Layout, states: Tensor) -> Tensor:
@@ -220,18 +300,8 @@ def run_block(model: Any, run: Run, layer: int, layout: Layout, states: Tensor) 
         prefix = run.resid[layer][:, : layout.prefix].expand(groups, -1, -1, -1)
         rows = torch.cat([prefix.reshape(groups * batch, layout.prefix, d_model), rows], dim=1)
     else:
-        cache = _Prefix(
-            *(
-                part[:, :, : layout.prefix]
-                .expand(groups, *(-1,) * part.ndim)
-                .reshape(groups * batch, part.shape[1], layout.prefix, part.shape[3])
-                for part in (run.keys[layer], run.values[layer])
-            )
-        )
-        arguments = {
-            name: cache if isinstance(value, _Recorder) else value
-            for name, value in arguments.items()
-        }
+        cache = _prefix_cache(run, layer, layout, groups, _Prefix)
+        arguments = _with_cache(arguments, cache)
     output = _tensor_of(model.blocks[layer](rows, **arguments))
     if in_sequence:
         output = output[:, layout.prefix :]

@@ -38,6 +38,7 @@ from patching_demo.bridge import (
     hooked,
     logits_from_resid,
     run_block,
+    run_block_rows,
     some_logits_from_resid,
 )
 
@@ -233,8 +234,21 @@ class Pack:
         self.fill(resid)
         self.write(torch.arange(old), states.transpose(0, 1))
 
-    def step(self, model: Any, layer: int) -> None:
-        """Move every run through one block."""
+    def step(self, model: Any, layer: int, read: frozenset[int] | None = None) -> None:
+        """Move every run through one block; in the last, only the positions that are read."""
+        if read is not None and self.run.keys[layer] is not None:
+            wanted = torch.isin(
+                self.layout.positions, torch.tensor(sorted(read), device=self.flat.device)
+            )
+            wanted &= self.layout.owner >= 0
+            most = int(wanted.sum(dim=1).max())
+            if most <= wanted.shape[1] // 2:
+                # The rows of a group that reads fewer are filled up with other tokens of it.
+                slots = wanted.long().argsort(dim=1, descending=True, stable=True)[:, :most]
+                done = run_block_rows(model, self.run, layer, self.layout, self.states, slots)
+                groups = torch.arange(len(slots), device=slots.device)[:, None]
+                self.states[groups, :, slots] = done.transpose(1, 2)
+                return
         self.states = run_block(model, self.run, layer, self.layout, self.states)
 
 
@@ -298,9 +312,9 @@ class Front:
                         open_pack.states.dtype
                     )
 
-    def step(self, layer: int) -> None:
+    def step(self, layer: int, read: frozenset[int] | None = None) -> None:
         for pack in self.packs:
-            pack.step(self.model, layer)
+            pack.step(self.model, layer, read)
 
     def patched_outputs(self, layer: int, cells: Sequence[Cell]) -> dict[int, Any]:
         """Run block ``layer`` on the tokens that a patch inside it changes.
@@ -453,6 +467,16 @@ class Scorer:
         """One metric on full logits ``[batch, pos, d_vocab]``, see :func:`measured`."""
         return measured(name, self.metrics[name], logits, self.per_example)
 
+    def probe(self) -> Tensor:
+        """Metrics on the corrupted logits and on those with the vocabulary turned round.
+
+        Tells one metric from another, also where both are 0 on the corrupted run.
+        """
+        turned = self.run.logits.flip(-1)
+        return torch.stack(
+            [self.baseline, torch.stack([self.full(name, turned) for name in self.metrics])]
+        )
+
     def _declares(self, name: str) -> bool:
         """Whether what the metric says it reads gives what it computes, on the corrupted run."""
         metric = self.metrics[name]
@@ -558,7 +582,7 @@ def sweep_cells(
     for layer in range(0 if passenger else min(by_layer), n_layers):
         here = by_layer.get(layer, [])
         front.enter(layer, [c for c in here if c.site.enters == "input"], clean_stream)
-        front.step(layer)
+        front.step(layer, scorer.read if layer == n_layers - 1 else None)
         inside = [c for c in here if c.site.enters == "hook"]
         outputs = front.patched_outputs(layer, inside)
         front.enter(layer + 1, inside, lambda cell, found=outputs: found[cell.row])
@@ -594,7 +618,10 @@ def tolerance(dtype: torch.dtype) -> float:
 
 def _check_arrival(run: Run, pack: Pack, scorer: Scorer) -> None:
     """The unpatched run must end in the corrupted run's residual stream and logits."""
-    positions = torch.arange(pack.cells[0].start, scorer.last_read + 1, device=run.tokens.device)
+    positions = torch.tensor(
+        [position for position in sorted(scorer.read) if position >= pack.cells[0].start],
+        device=run.tokens.device,
+    )
     arrived = pack.at(pack.slot_of[0, positions]).transpose(0, 1)
     expected = run.resid[-1][:, positions]
     logits = logits_from_resid(scorer.model, expected[:, -1:])
