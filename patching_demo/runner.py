@@ -93,7 +93,7 @@ def run_cells(
     scorer = Scorer(model, run or Run(tokens=tokens, logits=logits, resid=[]), metrics, per_example)
     _refuse_not_finite(scorer, scorer.baseline[:, None], None)
     values = scorer.baseline[:, None].repeat(1, len(cells), *(1,) * (scorer.baseline.ndim - 1))
-    with CellStore.open(options.store, model, tokens, clean, cells, scorer.baseline) as store:
+    with CellStore.open(options.store, model, tokens, clean, cells, scorer.probe) as store:
         todo = store.unfinished(values)
         live = _live(todo, run, scorer) if run else list(todo)
         alive = {cell.row for cell in live}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from patching_demo.engine import Cell
 
-VERSION = "1"
+VERSION = "2"
 
 
 class CellStore:
@@ -27,8 +28,11 @@ class CellStore:
     complete state.
     """
 
-    def __init__(self, path: Path | None, fingerprint: str, cells: Sequence[Cell]) -> None:
-        self.path, self.fingerprint, self.cells = path, fingerprint, cells
+    def __init__(
+        self, path: Path | None, cells: Sequence[Cell], identity: tuple[str, Tensor]
+    ) -> None:
+        self.path, self.cells = path, cells
+        self.fingerprint, self.summary = identity
         self.done = torch.zeros(len(cells), dtype=torch.bool)
 
     @classmethod
@@ -40,18 +44,22 @@ class CellStore:
         tokens: Tensor,
         clean: Mapping[str, Tensor],
         cells: Sequence[Cell],
-        baseline: Tensor,
+        probe: Callable[[], Tensor],
     ) -> Iterator[CellStore]:
         """Open or make the store, held against a second process while the sweep runs.
 
+        ``probe`` gives a few values of the metrics, by which a metric is told from another.
+
         Raises:
             ValueError: if the file is not a store, is damaged, or belongs to other inputs.
+            OSError: if it cannot be written.
             RuntimeError: if another process is using it.
         """
         if path is None:
-            yield cls(None, "", cells)
+            yield cls(None, cells, ("", torch.zeros(0)))
             return
         path = Path(path)
+        _check_writable(path)
         lock = FileLock(f"{path}.lock")
         try:
             lock.acquire(timeout=0)
@@ -60,7 +68,7 @@ class CellStore:
                 f"another process is sweeping into {str(path)!r}: wait for it, or give another file"
             ) from error
         try:
-            yield cls(path, _fingerprint(model, tokens, clean, cells, baseline), cells)
+            yield cls(path, cells, _identity(model, tokens, clean, cells, probe()))
         finally:
             lock.release()
 
@@ -81,6 +89,7 @@ class CellStore:
             with safe_open(self.path, framework="pt") as file:
                 said = file.metadata() or {}
                 values, done = file.get_tensor("values"), file.get_tensor("done")
+                summary = file.get_tensor("summary") if "summary" in file.keys() else None
         except (SafetensorError, OSError) as error:
             raise ValueError(
                 f"{str(self.path)!r} is not a complete store of a sweep ({error}): delete it, or "
@@ -91,7 +100,7 @@ class CellStore:
                 f"{str(self.path)!r} was written by store version {said.get('version')}, this is "
                 f"version {VERSION}: delete it, or give another file"
             )
-        if said.get("fingerprint") != self.fingerprint:
+        if said.get("fingerprint") != self.fingerprint or not _alike(summary, self.summary):
             raise ValueError(
                 f"{str(self.path)!r} belongs to a sweep of another model, task, metric or kind: "
                 "give another file"
@@ -106,7 +115,11 @@ class CellStore:
         part = self.path.with_name(f"{self.path.name}.{os.getpid()}.part")
         try:
             save_file(
-                {"values": values.cpu().contiguous(), "done": self.done},
+                {
+                    "values": values.cpu().contiguous(),
+                    "done": self.done,
+                    "summary": self.summary,
+                },
                 part,
                 metadata={"version": VERSION, "fingerprint": self.fingerprint},
             )
@@ -123,27 +136,46 @@ class CellStore:
         return total if self.path is None else max(64, total // 20)
 
 
-def _fingerprint(
-    model: Any,
-    tokens: Tensor,
-    clean: Mapping[str, Tensor],
-    cells: Sequence[Cell],
-    baseline: Tensor,
-) -> str:
-    """Identifies model, prompts, clean run, cells and metric."""
+def _check_writable(path: Path) -> None:
+    """A sweep of hours should not find out at its first write that there is no place for it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise OSError(f"cannot write {str(path)!r} ({error}): give a file elsewhere") from error
+
+
+def _identity(
+    model: Any, tokens: Tensor, clean: Mapping[str, Tensor], cells: Sequence[Cell], probe: Tensor
+) -> tuple[str, Tensor]:
+    """What is the same bit for bit in a resumed sweep, hashed; and what is so but for rounding.
+
+    Weights are summarised too, since folding norms into them is arithmetic, the last bits of
+    which depend on the machine and its number of threads.
+    """
+    weights = model.state_dict()
     digest = hashlib.sha256(VERSION.encode())
-    for name, parameter in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(_bytes(parameter))
-    digest.update(_bytes(tokens))
-    for cell in cells:
-        digest.update(f"{cell.hook_name}{cell.index}".encode())
-    # The clean run and the metric come from arithmetic whose last bits depend on the machine.
-    for name in sorted({cell.hook_name for cell in cells}):
-        digest.update(f"{clean[name].float().norm().item():.3g}".encode())
-    digest.update(" ".join(f"{value:.3g}" for value in baseline.flatten().tolist()).encode())
-    return digest.hexdigest()
+    digest.update(repr([(name, tuple(value.shape)) for name, value in weights.items()]).encode())
+    digest.update(tokens.cpu().numpy().tobytes())
+    digest.update(repr([(cell.hook_name, cell.index) for cell in cells]).encode())
+    names = sorted({cell.hook_name for cell in cells})
+    rows = [*weights.values(), *(clean[name] for name in names), probe]
+    return digest.hexdigest(), torch.stack([_summarised(row) for row in rows])
 
 
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+def _summarised(values: Tensor) -> Tensor:
+    """Norm and two projections of (a regular sample of) the values: float64 ``[3]``."""
+    flat = torch.nan_to_num(values.detach().flatten())
+    flat = flat[:: max(1, len(flat) // 65536)].double().cpu()
+    place = torch.arange(len(flat), dtype=torch.float64)
+    waves = torch.stack([torch.cos(place + 1), torch.cos(place * 2**0.5)])
+    return torch.cat([flat.norm()[None], waves @ flat])
+
+
+def _alike(kept: Tensor | None, summary: Tensor) -> bool:
+    """Whether two summaries ``[row, 3]`` differ by no more than rounding."""
+    if kept is None or kept.shape != summary.shape:
+        return False
+    # A projection of other values of the same size would be off by about their norm.
+    allowed = 1e-3 * summary[:, :1].clamp(min=1e-12)
+    return bool(((kept - summary).abs() <= allowed).all())

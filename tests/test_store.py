@@ -1,0 +1,327 @@
+"""A sweep given a file keeps its finished cells there, and resumes; nothing gets mixed up."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import oracle
+import pytest
+import tiny
+import torch
+from oracle import make_pair, pair
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from patching_demo import checks, engine, patching, runner, store
+
+pytestmark = pytest.mark.filterwarnings("ignore:this sweep takes the plain loop")
+
+
+@pytest.fixture(autouse=True)
+def _small_portions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a tiny sweep, too, is written several times."""
+    torch.set_num_threads(1)
+    checks._warned.clear()
+    monkeypatch.setattr(store.CellStore, "most_cells", lambda self, total: 8)
+
+
+def sweep(path: Path | None, metric: Any = None, name: str = "gpt2", **options: Any) -> Tensor:
+    data = options.pop("data", None) or pair(name)
+    metric = metric or data.metrics["all logits"]
+    kind = options.pop("kind", "attn_head_out_by_pos")
+    return getattr(patching, f"get_act_patch_{kind}")(
+        options.pop("model", None) or oracle.model(name),
+        data.corrupted,
+        data.cache,
+        metric,
+        store=path,
+        progress=False,
+        check=0,
+        **options,
+    )
+
+
+class Interrupt(Exception):
+    """Stands for the power cut."""
+
+
+def interrupting(after: int) -> Callable[[Tensor], Tensor]:
+    """The usual metric, until it has been asked ``after`` times."""
+    calls = iter(range(after))
+
+    def metric(logits: Tensor) -> Tensor:
+        if next(calls, None) is None:
+            raise Interrupt
+        return oracle.all_logits(logits)
+
+    return metric
+
+
+def counting() -> tuple[Callable[[Tensor], Tensor], list[int]]:
+    calls = [0]
+
+    def metric(logits: Tensor) -> Tensor:
+        calls[0] += 1
+        return oracle.all_logits(logits)
+
+    return metric, calls
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_an_interrupted_sweep_resumes_where_it_was(
+    tmp_path: Path, plain: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if plain:
+        monkeypatch.setattr(runner, "_reasons_for_plain_loop", lambda model, cells: ["a test"])
+    path = tmp_path / "cells.safetensors"
+    whole = sweep(None)
+    with pytest.raises(Interrupt):
+        sweep(path, interrupting(20))
+    kept = load_file(path)
+    finished = int(kept["done"].sum())
+    assert 0 < finished < whole.numel()
+    flat = whole.flatten()[None]
+    assert torch.allclose(kept["values"][:, kept["done"]], flat[:, kept["done"]], rtol=1e-5)
+    metric, calls = counting()
+    resumed = sweep(path, metric)
+    assert torch.allclose(resumed, whole, rtol=1e-5)
+    # The corrupted run is scored again (and a turned copy of it, to tell the metric); no cell is.
+    assert calls[0] <= whole.numel() - finished + 3
+    again, calls = counting()
+    assert torch.equal(sweep(path, again), resumed)
+    assert calls[0] <= 3
+
+
+def test_a_killed_process_leaves_a_store_to_resume_from(tmp_path: Path) -> None:
+    path = tmp_path / "cells.safetensors"
+    script = f"""
+        import os, signal, sys
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        import torch
+        torch.set_num_threads(1)
+        from patching_demo import store
+        import oracle, test_store
+        store.CellStore.most_cells = lambda self, total: 8
+        def metric(logits, calls=iter(range(20))):
+            if next(calls, None) is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return oracle.all_logits(logits)
+        test_store.sweep({str(path)!r}, metric)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    finished = int(load_file(path)["done"].sum())
+    assert finished > 0
+    metric, calls = counting()
+    resumed = sweep(path, metric)
+    assert torch.allclose(resumed, sweep(None), rtol=1e-5)
+    assert calls[0] <= resumed.numel() - finished + 3
+
+
+@contextmanager
+def unchanged(path: Path) -> Iterator[None]:
+    before = path.read_bytes()
+    yield
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, -1])
+def test_a_truncated_file_is_named(tmp_path: Path, keep: int) -> None:
+    path = tmp_path / "cells.safetensors"
+    sweep(path)
+    path.write_bytes(path.read_bytes()[:keep])
+    with unchanged(path), pytest.raises(ValueError, match=r"cells.safetensors' is not a complete"):
+        sweep(path)
+
+
+def test_another_kind_of_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    save_file({"weight": torch.zeros(3)}, path)
+    with unchanged(path), pytest.raises(ValueError, match="is not a complete store of a sweep"):
+        sweep(path)
+
+
+def test_a_file_of_another_version_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "cells.safetensors"
+    sweep(path)
+    save_file(load_file(path), path, metadata={"version": "0", "fingerprint": ""})
+    with unchanged(path), pytest.raises(ValueError, match="store version 0, this is version"):
+        sweep(path)
+
+
+def other_inputs() -> dict[str, dict[str, Any]]:
+    model = tiny.model("gpt2")
+    other = tiny.fresh("gpt2", seed=1)
+    return {
+        "prompts": {"data": make_pair(model, differ=(2,), seed=1)},
+        "clean prompts": {"data": with_cache_of(make_pair(model, seed=3))},
+        "model": {"model": other},
+        "metric": {"metric": lambda logits: oracle.all_logits(logits) * 2},
+        "kind": {"kind": "attn_head_q_by_pos"},
+        "cells": {"kind": "attn_head_out_all_pos"},
+        "reduction": {"metric": oracle.all_logits_per_example, "reduce": "mean"},
+    }
+
+
+def with_cache_of(other: Any) -> Any:
+    """The usual corrupted prompts and another clean run."""
+    data = pair("gpt2")
+    return oracle.Pair(other.clean, data.corrupted, other.cache, data.metrics)
+
+
+@pytest.mark.parametrize(
+    "what", ["prompts", "clean prompts", "model", "metric", "kind", "cells", "reduction"]
+)
+def test_a_file_of_other_inputs_is_refused(tmp_path: Path, what: str) -> None:
+    path = tmp_path / "cells.safetensors"
+    sweep(path)
+    with unchanged(path), pytest.raises(ValueError, match="belongs to a sweep of another|shape"):
+        sweep(path, **other_inputs()[what])
+
+
+def test_a_file_serves_the_same_inputs_from_another_place(tmp_path: Path) -> None:
+    first, second = tmp_path / "first.safetensors", tmp_path / "a name with späces.safetensors"
+    values = sweep(first)
+    first.rename(second)
+    metric, calls = counting()
+    assert torch.equal(sweep(second, metric), values)
+    assert calls[0] <= 3
+
+
+def test_two_processes_do_not_share_a_file(tmp_path: Path) -> None:
+    """The second is sent away, and the first goes on."""
+    path = tmp_path / "cells.safetensors"
+    refusals = []
+
+    def metric(logits: Tensor) -> Tensor:
+        if not refusals:
+            refusals.append(None)  # The inner sweep calls its own metric only.
+            script = f"""
+                import sys
+                sys.path.insert(0, {str(Path(__file__).parent)!r})
+                import test_store
+                test_store.sweep({str(path)!r})
+            """
+            done = subprocess.run(
+                [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True
+            )
+            refusals.append(done)
+        return oracle.all_logits(logits)
+
+    # The lock is taken before the cells are computed, and after the corrupted run.
+    refusals.append(None)
+    right = engine.sweep_cells
+
+    def spy(*arguments: Any, **options: Any) -> Tensor:
+        refusals.clear()
+        engine.sweep_cells = right
+        return right(*arguments, **options)
+
+    engine.sweep_cells = spy
+    try:
+        values = sweep(path, metric)
+    finally:
+        engine.sweep_cells = right
+    _, done = refusals
+    assert done.returncode == 1
+    assert "another process is sweeping into" in done.stderr
+    assert torch.allclose(values, sweep(None), rtol=1e-5)
+    assert bool(load_file(path)["done"].all())
+
+
+@contextmanager
+def file_size_limit(limit: int) -> Iterator[None]:
+    """What a full disk does, as a process without other rights can have it: writes fail."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, old[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+        signal.signal(signal.SIGXFSZ, ignored)
+
+
+def test_a_full_disk_is_named_and_leaves_the_last_complete_state(tmp_path: Path) -> None:
+    path = tmp_path / "cells.safetensors"
+    with pytest.raises(Interrupt):
+        sweep(path, interrupting(20))
+    with unchanged(path):
+        with file_size_limit(64), pytest.raises(OSError, match="what it held before is intact"):
+            sweep(path)
+        assert [p.name for p in tmp_path.iterdir() if "part" in p.name] == []
+    assert torch.allclose(sweep(path), sweep(None), rtol=1e-5)
+
+
+def test_a_write_that_fails_half_way_leaves_the_last_complete_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "cells.safetensors"
+    with pytest.raises(Interrupt):
+        sweep(path, interrupting(20))
+
+    def half(tensors: Any, target: Path, metadata: Any) -> None:
+        Path(target).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(store, "save_file", half)
+    with (
+        unchanged(path),
+        pytest.raises(OSError, match=r"cannot write '.*cells.safetensors' \(.*No"),
+    ):
+        sweep(path)
+    assert sorted(p.name for p in tmp_path.iterdir() if not p.name.endswith(".lock")) == [path.name]
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_the_work(tmp_path: Path) -> None:
+    # Root may write to a read-only folder, but not to this one.
+    folder = Path("/proc") if os.geteuid() == 0 else tmp_path
+    folder.chmod(0o500) if folder == tmp_path else None
+    metric, calls = counting()
+    with pytest.raises(OSError, match=r"cannot write '.*cells.safetensors' .*give a file elsewh"):
+        sweep(folder / "cells.safetensors", metric)
+    assert calls[0] <= 3
+
+
+def test_a_folder_in_place_of_the_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is not a complete store of a sweep"):
+        sweep(tmp_path)
+
+
+def test_a_missing_folder_is_made(tmp_path: Path) -> None:
+    path = tmp_path / "here" / "there" / "cells.safetensors"
+    assert torch.equal(sweep(path), sweep(path))
+
+
+def test_metrics_that_agree_on_the_corrupted_run_are_told_apart(tmp_path: Path) -> None:
+    """Every normalised metric is 0 there."""
+    path = tmp_path / "cells.safetensors"
+    data = pair("gpt2")
+    with torch.no_grad():
+        logits = tiny.model("gpt2")(data.corrupted)
+    metrics = []
+    for name in ("difference", "log-probability"):
+        base = float(data.metrics[name](logits))
+        metrics.append(data.metrics[name].normalised(clean=base + 1, corrupted=base))
+    one, other = metrics
+    assert max(abs(float(metric(logits))) for metric in metrics) < 1e-5
+    sweep(path, one)
+    with unchanged(path), pytest.raises(ValueError, match="belongs to a sweep of another"):
+        sweep(path, other)
+
+
+def test_finished_cells_are_not_computed_again_under_other_options(tmp_path: Path) -> None:
+    path = tmp_path / "cells.safetensors"
+    first = sweep(path, memory=100_000)
+    metric, calls = counting()
+    assert torch.equal(sweep(path, metric, memory=5_000), first)
+    assert calls[0] <= 3
