@@ -1,0 +1,283 @@
+# ---
+# jupyter:
+#   jupytext:
+#     cell_metadata_filter: tags,-all
+#     notebook_metadata_filter: kernelspec,execution,-jupytext.text_representation.jupytext_version
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+#
+# %% [markdown]
+# # Patching induction heads
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/patching-demo/patching-demo/blob/main/notebooks/03_induction_patching.ipynb)
+#
+# Show a model a sequence it has never seen, then show it the start of the same sequence again.
+# Even a small model continues the copy. It cannot have learned the sequence, so it must look it
+# up.
+#
+# Two heads in a row can do that ([Elhage et al.,
+# 2021](https://transformer-circuits.pub/2021/framework/index.html); [Olsson et al.,
+# 2022](https://arxiv.org/abs/2209.11895)):
+#
+# - a **previous-token head** in an early layer writes at each position which token stood just
+#   before;
+# - an **induction head** in a later layer asks "where did my current token stand before?", finds
+#   the position that has it as *previous* token, and copies the token found there.
+#
+# This chapter looks for both in a model of two attention-only layers. There is nothing else in it,
+# so there is little room to hide.
+#
+# In Colab no GPU is needed for this chapter; the model is tiny.
+
+# %% tags=["hide-input"]
+# Installs the package where it is not there yet, as in Colab.
+import importlib.util
+
+if importlib.util.find_spec("patching_demo") is None:
+    print("Installing patching-demo")
+    # %pip install --quiet "patching-demo @ git+https://github.com/patching-demo/patching-demo"
+
+# %%
+from patching_demo import chapter_claims, induction_task, largest_cells, notebook, plots, sweep
+
+notebook.setup()
+
+# %% tags=["parameters"]
+MODEL = "auto"
+
+# %%
+model = notebook.model(MODEL, "induction")
+
+# %% [markdown]
+# ## The task: A, then A again
+#
+# Draw a random sequence and call it **A**. The clean input is `BOS A A`. The corrupted input is
+# `BOS A B`, where B is another random sequence: the second half repeats nothing.
+#
+# Rows of the batch hold different random tokens. So the labels name the place, not the token: `A3`
+# is the third token of a copy, and the number after it is the position in the whole input.
+
+# %%
+task = induction_task(model, corrupted="AB")
+plots.tokens_table(task, rows=1)
+
+# %% [markdown]
+# ## The score
+#
+# The score is the **mean log-probability of A's tokens in the second half**, in nats. It asks: how
+# well would you continue the copy? Zero is certainty. The first token of the second half is left
+# out, as nothing announces it.
+#
+# The question is the same for both runs. In the corrupted run the second half is B, but the model
+# is still scored on A, so it can only guess.
+#
+# This score is *not* normalised, for a change. Read every number against the two baselines.
+
+# %%
+clean, corrupted = task.clean_baseline, task.corrupted_baseline
+print(f"Clean baseline (AA):     {clean:.4f} nats")
+print(f"Corrupted baseline (AB): {corrupted:.4f} nats")
+
+# %%
+import math
+
+notebook.say(
+    f"In the clean run the right token gets a probability of about exp({clean:.2f}) = "
+    f"{math.exp(clean):.0%}; in the corrupted run, of about exp({corrupted:.2f}) = "
+    f"{math.exp(corrupted):.2%}. With {model.cfg.d_vocab} tokens in the vocabulary, blind guessing "
+    f"gives {1 / model.cfg.d_vocab:.2%}."
+)
+
+# %% [markdown]
+# ## Every head, all positions at once
+#
+# What should patching show? Think through what AB spoils, and what it leaves.
+#
+# - The first copy is **intact**. There the induction head finds its **keys** ("before me stood
+#   A3") and its **values** ("I am A4"). Patching them puts in what is there already.
+# - The second half is **spoilt**. From there the head looks back. Its **query** asks for the wrong
+#   token, so its **pattern** is wrong, so its **output** is wrong. Patching any of the three
+#   should help.
+#
+# So expect output, query and pattern to matter, key and value not.
+
+# %%
+KINDS = ["out", "q", "k", "v", "pattern"]
+heads = sweep(model, task, KINDS, by="all_pos")
+plots.heatmap(heads)
+
+# %%
+notebook.largest(heads)
+
+# %%
+layer, head = chapter_claims.top_head(heads.sel(kind="out"))
+strong = chapter_claims.strong_heads(heads.sel(kind="out"))
+best = largest_cells(heads.sel(kind="out"), 1).iloc[0]
+notebook.say(
+    f"On {task.model_name}, of {heads.sizes['layer'] * heads.sizes['head']} heads few stand out by "
+    f"their output: **{', '.join(strong)}**. The clean output of **L{layer}H{head}** alone moves "
+    f"the score from {corrupted:.2f} to {best['value']:.2f} nats, {best['share']:.0%} of the way "
+    "to the clean baseline."
+)
+
+# %% [markdown]
+# Shares of different patches do not add up to 100 %. Each patch is measured by itself. Two heads
+# that do the same work may each bring back more than half.
+
+# %% [markdown]
+# ## What that head looks at
+#
+# If this is an induction head, its attention should show it. From each position of the second copy
+# it should look at the token *after* the first occurrence: one diagonal, one copy's length minus
+# one to the left of the main one.
+
+# %%
+plots.attention_pattern(model, task.clean_tokens, layer, head, task.position_labels)
+
+# %% [markdown]
+# The same number for every head: mean attention from the second copy to that diagonal.
+
+# %%
+repeated = chapter_claims.induction_attention(model, task)
+plots.bars(
+    repeated,
+    along="head",
+    title="Attention to the token after the first occurrence",
+    caption="Each bar is one head's mean attention to that token, from the second copy of the "
+    "clean input; colours are layers, and 1 would be all of its attention.",
+)
+
+# %% [markdown]
+# ## Head by head, position by position
+#
+# Patch one head at one position at a time. The score is a mean over the positions of the second
+# copy, and a patch at one position mends only the prediction made there. So expect the effect of
+# an induction head to fall apart into many small pieces, one for each token.
+#
+# The positions of the first copy are hatched: there the two inputs agree, and there is nothing to
+# patch.
+
+# %%
+by_position = sweep(model, task, KINDS, by="pos")
+plots.heatmap(by_position)
+
+# %%
+notebook.largest(by_position)
+
+# %%
+pieces = by_position.sel(kind="out", layer=layer, head=head)
+total = float((pieces - corrupted).sum() / (clean - corrupted))
+plots.curves(
+    pieces,
+    along="position",
+    title=f"Output of L{layer}H{head}, one position at a time",
+    caption="Each point is the log-probability after patching this head at one position; dashed "
+    "lines mark the baselines.",
+)
+
+# %%
+notebook.say(
+    "The largest single piece brings back "
+    f"{float((pieces.max() - corrupted) / (clean - corrupted)):.0%} of clean minus corrupted. "
+    f"Together the pieces add up to {total:.0%}; patched at once, the head brought back "
+    f"{best['share']:.0%}."
+)
+
+# %% [markdown]
+# ## Where is the previous-token head?
+#
+# The sweeps above show nothing in layer 0. Does layer 0 do nothing? No: its work is done in the
+# first copy, and **the first copy is the same in both inputs**. A patch only shows what differs.
+#
+# To see it, corrupt the *first* half: BA. And turn the direction around. Put activations of the
+# corrupted run into the clean one, and see what *breaks*. That is noising: it finds what the
+# answer needs.
+#
+# `noising` makes the two inputs change places. The scale turns too: 0 is now the intact run, 1 is
+# the ruin. Expect the induction head to matter again, and one head of layer 0 with it.
+
+# %%
+noising = chapter_claims.noising(induction_task(model, corrupted="BA"))
+
+noised = sweep(model, noising, "out", by="all_pos")
+plots.heatmap(
+    noised,
+    title="Corrupted head outputs put into the clean run",
+    caption="Each cell is the share of the score that is lost with one head corrupted: 0 (white) "
+    "nothing, 1 (dark blue) as much as with the whole first half corrupted.",
+)
+
+# %%
+notebook.largest(noised)
+
+# %%
+_, early = chapter_claims.top_head(noised.sel(layer=[0]))
+lost = float(noised.sel(layer=0, head=early))
+notebook.say(
+    f"In layer 0 it is **L0H{early}**: corrupt its output alone, and {lost:.0%} of the score is "
+    "gone. Here is what it looks at."
+)
+
+# %%
+plots.attention_pattern(model, task.clean_tokens, 0, early, task.position_labels)
+
+# %%
+previous = chapter_claims.previous_token_attention(model, task)
+plots.bars(
+    previous,
+    along="head",
+    title="Attention to the token just before",
+    caption="Each bar is one head's mean attention to the token just before, on the clean input; "
+    "colours are layers, and 1 would be all of its attention.",
+)
+
+# %% [markdown]
+# ## What was expected, and what was measured
+
+# %%
+checks = chapter_claims.induction(heads, by_position, noised, previous, repeated)
+checks.show()
+
+# %%
+notebook.say(
+    f"So on {task.model_name}: **L0H{early}** notes the previous token "
+    f"({float(previous.sel(layer=0, head=early)):.0%} of its attention goes there), and "
+    f"**L{layer}H{head}** uses the note to find where the sequence goes on "
+    f"({float(repeated.sel(layer=layer, head=head)):.0%}). Patching found both without looking at "
+    "an attention pattern; the patterns confirm it."
+)
+
+# %% [markdown]
+# ## Turn the knobs
+
+# %%
+plots.explore(by_position)
+
+# %% [markdown]
+# ## Can you say it?
+#
+# <details><summary>Under AB, why do keys and values of the induction head not matter?</summary>
+#
+# The head reads them from the first copy. That is A in both inputs, so the clean ones are there
+# already.
+#
+# </details>
+#
+# <details><summary>A layer-0 head shows no effect under AB. May you conclude that the model does
+# not use it?</summary>
+#
+# No. Only that nothing it computes *differently* under AB matters. Under BA the same head turned
+# out to be needed.
+#
+# </details>
+#
+# Next: [Changing the corrupted baseline](04_changing_the_corrupted_baseline.ipynb).

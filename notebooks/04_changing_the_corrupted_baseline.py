@@ -1,0 +1,251 @@
+# ---
+# jupyter:
+#   jupytext:
+#     cell_metadata_filter: tags,-all
+#     notebook_metadata_filter: kernelspec,execution,-jupytext.text_representation.jupytext_version
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+#
+# %% [markdown]
+# # Changing the corrupted baseline
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/patching-demo/patching-demo/blob/main/notebooks/04_changing_the_corrupted_baseline.ipynb)
+#
+# The last chapter ended on a warning: a patch only shows what differs between the two inputs. So
+# **the choice of corrupted input is the choice of question** ([Zhang and Nanda,
+# 2024](https://arxiv.org/abs/2309.16042)).
+#
+# Here is the same model with the same clean input, AA, and four corrupted ones. The induction
+# heads do the work. Which of their queries, keys, values, patterns and outputs seem to matter?
+# Each time the answer is different, and each time you can foresee it.
+#
+# In Colab no GPU is needed for this chapter; the model is tiny.
+
+# %% tags=["hide-input"]
+# Installs the package where it is not there yet, as in Colab.
+import importlib.util
+
+if importlib.util.find_spec("patching_demo") is None:
+    print("Installing patching-demo")
+    # %pip install --quiet "patching-demo @ git+https://github.com/patching-demo/patching-demo"
+
+# %%
+import pandas as pd
+
+from patching_demo import chapter_claims, combine, induction_task, notebook, plots
+from patching_demo.results import sweep_metrics
+
+notebook.setup()
+
+# %% tags=["parameters"]
+MODEL = "auto"
+
+# %%
+model = notebook.model(MODEL, "induction")
+
+# %% [markdown]
+# ## Four ways to spoil a repetition
+#
+# A, B and C are random sequences without a token in common. The clean input is always `BOS A A`.
+#
+# | corrupted | first half | second half | what is gone |
+# |---|---|---|---|
+# | **AB** | A, intact | B | the question: the head looks for tokens of B |
+# | **BA** | B | A, intact | the place: nothing answers, and the values are B's |
+# | **BB** | B | B | nothing of the mechanism, only the content |
+# | **BC** | B | C | everything |
+#
+# The score is that of the last chapter: the mean log-probability of A's tokens in the second half,
+# in nats.
+
+# %%
+tasks = {name: induction_task(model, corrupted=name) for name in ("AB", "BA", "BB", "BC")}
+
+rows = [(name, t.clean_baseline, t.corrupted_baseline) for name, t in tasks.items()]
+plots.table(
+    pd.DataFrame(rows, columns=["corrupted input", "clean baseline", "corrupted baseline"]),
+    "Mean log-probability of A's tokens, in nats, without any patch.",
+)
+
+# %%
+guess, wrong = tasks["BC"].corrupted_baseline, tasks["BB"].corrupted_baseline
+notebook.say(
+    f"Look at BB. With BC, where there is nothing to copy, the model can only guess: {guess:.2f} "
+    f"nats. With BB it scores {wrong:.2f}, **worse than guessing**. The mechanism works, and "
+    "copies B with confidence where we ask for A. Keep this in mind: under BB a patch can raise "
+    "the score by merely *breaking* the copying."
+)
+
+# %% [markdown]
+# ## What to expect
+#
+# Think of an induction head as a question and an answer. The **query** asks, from the second half.
+# The **key** is what the first half offers to be found by. Both make the **pattern**, where the
+# head looks. The **value** is what it finds there. All of it makes the **output**.
+#
+# A patch of one kind brings the score back if everything *else* that the head needs is still
+# right.
+#
+# | | query | key | value | pattern | output |
+# |---|---|---|---|---|---|
+# | **AB** | yes: all that was wrong | right already | right already | yes | yes |
+# | **BA** | right already | no: finds B's values | no: nobody looks | no: finds B's values | yes |
+# | **BB** | no: finds no key | no: never asked for | yes: looked at already | right already | yes |
+# | **BC** | no | no | no | no | yes |
+#
+# The output is the odd one out. It is what the rest of the model reads, whatever went wrong before
+# it. So patching it works every time, and for that reason tells you least about *how* the head
+# works.
+
+# %% [markdown]
+# ## What the runs show
+
+# %%
+KINDS = ["out", "q", "k", "v", "pattern"]
+metrics = ("log-probability", "probability")
+measured = {
+    name: sweep_metrics(
+        model, {m: task.with_metric(model, m) for m in metrics}, KINDS, by="all_pos"
+    )
+    for name, task in tasks.items()
+}
+results = {name: by_metric["log-probability"] for name, by_metric in measured.items()}
+together = combine(results)
+
+plots.heatmap(
+    together,
+    title="Clean activations of heads patched into four corrupted runs",
+    caption="One row of panels for each corrupted input, one column for each kind. Each cell is "
+    "the share of clean minus corrupted that one head's patch brings back: white nothing, dark "
+    "blue all, orange less than nothing.",
+)
+
+# %%
+notebook.largest(together, 12)
+
+# %% [markdown]
+# The same in one line per input: the best that any head does with a patch of each kind.
+
+# %%
+plots.bars(
+    together.max(["layer", "head"], keep_attrs=True),
+    along="kind",
+    title="The best head for each kind, under four corrupted inputs",
+    caption="Each bar is the largest share of clean minus corrupted that one head's patch brings "
+    "back; groups are kinds, colours are corrupted inputs.",
+)
+
+# %%
+layer, head = chapter_claims.top_head(results["BC"].sel(kind="out"))
+shares = together.sel(layer=layer, head=head)
+
+
+WORDS = {"out": "output", "q": "query", "k": "key", "v": "value", "pattern": "pattern"}
+
+
+def of(name, kind):
+    return f"{float(shares.sel(corrupted=name, kind=kind)):+.0%}".replace("-", "−")
+
+
+notebook.say(
+    f"On {tasks['AB'].model_name} the strongest head is **L{layer}H{head}**. What a patch of it "
+    "brings back, as a share of clean minus corrupted:\n\n"
+    + "\n".join(
+        f"- **{name}**: " + ", ".join(f"{word} {of(name, kind)}" for kind, word in WORDS.items())
+        for name in tasks
+    )
+)
+
+# %% [markdown]
+# ## Two numbers that need a second look
+#
+# **Queries and keys under BB.** A patch of either may raise the score. Does it bring the copying
+# of A back? Compare with guessing.
+
+# %%
+level = float(results["BB"].sel(layer=layer, head=head, kind="q"))
+notebook.say(
+    f"With the clean query of L{layer}H{head} put into BB, the score is {level:.2f} nats. Guessing "
+    f"(BC) is {guess:.2f}, the corrupted baseline {wrong:.2f}, the clean one "
+    f"{tasks['BB'].clean_baseline:.2f}. A clean query looks for A, finds no A, and the copying of "
+    "B stops. What is left is a guess. The number rose because the model stopped being wrong, not "
+    "because it became right."
+)
+
+# %% [markdown]
+# **Keys and patterns under BA.** A patch may even *lower* the score. A clean pattern looks to the
+# right place, and B stands there. So the model now copies B, as it does under BB.
+
+# %%
+level = float(results["BA"].sel(layer=layer, head=head, kind="pattern"))
+notebook.say(
+    f"With the clean pattern of L{layer}H{head} put into BA, the score is {level:.2f} nats. That "
+    f"of BB, left alone, is {wrong:.2f}."
+)
+
+# %% [markdown]
+# Both are the same lesson. **A number is only as good as the baselines beside it.** A share of
+# clean minus corrupted says how far the score moved, not why.
+
+# %% [markdown]
+# ## What was expected, and what was measured
+#
+# Because of BB, "brings it back" has to mean *above guessing*. The claims below count from there:
+# guessing is 0, and a negative number is worse than a guess. Keys, values, queries and patterns
+# are compared with the output, which always works.
+
+# %%
+checks = chapter_claims.baselines(results)
+checks.show()
+
+# %% [markdown]
+# ## Turn the knobs
+#
+# Choose the kind, the corrupted input and the score. Under *probability* the difference between
+# wrong and guessing all but vanishes: both are near zero.
+
+# %%
+plots.explore(
+    combine(
+        {name: combine(by_metric, dim="metric") for name, by_metric in measured.items()},
+        dim="corrupted",
+    )
+)
+
+# %% [markdown]
+# ## Can you say it?
+#
+# <details><summary>Under BB values matter and patterns do not; under AB it is the other way round.
+# Why?</summary>
+#
+# Under BB the head already looks to the right place, and finds B there: the content is wrong.
+# Under AB the content is right, and the head looks to the wrong place.
+#
+# </details>
+#
+# <details><summary>Which corrupted input would you choose to learn where the head looks from?
+# Which, to learn what it carries?</summary>
+#
+# AB changes the question and leaves the rest, so it isolates query and pattern. BB leaves the
+# mechanism and changes the content, so it isolates the value.
+#
+# </details>
+#
+# <details><summary>BC is the most thorough corruption. Why not always use it?</summary>
+#
+# Because when everything is wrong, no single part is enough. Only the output helps, and that says
+# nothing about how it comes about.
+#
+# </details>
+#
+# In chapter 2 the corrupted prompt had another name at S2, and the same template. What did the two
+# prompts share there, and what could therefore not be found?

@@ -1,0 +1,96 @@
+"""What a notebook needs around its experiments: a seeded start, a model, sentences with numbers."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import random
+import sys
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+
+from patching_demo.models import Task as ModelTask
+from patching_demo.models import load_model, resolve_model
+from patching_demo.results import largest_cells
+from patching_demo.tables import Html, table
+
+__all__ = ["in_colab", "largest", "model", "runtime", "say", "setup"]
+
+_LIBRARIES = ("torch", "transformer_lens", "transformers", "xarray", "plotly", "ipywidgets")
+
+
+def in_colab() -> bool:
+    """Whether the notebook runs in Google Colab, which loads its own module before any cell."""
+    return "google.colab" in sys.modules
+
+
+def runtime() -> str:
+    """Where the notebook runs, on what, and with which versions, in three lines."""
+    if in_colab():
+        where = "Google Colab"
+    elif "ipykernel" in sys.modules:
+        where = "Jupyter"
+    else:
+        where = "plain Python"
+    if torch.cuda.is_available():
+        device = f"GPU ({torch.cuda.get_device_name()})"
+    else:
+        device = f"no GPU; CPU with {os.cpu_count()} cores, {torch.get_num_threads()} used"
+        if in_colab():
+            device += ". Runtime > Change runtime type offers a GPU, which makes sweeps faster"
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in _LIBRARIES)
+    return (
+        f"Runtime: {where}, Python {platform.python_version()}\n"
+        f"Device: {device}\n"
+        f"Versions: {versions}"
+    )
+
+
+def setup(seed: int = 0) -> None:
+    """Print :func:`runtime`, seed every source of random numbers, turn gradients off.
+
+    Patching needs no gradients, and keeping them costs memory. Everything else that is random
+    in a notebook takes its own seed.
+    """
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    torch.set_grad_enabled(False)
+    print(runtime())
+
+
+def model(requested: str = "auto", task: ModelTask = "ioi") -> Any:
+    """The model that a notebook runs on, with a line that says which and why.
+
+    Args:
+        requested: the notebook's parameter; the variable PATCHING_DEMO_MODEL overrides it.
+        task: "ioi" needs English, "induction" any model.
+
+    Returns:
+        a TransformerBridge, as :func:`patching_demo.load_model` gives it.
+
+    Raises:
+        ValueError: there is no such model, or it cannot do the task.
+        ModelUnavailable: its files cannot be had.
+    """
+    return load_model(resolve_model(requested, task))
+
+
+def say(text: str) -> None:
+    """Display a paragraph of Markdown, for sentences whose numbers were computed."""
+    from IPython.display import Markdown, display
+
+    display(Markdown(text))
+
+
+def largest(result: xr.DataArray, n: int = 5) -> Html:
+    """The n largest effects of a sweep as a table with a caption; errors as `largest_cells`."""
+    return table(
+        largest_cells(result, n),
+        f"The {n} patches that move the {result.attrs.get('metric', 'metric')} furthest from its "
+        "corrupted baseline.",
+    )
