@@ -477,16 +477,6 @@ class Scorer:
             [self.baseline, torch.stack([self.full(name, turned) for name in self.metrics])]
         )
 
-    def probe(self) -> Tensor:
-        """Metrics on the corrupted logits and on those with the vocabulary turned round.
-
-        Tells one metric from another, also where both are 0 on the corrupted run.
-        """
-        turned = self.run.logits.flip(-1)
-        return torch.stack(
-            [self.baseline, torch.stack([self.full(name, turned) for name in self.metrics])]
-        )
-
     def _declares(self, name: str) -> bool:
         """Whether what the metric says it reads gives what it computes, on the corrupted run."""
         metric = self.metrics[name]
