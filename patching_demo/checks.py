@@ -86,13 +86,13 @@ def checked_tokens(model: Any, tokens: Any) -> Tensor:
         raise TypeError(
             f"corrupted_tokens must be int [batch, pos], got {type(tokens).__name__}"
         ) from error
-    if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
-        raise TypeError(f"corrupted_tokens must be whole numbers, got {tokens.dtype}")
     if tokens.ndim != 2 or not tokens.numel():
         raise ValueError(
             f"corrupted_tokens must be [batch, pos], got shape {tuple(tokens.shape)}: for one "
             "prompt use tokens[None]"
         )
+    if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+        raise TypeError(f"corrupted_tokens must be whole numbers, got {tokens.dtype}")
     tokens = tokens.to(device=next(model.parameters()).device, dtype=torch.int64)
     lowest, highest, size = int(tokens.min()), int(tokens.max()), model.cfg.d_vocab
     if lowest < 0 or highest >= size:

@@ -1,0 +1,476 @@
+"""Inputs that a sweep would turn into a meaningless number are refused, or served rightly."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import oracle
+import pytest
+import tiny
+import torch
+from oracle import assert_close, make_pair, pair
+from torch import Tensor
+from transformer_lens import ActivationCache
+
+from patching_demo import checks, patching
+
+
+@pytest.fixture(autouse=True)
+def _alone() -> Iterator[None]:
+    torch.set_num_threads(1)
+    checks._warned.clear()
+    yield
+
+
+@pytest.fixture
+def no_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The refusal must come before any forward pass."""
+    pair("gpt2")
+
+    def refuse(*_: Any, **__: Any) -> None:
+        pytest.fail("a forward pass ran")
+
+    monkeypatch.setattr(type(tiny.model("gpt2")), "forward", refuse)
+
+
+def sweep(name: str = "gpt2", **change: Any) -> Any:
+    data = pair(name)
+    arguments = dict(
+        model=oracle.model(name),
+        corrupted_tokens=data.corrupted,
+        clean_cache=data.cache,
+        patching_metric=data.metrics["difference"],
+    )
+    positional = [change.pop(key, usual) for key, usual in arguments.items()]
+    kind = change.pop("kind", "resid_pre")
+    return getattr(patching, f"get_act_patch_{kind}")(*positional, progress=False, **change)
+
+
+def renamed(cache: Any, change: Any) -> dict[str, Tensor]:
+    return {name: change(value) for name, value in cache.items()}
+
+
+# ---- clean and corrupted must fit
+
+
+@pytest.mark.parametrize(
+    ("rows", "length"),
+    [(2, 5), (2, 7), (1, 6), (3, 6)],
+    ids=["longer clean prompts", "shorter clean prompts", "one for both", "fewer"],
+)
+@pytest.mark.parametrize("kind", ["resid_pre", "attn_head_pattern_by_pos", "attn_head_v_all_pos"])
+def test_lengths_and_batches_must_agree(
+    rows: int, length: int, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny.model("gpt2")
+    pair("gpt2")
+    other = make_pair(model, batch=rows, n_pos=length)
+    monkeypatch.setattr(type(model), "forward", lambda *_, **__: pytest.fail("a forward pass ran"))
+    with pytest.raises(
+        ValueError, match=r"has shape \(2, .*the corrupted tokens need \["
+    ) as caught:
+        sweep(kind=kind, corrupted_tokens=other.corrupted)
+    assert f"[{rows}, " in str(caught.value)
+    assert "the same number of prompts and of tokens" in str(caught.value)
+
+
+def test_one_clean_prompt_does_not_broadcast(no_forward: None) -> None:
+    cache = renamed(pair("gpt2").cache, lambda value: value[:1])
+    with pytest.raises(
+        ValueError, match=r"'blocks.0.hook_resid_pre' .* \(1, 6, 32\).*\[2, 6, 32\]"
+    ):
+        sweep(clean_cache=cache)
+
+
+def test_a_cache_of_another_model_is_named(no_forward: None) -> None:
+    """As wide, but with a layer less; and narrower."""
+    cache = {k: v for k, v in pair("gpt2").cache.items() if not k.startswith("blocks.1")}
+    with pytest.raises(ValueError, match="the clean cache has no 'blocks.1.hook_resid_pre'"):
+        sweep(clean_cache=cache)
+    narrow = renamed(pair("gpt2").cache, lambda value: value[..., :16])
+    with pytest.raises(ValueError, match="the cache must come from this model"):
+        sweep(clean_cache=narrow)
+
+
+def test_a_cache_of_a_model_with_other_heads_is_named(no_forward: None) -> None:
+    cache = {
+        name: value[:, :, :2] if name.endswith("hook_z") else value
+        for name, value in pair("gpt2").cache.items()
+    }
+    with pytest.raises(ValueError, match=r"hook_z' in the clean cache has shape \(2, 6, 2, 8\)"):
+        sweep(clean_cache=cache, kind="attn_head_out_by_pos")
+
+
+def test_a_head_of_another_width_is_named() -> None:
+    cache = {
+        name: value[..., :4] if name.endswith("hook_z") else value
+        for name, value in pair("gpt2").cache.items()
+    }
+    with pytest.raises(ValueError, match=r"in the corrupted run it has \(2, 6, 4, 8\)"):
+        sweep(clean_cache=cache, kind="attn_head_out_by_pos")
+
+
+def test_a_cache_without_the_activation_names_the_filter(no_forward: None) -> None:
+    cache = {"blocks.0.hook_resid_pre": pair("gpt2").cache["blocks.0.hook_resid_pre"]}
+    with pytest.raises(ValueError, match=r"names_filter that keeps names ending in 'attn.hook_z'"):
+        sweep(clean_cache=cache, kind="attn_head_out_by_pos")
+
+
+def test_a_layer_of_the_wrong_kind_is_no_tensor(no_forward: None) -> None:
+    cache = dict(pair("gpt2").cache.items())
+    cache["blocks.0.hook_resid_pre"] = "clean"
+    with pytest.raises(ValueError, match="'blocks.0.hook_resid_pre' in the clean cache is a str"):
+        sweep(clean_cache=cache)
+
+
+@pytest.mark.parametrize("cache", [None, 3, [], "cache", torch.zeros(3)])
+def test_something_else_than_a_cache_is_refused(cache: Any, no_forward: None) -> None:
+    with pytest.raises(ValueError, match="the clean cache has no 'blocks.0.hook_resid_pre'"):
+        sweep(clean_cache=cache)
+
+
+def test_a_cache_with_nan_is_refused(no_forward: None) -> None:
+    cache = renamed(pair("gpt2").cache, torch.clone)
+    cache["blocks.1.hook_resid_pre"][0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match="'blocks.1.hook_resid_pre' .* holds NaN or infinity"):
+        sweep(clean_cache=cache)
+
+
+def test_a_cache_may_be_a_plain_dict_or_an_activation_cache() -> None:
+    data, model = pair("gpt2"), tiny.model("gpt2")
+    plain = dict(data.cache.items())
+    assert torch.equal(sweep(clean_cache=plain), sweep(clean_cache=ActivationCache(plain, model)))
+
+
+# ---- nothing to patch
+
+
+@pytest.mark.parametrize("embedding", [True, False])
+@pytest.mark.parametrize("kind", ["resid_pre", "attn_head_pattern_all_pos", "block_every"])
+def test_identical_prompts_give_the_baseline_and_one_warning(kind: str, embedding: bool) -> None:
+    data, model = pair("gpt2"), tiny.model("gpt2")
+    cache = {k: v for k, v in data.cache.items() if embedding or k != "hook_embed"}
+    with pytest.warns(UserWarning, match="there is nothing to patch") as caught:
+        for _ in range(2):
+            found = sweep(kind=kind, corrupted_tokens=data.clean, clean_cache=cache, baseline=True)
+    assert len(caught) == 1
+    assert torch.equal(found.values, found.baseline.expand_as(found.values))
+    with torch.no_grad():
+        assert torch.allclose(found.baseline, data.metrics["difference"](model(data.clean)))
+
+
+def test_prompts_that_differ_do_not_warn() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sweep()
+
+
+# ---- tokens
+
+
+@pytest.mark.parametrize("text", ["When Mary and John went", ["When Mary", "When John"]])
+def test_text_is_refused_with_the_way_to_tokens(text: Any, no_forward: None) -> None:
+    with pytest.raises(TypeError, match=r"corrupted_tokens must be token ids: pass model.to_tok"):
+        sweep(corrupted_tokens=text)
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [Tensor.numpy, Tensor.tolist, Tensor.int, lambda t: t.to(torch.uint8), np.asarray],
+    ids=["numpy", "lists", "int32", "uint8", "asarray"],
+)
+def test_whole_numbers_in_any_form_are_tokens(convert: Any) -> None:
+    assert torch.equal(sweep(corrupted_tokens=convert(pair("gpt2").corrupted)), sweep())
+
+
+@pytest.mark.parametrize(
+    ("tokens", "error", "message"),
+    [
+        (torch.full((2, 6), 5.0), TypeError, "must be whole numbers, got torch.float32"),
+        (torch.ones(2, 6, dtype=torch.bool), TypeError, "must be whole numbers, got torch.bool"),
+        (
+            torch.full((6,), 5),
+            ValueError,
+            r"must be \[batch, pos\], got shape \(6,\): for one prompt",
+        ),
+        (torch.full((1, 2, 6), 5), ValueError, r"must be \[batch, pos\], got shape \(1, 2, 6\)"),
+        (torch.zeros(0, 6, dtype=torch.long), ValueError, r"got shape \(0, 6\)"),
+        ([], ValueError, r"must be \[batch, pos\], got shape \(0,\)"),
+        (None, TypeError, "got NoneType"),
+        ([[1, 2], [3]], TypeError, "must be int .* got list"),
+        ({"input_ids": [[1, 2]]}, TypeError, "got dict"),
+        (
+            torch.full((2, 6), 128),
+            ValueError,
+            "token id 128 is not in the model's vocabulary of 128",
+        ),
+        (torch.full((2, 6), -1), ValueError, "token id -1 is not in the model's vocabulary"),
+        (torch.full((2, 65), 5), ValueError, "have 65 tokens, the model takes at most 64"),
+    ],
+)
+def test_tokens_that_do_not_fit_are_refused(
+    tokens: Any, error: type[Exception], message: str, no_forward: None
+) -> None:
+    with pytest.raises(error, match=message):
+        sweep(corrupted_tokens=tokens)
+
+
+def test_left_padded_prompts_are_refused_by_number(no_forward: None) -> None:
+    tokens = pair("gpt2").corrupted.clone()
+    tokens[1, :2] = tiny.tokenizer().pad_token_id
+    with pytest.raises(ValueError, match="prompt 1 is padded on the left"):
+        sweep(corrupted_tokens=tokens)
+
+
+def test_a_prompt_that_starts_with_bos_is_not_padded() -> None:
+    """GPT-2's pad token is its BOS token, with which each prompt starts."""
+    model, data = tiny.model("gpt2"), pair("gpt2")
+    bos = model.tokenizer.bos_token_id
+    assert bos != model.tokenizer.pad_token_id
+    tokens = data.corrupted.clone()
+    tokens[:, 0] = bos
+    sweep(corrupted_tokens=tokens)
+
+
+# ---- metrics
+
+
+def nan_where_patched(logits: Tensor) -> Tensor:
+    """Fine on the corrupted run, NaN as soon as the first block's stream at 3 is patched."""
+    with torch.no_grad():
+        usual = pair("gpt2").metrics["difference"]
+        value = usual(logits)
+        baseline = float(usual(tiny.model("gpt2")(pair("gpt2").corrupted)))
+    return torch.where((value - baseline).abs() > 1e-3, float("nan"), value)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_a_metric_that_is_not_finite_names_the_run(value: str) -> None:
+    with pytest.raises(ValueError, match=f"metric 'm' is {value} at the corrupted run"):
+        sweep(patching_metric={"m": lambda logits: logits.sum() * 0 + float(value)})
+
+
+def test_nan_names_the_cell() -> None:
+    with pytest.raises(
+        ValueError, match=r"metric 'metric' is nan at blocks.0.hook_resid_pre, index"
+    ):
+        sweep(patching_metric=nan_where_patched)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda value: float(value),
+        lambda value: value.item(),
+        lambda value: np.float64(value.item()),
+        lambda value: value.detach(),
+        lambda value: value.double(),
+        lambda value: value.requires_grad_() if not value.requires_grad else value,
+    ],
+    ids=["float", "item", "numpy", "detached", "float64", "with gradient"],
+)
+def test_a_metric_may_return_any_number(form: Any) -> None:
+    found = sweep(patching_metric=lambda logits: form(oracle.all_logits(logits)))
+    wanted = sweep(patching_metric=oracle.all_logits)
+    assert torch.allclose(found.double(), wanted.double(), rtol=1e-6)
+    assert not found.requires_grad
+
+
+def test_metrics_of_several_types_go_together() -> None:
+    found = sweep(
+        patching_metric={
+            "half": lambda logits: oracle.all_logits(logits).half(),
+            "double": lambda logits: oracle.all_logits(logits).double(),
+            "whole": lambda logits: oracle.all_logits(logits).round().long(),
+        }
+    )
+    assert torch.allclose(found["half"].values, found["double"].values, rtol=1e-2)
+    assert torch.equal(found["whole"].values, found["double"].values.round())
+
+
+@pytest.mark.parametrize(
+    ("metric", "error", "message"),
+    [
+        (lambda logits: "high", TypeError, "'metric' must return a number or a tensor, got str"),
+        (lambda logits: None, TypeError, "'metric' must return a number or a tensor, got NoneType"),
+        (lambda logits: logits[:, -1, 0], ValueError, r"return a scalar .* got shape \(2,\): pass"),
+        (lambda logits: logits, ValueError, r"return a scalar with reduce='scalar', got shape"),
+        (lambda logits: logits.mean() * 1j, TypeError, "must return real numbers, got torch.comp"),
+        ("logit difference", TypeError, "'metric' must be a function of logits, got str"),
+        (None, TypeError, "'metric' must be a function of logits, got NoneType"),
+        ({}, ValueError, "patching_metric is an empty mapping"),
+        ({"m": 3}, TypeError, "metric 'm' must be a function of logits, got int"),
+    ],
+)
+def test_metrics_that_are_no_numbers_are_refused(
+    metric: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        sweep(patching_metric=metric)
+
+
+@pytest.mark.parametrize("reduce", ["mean", "none"])
+def test_per_example_metrics_must_return_a_batch(reduce: str) -> None:
+    with pytest.raises(ValueError, match=r"'metric' must return a \[batch\] tensor of length 2"):
+        sweep(patching_metric=oracle.all_logits, reduce=reduce)
+
+
+def test_a_metric_made_for_another_batch_names_itself() -> None:
+    other = make_pair(tiny.model("gpt2"), batch=3)
+    with pytest.raises(ValueError, match="logit difference.*made for a batch of 3"):
+        sweep(patching_metric=other.metrics["difference"])
+
+
+def test_a_metric_that_misstates_where_it_reads_gets_all_logits() -> None:
+    """Such a metric is believed no further than a comparison on the corrupted run goes."""
+
+    class Misstated:
+        positions = torch.tensor([[0], [0]])
+        tokens = None
+
+        def read(self, logits: Tensor) -> Tensor:
+            return logits[:, :1]
+
+        def from_read(self, read: Tensor) -> Tensor:
+            return read.mean((-1, -2))
+
+        def __call__(self, logits: Tensor) -> Tensor:
+            return oracle.all_logits(logits)
+
+    assert torch.allclose(
+        sweep(patching_metric=Misstated()), sweep(patching_metric=oracle.all_logits)
+    )
+
+
+def test_a_metric_on_a_device_without_numbers_is_refused() -> None:
+    """A tensor of another device is copied over; one of the meta device holds nothing to copy."""
+    with pytest.raises(TypeError, match="'metric' must return a number or a tensor"):
+        sweep(patching_metric=lambda logits: oracle.all_logits(logits).to("meta"))
+
+
+# ---- models
+
+
+def test_training_mode_is_refused_and_left_as_it_is(no_forward: None) -> None:
+    model = tiny.fresh("gpt2")
+    model.blocks[1].mlp.train()
+    with pytest.raises(ValueError, match=r"the model is in training mode \(.*blocks.1.*eval\(\)"):
+        sweep(model=model)
+    assert model.blocks[1].mlp.training
+
+
+@pytest.mark.parametrize(
+    ("dtype", "name", "size"),
+    [(torch.bfloat16, "bfloat16", "about 1 %"), (torch.float16, "float16", "about 0.1 %")],
+)
+@pytest.mark.parametrize("architecture", ["gpt2", "llama-gqa"])
+def test_half_precision_is_served_and_warns_once(
+    architecture: str, dtype: torch.dtype, name: str, size: str
+) -> None:
+    model = tiny.fresh(architecture)
+    model.to(dtype)
+    data = make_pair(model)
+    metric = data.metrics["difference"]
+    with pytest.warns(UserWarning, match=f"runs in {name}: expect errors of {size}") as caught:
+        for _ in range(2):
+            found = patching.get_act_patch_resid_pre(
+                model, data.corrupted, data.cache, metric, progress=False
+            )
+    assert [
+        str(w.message)
+        for w in caught
+        if "precision" in str(w.message) or "runs in" in str(w.message)
+    ] != []
+    assert len([w for w in caught if "runs in" in str(w.message)]) == 1
+    assert found.dtype == torch.float32
+    full = sweep(architecture)
+    assert (found - full).abs().max() < 0.1 * (full.max() - full.min())
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama-gqa"])
+def test_double_precision_stays_double(architecture: str) -> None:
+    model = tiny.fresh(architecture).double()
+    data = make_pair(model)
+    arguments = (model, data.corrupted, data.cache, data.metrics["difference"])
+    found = patching.get_act_patch_attn_head_k_by_pos(*arguments, progress=False, check=5)
+    assert found.dtype == torch.float64
+    with torch.no_grad(), oracle.quiet():
+        wanted = oracle.plain_patching.get_act_patch_attn_head_k_by_pos(*arguments)
+    # The plain loop stores float32.
+    assert_close(found.float(), wanted, metric_axis=False)
+    # And twice as many digits as single precision has are right.
+    with torch.no_grad():
+        logits = model(data.corrupted)
+    base = data.metrics["difference"](logits)
+    assert abs(float(found[0, 0, 0] - base)) < 1e-12
+
+
+def test_a_model_on_two_devices_is_refused(no_forward: None) -> None:
+    model = tiny.fresh("gpt2")
+    model.blocks[1].mlp.to("meta")
+    with pytest.raises(ValueError, match=r"spread over \['cpu', 'meta'\]: move it to one device"):
+        sweep(model=model)
+
+
+def test_a_quantised_model_is_refused(no_forward: None) -> None:
+    model = tiny.fresh("gpt2")
+    weight = torch.nn.Parameter(torch.zeros(2, dtype=torch.int8), requires_grad=False)
+    model.original_model.register_parameter("packed", weight)
+    with pytest.raises(ValueError, match=r"the model is quantised \(.*packed\)"):
+        sweep(model=model)
+
+
+def test_a_quantised_model_is_known_by_its_config(no_forward: None) -> None:
+    model = tiny.fresh("gpt2")
+    model.original_model.config.quantization_config = {"bits": 4}
+    with pytest.raises(ValueError, match=r"the model is quantised \(its config says so\)"):
+        sweep(model=model)
+
+
+def test_encoders_are_refused(no_forward: None) -> None:
+    model = tiny.fresh("gpt2")
+    model.original_model.config.is_encoder_decoder = True
+    with pytest.raises(ValueError, match="encoder-decoder models are not supported"):
+        sweep(model=model)
+    model.original_model.config.is_encoder_decoder = False
+    model.cfg.attention_dir = "bidirectional"
+    with pytest.raises(ValueError, match="the model attends in both directions"):
+        sweep(model=model)
+
+
+def test_a_real_encoder_is_refused() -> None:
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformers import BertConfig, BertForMaskedLM
+
+    config = BertConfig(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        vocab_size=tiny.D_VOCAB,
+        max_position_embeddings=tiny.N_CTX,
+    )
+    config._attn_implementation = "eager"
+    model = TransformerBridge.boot_transformers(
+        "google-bert/bert-base-uncased",
+        hf_model=BertForMaskedLM(config),
+        tokenizer=tiny.tokenizer(),
+        device="cpu",
+    ).eval()
+    with pytest.raises(ValueError, match="attends in both directions"):
+        sweep(model=model)
+
+
+@pytest.mark.parametrize("model", [None, "gpt2", torch.nn.Linear(2, 2), SimpleNamespace(blocks=[])])
+def test_something_else_than_a_bridge_is_refused(model: Any) -> None:
+    with pytest.raises(TypeError, match="the model must be a TransformerBridge of a decoder"):
+        sweep(model=model)
+
+
+def test_a_plain_hugging_face_model_is_refused() -> None:
+    with pytest.raises(TypeError, match="got GPT2LMHeadModel: see .*boot_transformers"):
+        sweep(model=tiny.fresh("gpt2").original_model)
