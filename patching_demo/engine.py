@@ -453,7 +453,7 @@ class Scorer:
     ) -> None:
         self.model, self.run, self.per_example = model, run, per_example
         self.metrics = dict(metrics)
-        self.baseline = torch.stack([self.full(name, run.logits) for name in self.metrics])
+        self.baseline = self._on_a_copy(run.logits)
         n_pos = run.tokens.shape[1]
         self.plain = [name for name in self.metrics if not self._declares(name)]
         read = set(range(n_pos)) if self.plain else set()
@@ -472,10 +472,11 @@ class Scorer:
 
         Tells one metric from another, also where both are 0 on the corrupted run.
         """
-        turned = self.run.logits.flip(-1)
-        return torch.stack(
-            [self.baseline, torch.stack([self.full(name, turned) for name in self.metrics])]
-        )
+        return torch.stack([self.baseline, self._on_a_copy(self.run.logits.flip(-1))])
+
+    def _on_a_copy(self, logits: Tensor) -> Tensor:
+        """All metrics: ``[metric, (batch)]``; one that writes into its logits harms nobody."""
+        return torch.stack([self.full(name, logits.clone()) for name in self.metrics])
 
     def _declares(self, name: str) -> bool:
         """Whether what the metric says it reads gives what it computes, on the corrupted run."""

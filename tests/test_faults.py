@@ -1,0 +1,290 @@
+"""After a fault in the middle of a sweep, everything of the caller's is as it was."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import oracle
+import psutil
+import pytest
+import tiny
+import torch
+from oracle import assert_close, expected, pair
+from safetensors.torch import load_file
+from torch import Tensor
+
+from patching_demo import checks, engine, patching, runner, store
+
+
+@pytest.fixture(autouse=True)
+def _alone() -> Iterator[None]:
+    torch.set_num_threads(1)
+    checks._warned.clear()
+    yield
+
+
+def sweep(kind: str = "attn_head_out_by_pos", name: str = "gpt2", **options: Any) -> Any:
+    data = pair(name)
+    return getattr(patching, f"get_act_patch_{kind}")(
+        oracle.model(name),
+        data.corrupted,
+        data.cache,
+        options.pop("metric", data.metrics["all logits"]),
+        progress=False,
+        **options,
+    )
+
+
+def state_of(name: str) -> dict[str, Any]:
+    """All that belongs to the caller, in comparable form."""
+    model, data = oracle.model(name), pair(name)
+    roots = (model, model.original_model)
+    modules = [module for root in roots if root is not None for module in root.modules()]
+    return {
+        "cache": {k: v.numpy(force=True).tobytes() for k, v in data.cache.items()},
+        "tokens": data.corrupted.numpy().tobytes(),
+        "weights": {k: v.numpy(force=True).tobytes() for k, v in model.state_dict().items()},
+        "hooks": [
+            list(getattr(module, kind))
+            for module in modules
+            for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
+        ],
+        "listed hooks": {k: list(point.fwd_hooks) for k, point in model.hook_dict.items()},
+        "training": [module.training for module in modules],
+        "grad": torch.is_grad_enabled(),
+        "inference": torch.is_inference_mode_enabled(),
+        "threads": torch.get_num_threads(),
+        "random": torch.get_rng_state().numpy().tobytes(),
+        "requires grad": [p.requires_grad for p in model.parameters()],
+        "gradients": [p.grad is None for p in model.parameters()],
+    }
+
+
+@contextmanager
+def all_as_before(name: str = "gpt2") -> Iterator[None]:
+    pair(name)
+    before = state_of(name)
+    yield
+    after = state_of(name)
+    for part, value in before.items():
+        assert after[part] == value, f"{part} changed"
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("gpt2", "attn_head_by_pos_every"),
+        ("gpt2", "resid_mid"),
+        ("llama-gqa", "attn_head_by_pos_every"),
+        ("llama-gqa", "block_every"),
+        ("bloom", "resid_pre"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:this sweep takes the plain loop")
+def test_a_sweep_leaves_everything_as_it_was(name: str, kind: str, grad: bool) -> None:
+    pair(name)
+    with torch.set_grad_enabled(grad), all_as_before(name):
+        found = sweep(kind, name)
+        assert not found.requires_grad
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, ZeroDivisionError, SystemExit])
+@pytest.mark.parametrize("after", [0, 1, 4, 15])
+def test_an_exception_in_the_metric_passes_through(error: type[BaseException], after: int) -> None:
+    calls = iter(range(after))
+
+    def metric(logits: Tensor) -> Tensor:
+        if next(calls, None) is None:
+            raise error("in the metric")
+        return oracle.all_logits(logits)
+
+    with all_as_before(), pytest.raises(error, match="in the metric"):
+        sweep(metric=metric)
+
+
+def test_an_exception_in_a_patch_setter_passes_through() -> None:
+    def setter(activation: Tensor, index: Any, clean: Tensor) -> Tensor:
+        activation[:] = 0
+        raise LookupError("in the setter")
+
+    data = pair("gpt2")
+    with (
+        all_as_before(),
+        pytest.warns(UserWarning, match="takes the plain loop"),
+        pytest.raises(LookupError, match="in the setter"),
+    ):
+        patching.generic_activation_patch(
+            tiny.model("gpt2"),
+            data.corrupted,
+            data.cache,
+            oracle.all_logits,
+            setter,
+            "z",
+            ("layer", "pos", "head"),
+            progress=False,
+        )
+
+
+def test_a_setter_that_writes_into_the_clean_activation_is_the_callers_own() -> None:
+    """What the package's own setters write goes into the activation alone."""
+    with all_as_before():
+        sweep("attn_head_pattern_by_pos", check=10)
+        sweep("attn_head_v_all_pos", check=10)
+
+
+@pytest.mark.parametrize("stage", ["capture", "run_block", "hooked", "logits_from_resid"])
+def test_an_interrupt_in_the_middle_of_the_engine(
+    stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = runner if stage == "capture" else engine
+    right, calls = (
+        getattr(module, stage),
+        iter(range({"capture": 0, "run_block": 3, "hooked": 3, "logits_from_resid": 1}[stage])),
+    )
+
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+        return right(*arguments, **options)
+
+    with all_as_before(), monkeypatch.context() as patch:
+        patch.setattr(module, stage, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            sweep("attn_head_by_pos_every")
+
+
+def test_a_metric_that_writes_into_its_logits_harms_no_other_cell() -> None:
+    def metric(logits: Tensor) -> Tensor:
+        value = oracle.all_logits(logits)
+        logits[:] = 0
+        return value
+
+    wanted = expected("gpt2", "attn_head_out_by_pos")["all logits"].mean()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = sweep(metric=metric)
+    assert_close(found, wanted, metric_axis=False)
+
+
+def out_of_memory_above(tokens: int, right: Callable[..., Tensor], log: list[int]) -> Any:
+    """A device that holds no more than so many tokens in a block call."""
+
+    def run_block(model: Any, run: Any, layer: int, layout: Any, states: Tensor, *rest: Any) -> Any:
+        size = states.shape[0] * states.shape[1] * states.shape[2]
+        log.append(size)
+        if size > tokens:
+            raise torch.OutOfMemoryError("out of memory, says the test")
+        return right(model, run, layer, layout, states, *rest)
+
+    return run_block
+
+
+@pytest.mark.parametrize("kind", ["resid_pre", "attn_head_out_by_pos", "attn_head_k_all_pos"])
+def test_running_out_of_memory_halves_the_batch_and_goes_on(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log: list[int] = []
+    limited = out_of_memory_above(24, engine.run_block, log)
+    with all_as_before(), monkeypatch.context() as patch:
+        patch.setattr(engine, "run_block", limited)
+        found = sweep(kind, check=0)
+    assert max(log) > 24, "the test never ran out of memory"
+    assert log[-1] <= 24
+    wanted = expected("gpt2", kind)["all logits"].mean()
+    assert_close(found, wanted, metric_axis=False)
+
+
+def test_running_out_of_memory_for_good_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    limited = out_of_memory_above(0, engine.run_block, [])
+    with all_as_before(), monkeypatch.context() as patch:
+        patch.setattr(engine, "run_block", limited)
+        with pytest.raises(torch.OutOfMemoryError):
+            sweep("resid_pre")
+
+
+def test_finished_cells_survive_running_out_of_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "cells.safetensors"
+    monkeypatch.setattr(store.CellStore, "most_cells", lambda self, total: 8)
+    right, calls = engine.sweep_cells, iter(range(2))
+
+    def twice(*arguments: Any, **options: Any) -> Tensor:
+        if next(calls, None) is None:
+            raise MemoryError("the machine is full")
+        return right(*arguments, **options)
+
+    with all_as_before(), monkeypatch.context() as patch:
+        patch.setattr(engine, "sweep_cells", twice)
+        with pytest.raises(MemoryError):
+            sweep(store=path)
+    finished = int(load_file(path)["done"].sum())
+    assert finished >= 16
+    assert_close(
+        sweep(store=path),
+        expected("gpt2", "attn_head_out_by_pos")["all logits"].mean(),
+        metric_axis=False,
+    )
+
+
+def test_the_progress_bar_is_closed_and_leaves_nothing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Any] = []
+    right = runner.tqdm
+
+    def eager(*arguments: Any, **options: Any) -> Any:
+        made.append(right(*arguments, **{**options, "delay": 0, "mininterval": 0}))
+        return made[-1]
+
+    monkeypatch.setattr(runner, "tqdm", eager)
+    data = pair("gpt2")
+    patching.get_act_patch_resid_pre(
+        tiny.model("gpt2"), data.corrupted, data.cache, oracle.all_logits
+    )
+    (bar,) = made
+    assert bar.n == bar.total
+    assert not bar.leave
+    shown = capsys.readouterr().err
+    assert shown.endswith("\r")
+    assert not shown.split("\r")[-2].strip(), "the bar is wiped off"
+    sweep("resid_pre")
+    assert made[1].disable
+    assert capsys.readouterr().err == ""
+
+
+def test_two_hundred_sweeps_take_no_more_memory_than_a_few() -> None:
+    process = psutil.Process()
+
+    def resident() -> int:
+        gc.collect()
+        return process.memory_info().rss
+
+    metric = pair("gpt2").metrics["difference"]
+    for _ in range(20):
+        sweep("resid_mid", metric=metric, check=1)
+    before = resident()
+    tensors = sum(type(thing) is Tensor for thing in gc.get_objects())
+    for _ in range(180):
+        sweep("resid_mid", metric=metric, check=1)
+    grown = resident() - before
+    assert sum(type(thing) is Tensor for thing in gc.get_objects()) <= tensors + 5
+    assert grown < 8e6, f"{grown / 1e6:.1f} MB more after 180 sweeps"
+
+
+def test_patches_are_copied_out_of_the_cache_and_never_into_it() -> None:
+    """The field's setters write in place, so a cache that shares memory would change."""
+    model, data = tiny.model("gpt2"), pair("gpt2")
+    shared = {name: value.clone() for name, value in data.cache.items()}
+    before = {name: value.clone() for name, value in shared.items()}
+    for kind in ("resid_pre", "attn_head_pattern_by_pos", "attn_head_q_all_pos"):
+        getattr(patching, f"get_act_patch_{kind}")(
+            model, data.corrupted, shared, oracle.all_logits, progress=False, check=5
+        )
+    assert all(torch.equal(shared[name], before[name]) for name in shared)
