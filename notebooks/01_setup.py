@@ -68,8 +68,8 @@ patching_diagram()
 # %% [markdown]
 # ## Where this runs
 #
-# Any machine will do. In Colab a GPU makes the later chapters several times faster: choose
-# **Runtime > Change runtime type > GPU** before you start. On a laptop without one, every chapter
+# Any machine will do. In Colab, choose a GPU before you start: **Runtime > Change runtime type**.
+# The sweeps of the second chapter take less time with one. On a laptop without, every chapter
 # still runs to its end.
 
 # %%
@@ -220,11 +220,12 @@ print(f"Corrupted baseline:                         {corrupted:.4f}")
 from patching_demo import sweep
 
 result = sweep(model, task.normalised(), "resid_pre")
-result
+print(dict(result.sizes))
+print(result.attrs["metric"], "of", result.attrs["what"])
 
 # %% [markdown]
-# The result is an [xarray](https://docs.xarray.dev) array. It knows its layers, its positions and
-# what was measured, so a figure needs no further arguments.
+# The result is a labelled array of [xarray](https://docs.xarray.dev). It knows its layers, its
+# positions and what was measured, so a figure needs no further arguments.
 
 # %%
 two_places = result.isel(position=[S2, END])

@@ -44,7 +44,9 @@ if importlib.util.find_spec("patching_demo") is None:
     # %pip install --quiet "patching-demo @ git+https://github.com/patching-demo/patching-demo"
 
 # %%
-from patching_demo import chapter_claims, combine, ioi_task, largest_cells, notebook, plots
+from IPython.display import display
+
+from patching_demo import chapter_claims, combine, ioi_task, notebook, plots
 from patching_demo.results import sweep_metrics
 
 notebook.setup()
@@ -222,16 +224,9 @@ notebook.largest(heads.sel(kind="out"), 8)
 
 # %%
 for kind, what in (("q", "queries"), ("k", "keys"), ("v", "values"), ("pattern", "patterns")):
-    figure = plots.heatmap(
-        heads.sel(kind=kind), title=f"Clean {what} patched into the corrupted run"
-    )
-    figure.show()
-
-# %%
-from IPython.display import display
-
-for kind in ("q", "k", "v", "pattern"):
-    display(notebook.largest(heads.sel(kind=kind), 4))
+    part = heads.sel(kind=kind)
+    plots.heatmap(part, title=f"Clean {what} patched into the corrupted run").show()
+    display(notebook.largest(part, 4))
 
 # %% [markdown]
 # Every kind at once, with one colour scale. Where several query heads share one key and one value,
@@ -240,23 +235,53 @@ for kind in ("q", "k", "v", "pattern"):
 # %%
 plots.heatmap(heads)
 
+# %%
+notebook.largest(heads, 8)
+
+# %%
+shared = model.cfg.n_heads // heads.attrs["n_key_value_heads"]
+by_pattern = chapter_claims.strong_heads(heads.sel(kind="pattern"))
+by_value = chapter_claims.strong_heads(heads.sel(kind="v"))
+notebook.say(
+    f"On {task.model_name}, the heads that bring back most by where they look are "
+    f"**{', '.join(by_pattern)}**; by what they carry, **{', '.join(by_value)}**."
+    + (
+        f" In this model {shared} query heads in a row share one key and one value. Keys and "
+        f"values are numbered by themselves: number 1 serves heads {shared} to {2 * shared - 1}."
+        if shared > 1
+        else ""
+    )
+)
+
 # %% [markdown]
 # ### What the strongest heads look at
 #
-# Here are the attention patterns of the two heads that bring back most when their output is
-# patched. Look at the last row: it is END, from which the answer is read.
+# Here are the attention patterns of two heads: the one that brings back most by its output, and
+# the one that does so by its pattern. Look at the rows of S2 and END.
 
 # %%
-for _, cell in largest_cells(heads.sel(kind="out"), 2).iterrows():
-    layer, head = map(int, cell["label"][1:].split("H"))
+for kind, what in (("out", "output"), ("pattern", "pattern")):
+    layer, head = chapter_claims.top_head(heads.sel(kind=kind))
     plots.attention_pattern(
         model,
         task.clean_tokens,
         layer,
         head,
         task.position_labels,
-        title=f"Attention pattern of {cell['label']}, output effect {cell['share']:.0%}",
+        title=f"L{layer}H{head}, the strongest head by {what}",
     ).show()
+    where = {
+        name: chapter_claims.most_attended(model, task, layer, head, place)
+        for name, place in (("S2", S2), ("END", END))
+    }
+    notebook.say(
+        f"**L{layer}H{head}** looks most at "
+        + " and ".join(
+            f"`{label}` from {name} ({share:.0%} of its attention)"
+            for name, (label, share) in where.items()
+        )
+        + "."
+    )
 
 # %%
 chapter_claims.ioi_heads(heads).show()

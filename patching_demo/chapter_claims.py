@@ -29,6 +29,7 @@ __all__ = [
     "ioi_blocks",
     "ioi_heads",
     "ioi_positions",
+    "most_attended",
     "noising",
     "positions_of",
     "previous_token_attention",
@@ -165,6 +166,16 @@ def induction_attention(model: Any, task: Task) -> xr.DataArray:
     out = _attention(model, task.clean_tokens, offset=length - 1, start=length + 1)
     what = "mean attention to the token after the first copy of the current one"
     return out.assign_attrs(what=what, task=task.name)
+
+
+def most_attended(
+    model: Any, task: Task, layer: int, head: int, position: int
+) -> tuple[str, float]:
+    """(label, share): where a head looks most from one position of the clean input, on average."""
+    name = f"blocks.{layer}.attn.hook_pattern"
+    weights = task.clean_cache(model, name)[name][:, head, position].float().mean(0)
+    best = int(weights.argmax())
+    return task.position_labels[best], float(weights[best])
 
 
 # Chapter 1 ---------------------------------------------------------------------------------------
@@ -529,7 +540,7 @@ def ioi_heads(heads: xr.DataArray) -> Checks:
         "queries make the patterns",
         "So where a pattern matters, it does so by its query: correlation of both effects over "
         "all heads.",
-        float(np.corrcoef(query, pattern)[0, 1]) if query.std() and pattern.std() else np.nan,
+        float(np.corrcoef(query, pattern)[0, 1]) if query.std() * pattern.std() > 0 else np.nan,
         0.5,
         units="",
     )
