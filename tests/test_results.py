@@ -337,3 +337,14 @@ def test_a_sweep_keeps_no_graph_and_grad_mode():
     with torch.enable_grad():
         sweep(tiny.model("gpt2"), _task("gpt2"), "out", by="all_pos", **QUIET)
         assert torch.is_grad_enabled()
+
+
+def test_public_names_lead_to_their_modules():
+    import patching_demo
+
+    for name in patching_demo.__all__:
+        assert callable(getattr(patching_demo, name))
+        assert name in dir(patching_demo)
+    assert patching_demo.sweep is sweep and patching_demo.patching is patching
+    with pytest.raises(AttributeError, match="no attribute 'swep'"):
+        _ = patching_demo.swep
