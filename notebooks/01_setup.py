@@ -47,7 +47,7 @@ if importlib.util.find_spec("patching_demo") is None:
     print("Installing patching-demo")
     # %pip install --quiet "patching-demo @ git+https://github.com/patching-demo/patching-demo"
 
-# %%
+# %% tags=["remove-input"]
 from patching_demo.diagram import patching_diagram
 
 patching_diagram()
@@ -128,6 +128,7 @@ plots.tokens_table(task, rows=2)
 S2, END = task.agree_until, task.clean_tokens.shape[1] - 1
 labels = task.position_labels
 
+# %% tags=["remove-input"]
 notebook.say(
     f"Here S2 is position {S2} (`{labels[S2]}` in the longest prompt) and END is position {END} "
     f"(`{labels[END]}`). Up to position {S2 - 1} the two prompts are the same, token for token."
@@ -239,7 +240,7 @@ checks = chapter_claims.first_patch(
 )
 checks.show()
 
-# %%
+# %% tags=["remove-input"]
 late = chapter_claims.crossing(result)
 notebook.say(
     f"On {task.model_name} the two curves cross at layer {late}: from there on, END knows more "

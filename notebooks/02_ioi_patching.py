@@ -97,8 +97,9 @@ print(f"Logit difference, corrupted: {task.corrupted_baseline:.4f}")
 
 # %%
 scored = task.normalised()
-print(f"Normalised, clean run:     {scored.metric(model(task.clean_tokens)).item():.4f}")
-print(f"Normalised, corrupted run: {scored.metric(model(task.corrupted_tokens)).item():.4f}")
+for name, tokens in (("clean", task.clean_tokens), ("corrupted", task.corrupted_tokens)):
+    value = round(scored.metric(model(tokens)).item(), 4) + 0.0  # no minus sign before a zero
+    print(f"Normalised, {name} run: {value:.4f}")
 
 # %% [markdown]
 # A value of 0.3 means: this one patch moves the logit difference 30 % of the way from corrupted to
@@ -136,6 +137,8 @@ notebook.largest(blocks.sel(kind="resid_pre"))
 # %%
 S2, END = chapter_claims.positions_of(blocks)
 cross = chapter_claims.crossing(blocks.sel(kind="resid_pre"))
+
+# %% tags=["remove-input"]
 notebook.say(
     f"On {task.model_name} the information leaves S2 and arrives at END around layer **{cross}** "
     f"of {model.cfg.n_layers}: from there on, END brings back more than S2."
@@ -181,6 +184,13 @@ plots.heatmap(blocks.sel(kind="mlp_out"), title="Clean MLP outputs patched into 
 
 # %%
 notebook.largest(blocks.sel(kind="mlp_out"))
+
+# %% tags=["remove-input"]
+notebook.say(
+    "At S2, the MLP of the very first layer brings back "
+    f"{float(blocks.sel(kind='mlp_out', layer=0).isel(position=S2)):.0%}. It works on the bare token, "
+    "before anything has been moved."
+)
 
 # %% [markdown]
 # All of them side by side, with one colour scale.
@@ -238,7 +248,7 @@ plots.heatmap(heads)
 # %%
 notebook.largest(heads, 8)
 
-# %%
+# %% tags=["remove-input"]
 shared = model.cfg.n_heads // heads.attrs["n_key_value_heads"]
 by_pattern = chapter_claims.strong_heads(heads.sel(kind="pattern"))
 by_value = chapter_claims.strong_heads(heads.sel(kind="v"))

@@ -87,7 +87,7 @@ clean, corrupted = task.clean_baseline, task.corrupted_baseline
 print(f"Clean baseline (AA):     {clean:.4f} nats")
 print(f"Corrupted baseline (AB): {corrupted:.4f} nats")
 
-# %%
+# %% tags=["remove-input"]
 import math
 
 notebook.say(
@@ -122,6 +122,8 @@ notebook.largest(heads)
 layer, head = chapter_claims.top_head(heads.sel(kind="out"))
 strong = chapter_claims.strong_heads(heads.sel(kind="out"))
 best = largest_cells(heads.sel(kind="out"), 1).iloc[0]
+
+# %% tags=["remove-input"]
 notebook.say(
     f"On {task.model_name}, of {heads.sizes['layer'] * heads.sizes['head']} heads few stand out by "
     f"their output: **{', '.join(strong)}**. The clean output of **L{layer}H{head}** alone moves "
@@ -184,7 +186,7 @@ plots.curves(
     "lines mark the baselines.",
 )
 
-# %%
+# %% tags=["remove-input"]
 notebook.say(
     "The largest single piece brings back "
     f"{float((pieces.max() - corrupted) / (clean - corrupted)):.0%} of clean minus corrupted. "
@@ -222,6 +224,8 @@ notebook.largest(noised)
 # %%
 _, early = chapter_claims.top_head(noised.sel(layer=[0]))
 lost = float(noised.sel(layer=0, head=early))
+
+# %% tags=["remove-input"]
 notebook.say(
     f"In layer 0 it is **L0H{early}**: corrupt its output alone, and {lost:.0%} of the score is "
     "gone. Here is what it looks at."
@@ -247,7 +251,7 @@ plots.bars(
 checks = chapter_claims.induction(heads, by_position, noised, previous, repeated)
 checks.show()
 
-# %%
+# %% tags=["remove-input"]
 notebook.say(
     f"So on {task.model_name}: **L0H{early}** notes the previous token "
     f"({float(previous.sel(layer=0, head=early)):.0%} of its attention goes there), and "

@@ -76,7 +76,7 @@ plots.table(
     "Mean log-probability of A's tokens, in nats, without any patch.",
 )
 
-# %%
+# %% tags=["remove-input"]
 guess, wrong = tasks["BC"].corrupted_baseline, tasks["BB"].corrupted_baseline
 notebook.say(
     f"Look at BB. With BC, where there is nothing to copy, the model can only guess: {guess:.2f} "
@@ -95,15 +95,15 @@ notebook.say(
 # A patch of one kind brings the score back if everything *else* that the head needs is still
 # right.
 #
-# | | query | key | value | pattern | output |
-# |---|---|---|---|---|---|
-# | **AB** | yes: all that was wrong | right already | right already | yes | yes |
-# | **BA** | right already | no: finds B's values | no: nobody looks | no: finds B's values | yes |
-# | **BB** | no: finds no key | no: never asked for | yes: looked at already | right already | yes |
-# | **BC** | no | no | no | no | yes |
+# | corrupted | query | key | value | pattern |
+# |---|---|---|---|---|
+# | **AB** | **yes**: all that was wrong | right already | right already | **yes** |
+# | **BA** | right already | no: finds B's values | no: not looked at | no: finds B's values |
+# | **BB** | no: finds no key | no: not asked for | **yes**: looked at already | right already |
+# | **BC** | no | no | no | no |
 #
-# The output is the odd one out. It is what the rest of the model reads, whatever went wrong before
-# it. So patching it works every time, and for that reason tells you least about *how* the head
+# The **output** is not in the table, as the answer is always yes. It is what the rest of the model
+# reads, whatever went wrong before it. For that reason it tells you least about *how* the head
 # works.
 
 # %% [markdown]
@@ -171,25 +171,26 @@ notebook.say(
 # **Queries and keys under BB.** A patch of either may raise the score. Does it bring the copying
 # of A back? Compare with guessing.
 
-# %%
+# %% tags=["remove-input"]
 level = float(results["BB"].sel(layer=layer, head=head, kind="q"))
 notebook.say(
-    f"With the clean query of L{layer}H{head} put into BB, the score is {level:.2f} nats. Guessing "
-    f"(BC) is {guess:.2f}, the corrupted baseline {wrong:.2f}, the clean one "
-    f"{tasks['BB'].clean_baseline:.2f}. A clean query looks for A, finds no A, and the copying of "
-    "B stops. What is left is a guess. The number rose because the model stopped being wrong, not "
-    "because it became right."
+    f"With the clean query of L{layer}H{head} put into BB, the score rises from {wrong:.2f} to "
+    f"{level:.2f} nats, a share of {of('BB', 'q')}. That looks like a good part of the answer. But "
+    f"guessing (BC) is {guess:.2f}, {'above' if guess > level else 'below'} it. A clean query "
+    "looks for A, finds none, and this head stops copying B. The number rose because the model "
+    "became less wrong, not because it became right."
 )
 
 # %% [markdown]
 # **Keys and patterns under BA.** A patch may even *lower* the score. A clean pattern looks to the
-# right place, and B stands there. So the model now copies B, as it does under BB.
+# right place, and B stands there. So this head now copies B, as it does under BB.
 
-# %%
+# %% tags=["remove-input"]
 level = float(results["BA"].sel(layer=layer, head=head, kind="pattern"))
 notebook.say(
-    f"With the clean pattern of L{layer}H{head} put into BA, the score is {level:.2f} nats. That "
-    f"of BB, left alone, is {wrong:.2f}."
+    f"With the clean pattern of L{layer}H{head} put into BA, the score goes from "
+    f"{tasks['BA'].corrupted_baseline:.2f} to {level:.2f} nats. On BB, where every induction head "
+    f"copies B, it is {wrong:.2f}."
 )
 
 # %% [markdown]

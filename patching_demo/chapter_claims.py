@@ -364,19 +364,19 @@ _WHY = {
     "BA": {
         "q": "the question is right already, but nothing answers it",
         "k": "clean keys only point to the wrong values",
-        "v": "clean values stand where nobody looks",
+        "v": "clean values stand where no head looks",
         "pattern": "a clean pattern points to the wrong values",
     },
     "BB": {
-        "q": "a clean question finds no key, so at best the copying of B stops",
-        "k": "a clean key meets no question, so at best the copying of B stops",
+        "q": "a clean question finds no key, so at best the head stops copying B",
+        "k": "a clean key meets no question, so at best the head stops copying B",
         "v": "the head looks to the right place already and finds A there",
         "pattern": "the pattern is the same as in the clean run",
     },
     "BC": {
         "q": "a clean question finds no key",
         "k": "a clean key meets no question",
-        "v": "clean values stand where nobody looks",
+        "v": "clean values stand where no head looks",
         "pattern": "a clean pattern points to the wrong values",
     },
 }
@@ -394,7 +394,10 @@ def baselines(results: Mapping[str, xr.DataArray]) -> Checks:
             positions, with dimensions kind, layer and head.
     """
     guess = float(results["BC"].attrs["corrupted_baseline"])
-    checks = Checks("Four corrupted inputs: expected and measured")
+    checks = Checks(
+        "Four corrupted inputs, expected and measured: outputs as a share above guessing, the "
+        "other kinds as a part of what the best output brings back"
+    )
     for name, result in results.items():
         clean = float(result.attrs["clean_baseline"])
         floor = max(float(result.attrs["corrupted_baseline"]), guess)
@@ -405,20 +408,17 @@ def baselines(results: Mapping[str, xr.DataArray]) -> Checks:
 
         checks.at_least(
             f"{name}: outputs",
-            "The output is what the rest of the model reads, so it brings the score back whatever "
-            "was corrupted.",
+            "They bring it back: they are what the rest of the model reads.",
             above("out"),
             0.15,
         )
         for kind, sign in EXPECTED[name].items():
             part = _ratio(above(kind), above("out"))
-            expected = f"{_WORDS[kind].capitalize()}"
-            reason = f"{_WHY[name][kind]}; as a part of what the best output brings back."
             if sign > 0:
-                text = f"{expected} matter: {reason}"
+                text = f"They matter: {_WHY[name][kind]}."
                 checks.at_least(f"{name}: {_WORDS[kind]}", text, part, 0.5)
             else:
-                text = f"{expected} do not bring it back: {reason}"
+                text = f"They do not bring it back: {_WHY[name][kind]}."
                 checks.at_most(f"{name}: {_WORDS[kind]}", text, part, 0.5)
     clean = float(results["BB"].attrs["clean_baseline"])
     checks.at_most(

@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import random
+import re
 import sys
 from typing import Any
 
@@ -15,10 +16,11 @@ import xarray as xr
 
 from patching_demo.models import Task as ModelTask
 from patching_demo.models import load_model, resolve_model
+from patching_demo.plots import KIND_NAMES
 from patching_demo.results import largest_cells
 from patching_demo.tables import Html, table
 
-__all__ = ["in_colab", "largest", "model", "runtime", "say", "setup"]
+__all__ = ["in_colab", "largest", "model", "runtime", "say", "setup", "typeset"]
 
 _LIBRARIES = ("torch", "transformer_lens", "transformers", "xarray", "plotly", "ipywidgets")
 
@@ -84,13 +86,29 @@ def say(text: str) -> None:
     """Display a paragraph of Markdown, for sentences whose numbers were computed."""
     from IPython.display import Markdown, display
 
-    display(Markdown(text))
+    display(Markdown(typeset(text)))
+
+
+def typeset(text: str) -> str:
+    """Numbers as figures and tables write them, outside of code spans.
+
+    >>> typeset("-3.5 nats, -71% in `x[-1]` of attn-only-2l")
+    '−3.5 nats, −71 % in `x[-1]` of attn-only-2l'
+    """
+    parts = text.split("`")
+    for i in range(0, len(parts), 2):
+        parts[i] = re.sub(r"(?<![\w.)])-(?=\d)", "−", parts[i])
+        parts[i] = re.sub(r"(?<=\d)%", " %", parts[i])
+    return "`".join(parts)
 
 
 def largest(result: xr.DataArray, n: int = 5) -> Html:
     """The n largest effects of a sweep as a table with a caption; errors as `largest_cells`."""
+    cells = largest_cells(result, n)
+    if "kind" in cells:
+        cells["kind"] = [KIND_NAMES.get(kind, kind) for kind in cells["kind"]]
     return table(
-        largest_cells(result, n),
+        cells,
         f"The {n} patches that move the {result.attrs.get('metric', 'metric')} furthest from its "
         "corrupted baseline.",
     )
