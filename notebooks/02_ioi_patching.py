@@ -188,8 +188,8 @@ notebook.largest(blocks.sel(kind="mlp_out"))
 # %% tags=["remove-input"]
 notebook.say(
     "At S2, the MLP of the very first layer brings back "
-    f"{float(blocks.sel(kind='mlp_out', layer=0).isel(position=S2)):.0%}. It works on the bare token, "
-    "before anything has been moved."
+    f"{float(blocks.sel(kind='mlp_out', layer=0).isel(position=S2)):.0%}. It works on the bare "
+    "token, before anything has been moved."
 )
 
 # %% [markdown]

@@ -153,7 +153,8 @@ WORDS = {"out": "output", "q": "query", "k": "key", "v": "value", "pattern": "pa
 
 
 def of(name, kind):
-    return f"{float(shares.sel(corrupted=name, kind=kind)):+.0%}".replace("-", "−")
+    value = round(float(shares.sel(corrupted=name, kind=kind)), 2)
+    return f"{value + 0.0:+.0%}"  # no minus sign before a zero
 
 
 notebook.say(
@@ -176,9 +177,9 @@ level = float(results["BB"].sel(layer=layer, head=head, kind="q"))
 notebook.say(
     f"With the clean query of L{layer}H{head} put into BB, the score rises from {wrong:.2f} to "
     f"{level:.2f} nats, a share of {of('BB', 'q')}. That looks like a good part of the answer. But "
-    f"guessing (BC) is {guess:.2f}, {'above' if guess > level else 'below'} it. A clean query "
-    "looks for A, finds none, and this head stops copying B. The number rose because the model "
-    "became less wrong, not because it became right."
+    f"guessing (BC) gives {guess:.2f}, which is {'above' if guess > level else 'below'} that. A "
+    "clean query looks for A, finds none, and this head stops copying B. The number rose because "
+    "the model became less wrong, not because it became right."
 )
 
 # %% [markdown]
