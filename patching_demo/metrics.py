@@ -393,7 +393,10 @@ def _at_least_float32(values: Tensor) -> Tensor:
 
 def _indices(values: Any, what: str) -> Tensor:
     """Integers as an int64 tensor, refusing what would be rounded or wrapped in silence."""
-    tensor = values.detach() if isinstance(values, Tensor) else torch.as_tensor(values)
+    try:
+        tensor = values.detach() if isinstance(values, Tensor) else torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{what} must be integers, got {type(values).__name__}: {error}") from None
     if tensor.dtype == torch.bool or tensor.is_floating_point() or tensor.is_complex():
         raise TypeError(f"{what} must be integers, got {tensor.dtype}")
     if tensor.numel() == 0:

@@ -51,10 +51,18 @@ class Options:
     store: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
-        if self.memory is not None and self.memory <= 0:
-            raise ValueError(f"memory must be a positive number of bytes, got {self.memory}")
-        if self.check is not None and self.check < 0:
-            raise ValueError(f"check must be 0 or more cells, got {self.check}")
+        for name, least, what in (
+            ("memory", 1, "a positive number of bytes"),
+            ("check", 0, "0 or more cells"),
+            ("seed", 0, "0 or more"),
+        ):
+            value = getattr(self, name)
+            if value is None and name != "seed":
+                continue
+            if not isinstance(value, (int, np.integer)) or value < least:
+                raise ValueError(f"{name} must be {what}, a whole number, got {value!r}")
+        if not isinstance(self.store, (str, os.PathLike, type(None))):
+            raise TypeError(f"store must be a path, got {type(self.store).__name__}")
 
 
 @torch.no_grad()

@@ -192,12 +192,14 @@ def induction_task(
         seed: of the random tokens.
 
     Raises:
-        ValueError: if ``corrupted`` is unknown, or ``batch`` or ``seq_len`` do not fit.
+        ValueError: if ``corrupted`` is unknown, or ``batch``, ``seq_len`` or ``seed`` do not fit.
     """
     if corrupted not in CORRUPTIONS:
         raise ValueError(f"corrupted must be one of {', '.join(CORRUPTIONS)}, got {corrupted!r}")
     if not isinstance(batch, int) or batch < 1:
         raise ValueError(f"batch must be a whole number of at least 1, got {batch!r}")
+    if not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be a whole number of at least 0, got {seed!r}")
     if not isinstance(seq_len, int) or seq_len < 2:
         raise ValueError(
             f"seq_len must be a whole number of at least 2, got {seq_len!r}: the first token of "
