@@ -1,0 +1,753 @@
+"""Type two prompts, press a button, read the sweep: a panel for Jupyter and Colab.
+
+:func:`explore` gives an ipywidgets panel. It checks prompts and answers as they are typed and says
+what to change, runs the sweep without blocking the notebook, draws it, gives any cell's numbers,
+and writes the lines of code that repeat it.
+
+The heatmap is an HTML table. It needs nothing but ipywidgets 7.7 or later: a plotly figure inside
+an output widget stays blank in Colab, and plotly's own widget needs a package that is not there.
+:meth:`Explorer.figure` gives the same result as a plotly figure.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import ipywidgets as widgets
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import torch
+import xarray as xr
+from plotly.colors import sample_colorscale
+from torch import Tensor
+
+from patching_demo import plots, style
+from patching_demo.bridge import hook_point
+from patching_demo.metrics import Metric
+from patching_demo.models import MODELS
+from patching_demo.results import BLOCK_KINDS, HEAD_KINDS, largest_cells, sweep
+from patching_demo.style import number
+from patching_demo.tables import table, tokens_table
+from patching_demo.tasks import IOI_ANSWERS, IOI_PROMPTS, METRICS, Task, prompt_task
+
+__all__ = ["Explorer", "explore"]
+
+#: What the kinds of activation are called in the menu.
+_WORDS = {
+    "resid_pre": "residual stream before each block",
+    "attn_out": "output of each attention layer",
+    "resid_mid": "residual stream between attention and MLP",
+    "mlp_out": "output of each MLP",
+    "resid_post": "residual stream after each block",
+    "out": "head outputs",
+    "q": "head queries",
+    "k": "head keys",
+    "v": "head values",
+    "pattern": "head attention patterns",
+}
+_TOGETHER = ("resid_pre", "attn_out", "mlp_out")
+
+# A sweep is scored in portions of about so many tokens, and at each the bar moves and a stop is
+# heard. Larger ones are no faster on a CPU.
+_PORTION_TOKENS = 512
+_MOST_ROWS = 30
+_LARGEST = 8
+
+_Choice = tuple[Any, str]  # kinds (a name, or several in a tuple) and by
+_TEXT_COLOUR = "var(--jp-content-font-color1, inherit)"
+
+
+def explore(
+    model: Any,
+    *,
+    clean: str = IOI_PROMPTS[0],
+    corrupted: str = IOI_PROMPTS[1],
+    answers: tuple[str, str] = IOI_ANSWERS[0],
+    kinds: str | tuple[str, ...] = "resid_pre",
+    by: str = "pos",
+    metric: str = METRICS[0],
+) -> Explorer:
+    """A panel in which to patch prompts of your own; display it as the last line of a cell.
+
+    Args:
+        model: a TransformerBridge with a tokenizer, in eval mode.
+        clean: what the clean prompt says at first, like the other arguments.
+        corrupted: the corrupted prompt, of as many tokens.
+        answers: (right, wrong), one token each.
+        kinds: as for :func:`patching_demo.sweep`, one of those that the menu has.
+        by: "pos", or "all_pos" for whole heads.
+        metric: one of :data:`patching_demo.tasks.METRICS`.
+
+    Raises:
+        ValueError: if the model has no tokenizer, or the menus do not have ``kinds``, ``by`` or
+            ``metric``. Prompts that do not fit raise nothing; the panel says what to change.
+    """
+    if getattr(model, "tokenizer", None) is None:
+        raise ValueError(
+            "this model has no tokenizer, so it cannot read prompts: load one that does, for "
+            'instance load_model("smollm2-135m"), or use induction_task and sweep'
+        )
+    choices = _choices(model)
+    chosen = (kinds if isinstance(kinds, str) else tuple(kinds), by)
+    if chosen not in choices.values():
+        known = ", ".join(map(str, choices.values()))
+        raise ValueError(f"kinds and by must be one of {known}, got {chosen}")
+    if metric not in METRICS:
+        raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}")
+    return Explorer(model, choices, clean, corrupted, answers, chosen, metric)
+
+
+class Explorer(widgets.VBox):
+    """The panel that :func:`explore` makes, with what a notebook may ask of it.
+
+    Attributes:
+        result: the last sweep, labelled as by :func:`patching_demo.sweep`, or None.
+        task: the prompts and metric of that sweep, or None.
+        code: the lines that repeat it, or "".
+        error: the exception that ended the last run, or None.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        choices: dict[str, _Choice],
+        clean: str,
+        corrupted: str,
+        answers: tuple[str, str],
+        chosen: _Choice,
+        metric: str,
+    ) -> None:
+        self._model = model
+        self.result: xr.DataArray | None = None
+        self.task: Task | None = None
+        self.error: BaseException | None = None
+        self._dry: Task | None = None
+        self._thread: threading.Thread | None = None
+        self._stop = threading.Event()
+        self._selecting = self._busy = False
+        self._settings_shown: tuple[Any, ...] | None = None
+
+        wide = {"width": "98%"}
+        named = {"description_width": "120px"}
+
+        def prompt(text: str, name: str) -> widgets.Textarea:
+            return widgets.Textarea(
+                text, description=name, rows=2, layout=widgets.Layout(**wide), style=named
+            )
+
+        self.clean = prompt(clean, "clean prompt")
+        self.corrupted = prompt(corrupted, "corrupted prompt")
+        self.right = widgets.Text(answers[0], description="right answer", style=named)
+        self.wrong = widgets.Text(answers[1], description="wrong answer", style=named)
+        self.choice = widgets.Dropdown(
+            options=list(choices.items()),
+            value=chosen,
+            description="patch",
+            style=named,
+            layout=widgets.Layout(width="460px", max_width="98%"),
+        )
+        self.metric = widgets.Dropdown(
+            options=METRICS, value=metric, description="metric", style=named
+        )
+        self.advice = widgets.HTML(layout=widgets.Layout(**wide))
+        self.run_button = widgets.Button(description="Run", button_style="primary", icon="play")
+        self.stop_button = widgets.Button(description="Stop", icon="stop", disabled=True)
+        self.progress = widgets.IntProgress(min=0, max=1, layout=widgets.Layout(width="180px"))
+        self.status = widgets.HTML(layout=widgets.Layout(**wide))
+        self.picture = widgets.HTML(layout=widgets.Layout(**wide))
+        self.largest = widgets.Select(
+            options=[],
+            rows=_LARGEST,
+            description="largest effects",
+            style=named,
+            layout=widgets.Layout(width="460px", max_width="98%"),
+        )
+        self.places = widgets.HBox(layout=widgets.Layout(flex_flow="row wrap"))
+        self.cell = widgets.HTML(layout=widgets.Layout(**wide))
+        self.code_box = widgets.Textarea(
+            rows=14,
+            description="copy as code",
+            style=named,
+            layout=widgets.Layout(width="98%"),
+        )
+        self._answer = widgets.VBox(
+            [self.picture, self.largest, self.places, self.cell, self.code_box],
+            layout=widgets.Layout(display="none"),
+        )
+        row = widgets.Layout(flex_flow="row wrap")
+        super().__init__(
+            [
+                self.clean,
+                self.corrupted,
+                widgets.HBox([self.right, self.wrong], layout=row),
+                widgets.HBox([self.choice, self.metric], layout=row),
+                self.advice,
+                widgets.HBox([self.run_button, self.stop_button, self.progress], layout=row),
+                self.status,
+                self._answer,
+            ]
+        )
+        for typed in (self.clean, self.corrupted, self.right, self.wrong):
+            typed.observe(lambda change: self._check(), names="value")
+        for menu in (self.choice, self.metric):
+            menu.observe(lambda change: self._note_change(), names="value")
+        self.run_button.on_click(lambda button: self.run())
+        self.stop_button.on_click(lambda button: self.stop())
+        self.largest.observe(self._jump, names="value")
+        self._check()
+
+    @property
+    def code(self) -> str:
+        """The lines that repeat the sweep that is shown."""
+        return self.code_box.value
+
+    @property
+    def running(self) -> bool:
+        """Whether a sweep is under way."""
+        return self._busy
+
+    def run(self) -> None:
+        """Start the sweep that the panel asks for, as the Run button does.
+
+        Raises:
+            ValueError: if prompts or answers do not fit; the message says what to change.
+            RuntimeError: if a sweep is already under way.
+        """
+        if self.running:
+            raise RuntimeError("a sweep is under way: wait() for it or stop() it first")
+        if self._dry is None:
+            raise ValueError(self._problem)
+        self._stop.clear()
+        self._busy, self.error = True, None
+        self.run_button.disabled, self.stop_button.disabled = True, False
+        work = (self._dry, self.choice.value, self.metric.value, self._settings())
+        # A thread, so that the kernel stays free to hear the Stop button. A daemon, so that a
+        # kernel that is shut down does not wait for it.
+        self._thread = threading.Thread(target=self._work, args=work, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ask the sweep to end; the picture of the one before stays."""
+        self._stop.set()
+        if self.running:
+            self._say("Stopping ...")
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until the sweep has ended, at most ``timeout`` seconds; whether it has."""
+        if self._thread is not None:
+            self._thread.join(timeout)
+        return not self.running
+
+    def figure(self) -> go.Figure:
+        """The result as a plotly figure, as :func:`patching_demo.plots.heatmap` draws it.
+
+        Raises:
+            RuntimeError: if there is no result yet.
+        """
+        if self.result is None:
+            raise RuntimeError("there is no result yet: press Run, or call run() and wait()")
+        return plots.heatmap(self.result)
+
+    # Before a run -------------------------------------------------------------------------------
+
+    def _settings(self) -> tuple[Any, ...]:
+        inputs = (self.clean, self.corrupted, self.right, self.wrong, self.choice, self.metric)
+        return tuple(widget.value for widget in inputs)
+
+    def _check(self) -> None:
+        """Check what is typed, say what to change, and allow or refuse to run."""
+        typed = [w.value for w in (self.clean, self.corrupted, self.right, self.wrong)]
+        self._dry, self._problem = None, ""
+        try:
+            self._dry = prompt_task(_Dry(self._model), *typed[:2], tuple(typed[2:]))
+        except (TypeError, ValueError) as error:
+            # The panel has one pair, and shows the tokens as a table below the sentence.
+            self._problem = str(error).removeprefix("pair 1: ").replace(" of prompt 1", "")
+        self.advice.value = self._advice()
+        self._note_change()
+
+    def _advice(self) -> str:
+        if self._dry is None:
+            lines = self._problem.split("\n")
+            return _note("Change this first", lines[0].rstrip(":") + ".") + self._tokens()
+        task = self._dry
+        length = task.clean_tokens.shape[1]
+        differ = int((task.clean_tokens != task.corrupted_tokens).sum())
+        answers = " and ".join(repr(answer.value) for answer in (self.right, self.wrong))
+        where = "positions" if differ > 1 else "position"
+        return (
+            _note(
+                "Ready",
+                f"{length} tokens each, which differ at {differ} {where}, the first being "
+                f"{task.agree_until}. The answers {answers} are one token each.",
+            )
+            + self._tokens()
+        )
+
+    def _tokens(self) -> str:
+        """Both prompts token by token, also where they cannot make a task."""
+        rows = [self._row(prompt.value) for prompt in (self.clean, self.corrupted)]
+        length = max(map(len, rows))
+        if not all(rows):
+            return ""
+        decode = self._model.tokenizer.decode
+        strings = [[decode([i], clean_up_tokenization_spaces=False) for i in row] for row in rows]
+        padded = [row + [-1] * (length - len(row)) for row in rows]
+        strings = [row + [""] * (length - len(row)) for row in strings]
+        shown = SimpleNamespace(
+            name="your prompts",
+            position_labels=list(range(length)),
+            clean_tokens=torch.tensor(padded[:1]),
+            corrupted_tokens=torch.tensor(padded[1:]),
+            clean_strings=strings[:1],
+            corrupted_strings=strings[1:],
+            lengths=[length],
+        )
+        caption = "Your prompts, token by token; where they differ is marked."
+        return _coloured(tokens_table(shown, caption=caption).markup)
+
+    def _row(self, text: str) -> list[int]:
+        if not text.strip():
+            return []
+        return self._model.to_tokens(text, truncate=False)[0].tolist()
+
+    def _note_change(self) -> None:
+        if self.running:
+            return
+        self.run_button.disabled = self._dry is None
+        if self.result is not None and self._settings() != self._settings_shown:
+            self._say("The picture below is of your earlier settings. Press Run for a new one.")
+
+    # The run, in its own thread -----------------------------------------------------------------
+
+    def _work(self, dry: Task, choice: _Choice, metric: str, settings: tuple[Any, ...]) -> None:
+        started = time.monotonic()
+        try:
+            task, result = self._sweep(dry, choice, metric)
+        except _Stopped:
+            self._finish("Stopped. The model is as it was; press Run to start again.")
+        except Exception as error:
+            self.error = error
+            self._finish(_first_line(error), "It did not work")
+        else:
+            self.task, self.result, self._settings_shown = task, result, settings
+            self._show(settings)
+            self.progress.value = self.progress.max
+            self._finish(f"Done in {time.monotonic() - started:.1f} s.")
+
+    def _sweep(self, dry: Task, choice: _Choice, metric: str) -> tuple[Task, xr.DataArray]:
+        kinds, by = choice
+        cells = _cells_to_measure(self._model, dry, kinds, by)
+        self.progress.value, self.progress.max = 0, cells
+        self._say("Measuring both prompts unpatched ...")
+        scored = 0
+
+        def heard(runs: int) -> None:
+            nonlocal scored
+            if self._stop.is_set():
+                raise _Stopped
+            if runs:
+                scored = min(scored + runs, cells)
+                self.progress.value = scored
+                self._say(f"{scored} of about {cells} patched runs scored ...")
+
+        task = dry.with_metric(self._model, metric)
+        task = replace(task, metric=_Heard(task.metric, heard))
+        width = self._model.cfg.d_model * next(self._model.parameters()).element_size()
+        result = sweep(
+            self._model,
+            task,
+            kinds if isinstance(kinds, str) else list(kinds),
+            by=by,
+            progress=False,
+            memory=3 * _PORTION_TOKENS * width,
+        )
+        heard(0)
+        return replace(task, metric=task.metric.metric), result
+
+    def _finish(self, words: str, head: str = "") -> None:
+        self._busy = False
+        self.stop_button.disabled = True
+        self.run_button.disabled = self._dry is None
+        self._say(words, head)
+        if self.result is not None and self._settings() != self._settings_shown:
+            self._say(f"{words} The picture below is of your earlier settings.", head)
+
+    def _say(self, words: str, head: str = "") -> None:
+        self.status.value = f'<div role="status" aria-live="polite">{_note(head, words)}</div>'
+
+    # The result ---------------------------------------------------------------------------------
+
+    def _show(self, settings: tuple[Any, ...]) -> None:
+        result = self.result
+        self._selecting = True
+        self.places.children = [
+            widgets.Dropdown(
+                options=[(words, i) for i, words in enumerate(_entries(result, str(dim)))],
+                value=0,
+                description=str(dim),
+                layout=widgets.Layout(width="230px"),
+                style={"description_width": "60px"},
+            )
+            for dim in result.dims
+        ]
+        for menu in self.places.children:
+            menu.observe(lambda change: self._show_cell(), names="value")
+        self.largest.options = _largest(result)
+        self.code_box.value = _code(settings, self.task.model_name)
+        self.largest.index = 0
+        self._selecting = False
+        self._jump()
+        self._answer.layout.display = ""
+
+    def _jump(self, change: Any = None) -> None:
+        """Go to the cell that was clicked in the list of the largest effects."""
+        if self._selecting or self.largest.value is None:
+            return
+        self._selecting = True
+        for menu, index in zip(self.places.children, self.largest.value, strict=True):
+            menu.value = index
+        self._selecting = False
+        self._show_cell()
+
+    def _show_cell(self) -> None:
+        if self._selecting:
+            return
+        at = tuple(menu.value for menu in self.places.children)
+        self.cell.value = _numbers(self.result, self.task, at)
+        self.picture.value = _picture(self.result, at)
+
+
+class _Stopped(Exception):
+    """The reader pressed Stop."""
+
+
+class _Heard(Metric):
+    """A metric that reports each time it scores, and how many patched runs at once.
+
+    Scoring is the one thing a sweep calls back for, so it is here that a sweep can be stopped.
+    """
+
+    def __init__(self, metric: Metric, heard: Callable[[int], None]) -> None:
+        self.metric, self.heard = metric, heard
+        self.name, self.units = metric.name, metric.units
+        self.positions, self.tokens = metric.positions, metric.tokens
+
+    def from_read(self, read: Tensor) -> Tensor:
+        # Leading dimensions are patched runs; without any it is a single, whole run.
+        self.heard(read.shape[:-3].numel() if read.ndim > 3 else 0)
+        return self.metric.from_read(read)
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        self.heard(1)
+        return self.metric(logits)
+
+
+class _Dry:
+    """A model without its forward pass: enough to check prompts and answers at typing speed."""
+
+    def __init__(self, model: Any) -> None:
+        self.tokenizer, self.cfg, self.training = model.tokenizer, model.cfg, model.training
+        self.to_tokens = model.to_tokens
+
+    def __call__(self, tokens: Tensor, return_type: str = "logits") -> Tensor:
+        return torch.zeros(1).expand(*tokens.shape, self.cfg.d_vocab)
+
+
+def _choices(model: Any) -> dict[str, _Choice]:
+    """What can be patched in this model, by its name in the menu."""
+
+    def there(kind: str) -> bool:
+        hook = {**BLOCK_KINDS, **HEAD_KINDS}[kind]
+        return all(hook_point(model, f"blocks.{i}.{hook}") for i in range(model.cfg.n_layers))
+
+    blocks, heads = ([kind for kind in kinds if there(kind)] for kinds in (BLOCK_KINDS, HEAD_KINDS))
+    found: dict[str, _Choice] = {f"{_WORDS[k]} ({k})": (k, "pos") for k in blocks}
+    together = tuple(kind for kind in _TOGETHER if kind in blocks)
+    if len(together) > 1:
+        found[f"{style.listed(together)}, beside each other"] = (together, "pos")
+    found |= {f"{_WORDS[k]}, all positions at once": (k, "all_pos") for k in heads}
+    if len(heads) > 1:
+        names = style.listed([_WORDS[k].split()[-1] for k in heads])
+        found[f"{names} of heads, all positions at once"] = (tuple(heads), "all_pos")
+    return found | {f"{_WORDS[k]}, position by position": (k, "pos") for k in heads}
+
+
+def _cells_to_measure(model: Any, task: Task, kinds: str | tuple[str, ...], by: str) -> int:
+    """About how many patched runs a sweep scores: none where both prompts agree."""
+    names = (kinds,) if isinstance(kinds, str) else kinds
+    cells = model.cfg.n_layers * len(names)
+    if names[0] in HEAD_KINDS:
+        cells *= model.cfg.n_heads
+    return cells * (task.clean_tokens.shape[1] - task.agree_until if by == "pos" else 1)
+
+
+def _first_line(error: BaseException) -> str:
+    text = (str(error).strip().splitlines() or [""])[0]
+    return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
+
+
+def _note(head: str, words: str) -> str:
+    bold = f"<b>{html.escape(head)}:</b> " if head else ""
+    return (
+        f'<p class="tex2jax_ignore mathjax_ignore" style="margin:4px 0;line-height:1.4;'
+        f'white-space:normal;overflow-wrap:anywhere;color:{_TEXT_COLOUR}">'
+        f"{bold}{_plain(words)}</p>"
+    )
+
+
+def _coloured(markup: str) -> str:
+    # Tables take the page's own colour of text, which a dark page may not pass on to widgets.
+    return f'<div style="color:{_TEXT_COLOUR}">{markup}</div>'
+
+
+def _plain(text: Any) -> str:
+    """Text that is shown as text, neither as HTML nor as a formula."""
+    return html.escape(str(text)).replace("$", "<span>$</span>")
+
+
+def _code(settings: tuple[Any, ...], model_name: str) -> str:
+    clean, corrupted, right, wrong, (kinds, by), metric = settings
+    load = (
+        f"model = load_model({model_name!r})"
+        if model_name in MODELS
+        else "# model: the one that this panel was given"
+    )
+    loader = "load_model, " if model_name in MODELS else ""
+    kinds = kinds if isinstance(kinds, str) else list(kinds)
+    return (
+        f"from patching_demo import {loader}plots, prompt_task, sweep\n\n"
+        f"{load}\n"
+        "task = prompt_task(\n"
+        "    model,\n"
+        f"    {clean!r},\n"
+        f"    {corrupted!r},\n"
+        f"    ({right!r}, {wrong!r}),\n"
+        f"    metric={metric!r},\n"
+        ")\n"
+        f"result = sweep(model, task, {kinds!r}, by={by!r})\n"
+        "plots.heatmap(result)\n"
+    )
+
+
+# Cells and their numbers ------------------------------------------------------------------------
+
+
+def _entries(result: xr.DataArray, dim: str) -> list[str]:
+    """What the entries along a dimension are called."""
+    values = result[dim].values.tolist()
+    return [str(value).replace("\n", "\\n") for value in values]
+
+
+def _largest(result: xr.DataArray) -> list[tuple[str, tuple[int, ...]]]:
+    """The largest effects in words, each with its place along the result's dimensions."""
+    found = []
+    for row in largest_cells(result, _LARGEST).to_dict("records"):
+        layer, head = re.fullmatch(r"L(\d+)(?:H(\d+))?", row["label"]).groups()
+        entry = {**row, "layer": int(layer), "head": int(head or 0)}
+        at = tuple(result[dim].values.tolist().index(entry[dim]) for dim in result.dims)
+        words = [str(row[key]) for key in ("kind", "label", "position") if key in row]
+        percent = "" if row["share"] != row["share"] else f" ({_percent(row['share'])})"
+        found.append((f"{', '.join(words)}: {number(row['value'])}{percent}", at))
+    return found
+
+
+def _percent(share: float) -> str:
+    return f"{share:.0%}".replace("%", " %").replace("-", "−")
+
+
+def _numbers(result: xr.DataArray, task: Task, at: tuple[int, ...]) -> str:
+    """The numbers of one cell, in a table of one row with a sentence above it."""
+    cell = result.isel(dict(zip(result.dims, at, strict=True)))
+    clean, corrupted = (result.attrs[f"{which}_baseline"] for which in ("clean", "corrupted"))
+    value = float(cell)
+    where = _where(result, at)
+    if "position" in result.dims:
+        place = at[result.dims.index("position")]
+        one, other = (rows[0][place] for rows in (task.clean_strings, task.corrupted_strings))
+        tokens = f", where the clean prompt has {one!r} and the corrupted one {other!r}"
+    else:
+        tokens = ""
+    if value != value:
+        caption = f"{where}{tokens}: no such head: heads of this model share keys and values."
+    elif "agrees" in cell.coords and bool(cell["agrees"]):
+        caption = f"{where}{tokens}: the prompts agree up to here, so there is nothing to patch."
+    else:
+        caption = f"{where}{tokens}."
+    frame = pd.DataFrame(
+        {
+            f"{result.attrs['metric']} ({result.attrs['units']})": [value],
+            "change by the patch": [value - corrupted],
+            "share": [(value - corrupted) / (clean - corrupted) if clean != corrupted else np.nan],
+            "corrupted baseline": [corrupted],
+            "clean baseline": [clean],
+        }
+    )
+    return _coloured(table(frame, caption).markup)
+
+
+def _where(result: xr.DataArray, at: tuple[int, ...]) -> str:
+    parts = []
+    for dim, index in zip(result.dims, at, strict=True):
+        entry = _entries(result, str(dim))[index]
+        parts.append(entry if dim == "kind" else f"{dim} {entry}")
+    return ", ".join(parts)
+
+
+def _picture(result: xr.DataArray, chosen: tuple[int, ...]) -> str:
+    """The whole result as one or several tables whose cells are coloured by the effect."""
+    attrs = result.attrs
+    clean, corrupted = attrs["clean_baseline"], attrs["corrupted_baseline"]
+    column_dim = "position" if "position" in result.dims else "head"
+    row_dims = [d for d in ("layer", "head") if d in result.dims and d != column_dim]
+    lead = [d for d in result.dims if d == "kind"]
+    order = [*lead, *row_dims, column_dim]
+    values = result.transpose(*order).values.astype(float)
+    sizes = [result.sizes[d] for d in row_dims]
+    values = values.reshape(-1, int(np.prod(sizes)), result.sizes[column_dim])
+    agrees = np.zeros(values.shape[2], dtype=bool)
+    if column_dim == "position":
+        agrees = result["agrees"].values
+    effect = np.where(agrees, np.nan, values - corrupted)
+    reach = max(abs(clean - corrupted), float(np.nanmax(np.abs(effect), initial=0.0))) or 1.0
+    toward_clean = -1.0 if clean < corrupted else 1.0
+    colours = _colours(toward_clean * effect / reach)
+    at = dict(zip(result.dims, chosen, strict=True))
+    chosen_row = int(np.ravel_multi_index([at[d] for d in row_dims], sizes))
+    chosen_cell = (at.get("kind", 0), chosen_row, at[column_dim])
+    rows = np.arange(values.shape[1])
+    note = ""
+    if len(rows) > _MOST_ROWS:
+        largest = np.nan_to_num(np.abs(effect), nan=-1.0).max(axis=(0, 2))
+        rows = np.argsort(-largest, kind="stable")[:_MOST_ROWS]
+        if chosen_row not in rows:
+            rows = np.append(rows, chosen_row)
+        note = f" Of {values.shape[1]} heads, those with the largest effects, largest first."
+    names = _row_names(result, row_dims)
+    columns = _entries(result, column_dim)
+    panels = _entries(result, "kind") if lead else [""]
+    body = "".join(
+        _panel(panel, values[i], colours[i], agrees, rows, names, columns, column_dim, cell)
+        for i, panel in enumerate(panels)
+        for cell in [chosen_cell[1:] if chosen_cell[0] == i else None]
+    )
+    title = f"{attrs['metric']}: {attrs['what']}, {attrs['each']}."
+    title = title[0].upper() + title[1:]
+    return (
+        f'<div class="tex2jax_ignore mathjax_ignore" style="color:{_TEXT_COLOUR}">'
+        f"<p style='margin:4px 0;white-space:normal'><b>{_plain(title)}</b>{_plain(note)}</p>"
+        f"{_legend(clean, corrupted, reach, toward_clean, bool(agrees.any()))}"
+        '<div role="region" aria-label="heatmap" tabindex="0" '
+        'style="overflow-x:auto;display:flex;flex-wrap:wrap;gap:4px 20px">'
+        f"{body}</div></div>"
+    )
+
+
+def _row_names(result: xr.DataArray, row_dims: list[str]) -> list[str]:
+    if row_dims == ["layer"]:
+        return [f"layer {layer}" for layer in result["layer"].values]
+    return [str(name) for name in result["head_label"].values.ravel()]
+
+
+def _colours(share: np.ndarray) -> np.ndarray:
+    """CSS for each cell: background, and an ink that can be read on it."""
+    flat = np.nan_to_num(share, nan=0.0).clip(-1, 1).ravel() / 2 + 0.5
+    found = []
+    for red, green, blue in sample_colorscale(style.DIVERGING, flat.tolist(), colortype="tuple"):
+        ink = "#1a1a1a" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.55 else "#ffffff"
+        levels = (round(255 * level) for level in (red, green, blue))
+        found.append("background:#{:02x}{:02x}{:02x};color:{}".format(*levels, ink))
+    return np.array(found, dtype=object).reshape(share.shape)
+
+
+_HATCHED = (
+    f"background:repeating-linear-gradient(45deg,{style.BAND} 0 4px,{style.HATCH} 4px 6px);"
+    "color:transparent"
+)
+_CELL = "padding:1px 3px;min-width:32px;height:19px;text-align:center;font-size:11px"
+_HEAD = "padding:1px 5px;font-size:11px;font-weight:normal;white-space:pre;text-align:right"
+
+
+def _panel(
+    name: str,
+    values: np.ndarray,
+    colours: np.ndarray,
+    agrees: np.ndarray,
+    rows: np.ndarray,
+    row_names: list[str],
+    columns: list[str],
+    column_dim: str,
+    chosen: tuple[int, int] | None,
+) -> str:
+    """One table: a row per layer or head, a column per position or head."""
+    head = '<th scope="col"></th>' + "".join(
+        f'<th scope="col" style="{_HEAD};text-align:center" title="{_attribute(column)}">'
+        f"{_plain(_heading(column, column_dim))}</th>"
+        for column in columns
+    )
+    lines = []
+    for row in rows:
+        cells = []
+        for place, value in enumerate(values[row]):
+            words = f"{row_names[row]}, {column_dim} {columns[place]}: "
+            if value != value:
+                look, text, words = f"background:{style.GAP}", "", words + "no such head"
+            elif agrees[place]:
+                look, text, words = _HATCHED, "=", words + "prompts agree, nothing to patch"
+            else:
+                look, text = colours[row, place], number(float(f"{value:.2g}"))
+                words += number(float(value))
+            marked = chosen == (row, place)
+            outline = ";outline:3px solid #d81b60;outline-offset:-2px" if marked else ""
+            current = ' aria-current="true"' if marked else ""
+            cells.append(
+                f'<td style="{_CELL};{look}{outline}" title="{_attribute(words)}"{current}>'
+                f"{text}</td>"
+            )
+        lead = f'<th scope="row" style="{_HEAD}">{_plain(row_names[row])}</th>'
+        lines.append(f"<tr>{lead}{''.join(cells)}</tr>")
+    caption = f"<caption><b>{_plain(name)}</b></caption>" if name else ""
+    return (
+        '<table class="patching-heatmap" style="border-collapse:separate;border-spacing:1px">'
+        f"{caption}<thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+    )
+
+
+def _heading(column: str, column_dim: str) -> str:
+    if column_dim == "head":
+        return f"H{column}"
+    word, _, place = style.short_label(column).rpartition(" ")
+    return f"{word}\n{place}"
+
+
+def _attribute(text: str) -> str:
+    return html.escape(text, quote=True)
+
+
+def _legend(
+    clean: float, corrupted: float, reach: float, toward_clean: float, hatched: bool
+) -> str:
+    """The colours from end to end, with the numbers they stand for."""
+    stops = ",".join(f"{colour} {at:.0%}" for at, colour in style.DIVERGING)
+    ends = [number(corrupted + toward_clean * side * reach) for side in (-1, 1)]
+    words = (
+        f"{ends[0]} (away from clean)",
+        f"{number(corrupted)}, the corrupted baseline",
+        f"{ends[1]} (towards clean)",
+    )
+    labels = "".join(f"<span>{_plain(word)}</span>" for word in words)
+    also = " Hatched: the prompts agree, nothing to patch." if hatched else ""
+    return (
+        '<div style="max-width:560px;font-size:12px;line-height:1.4">'
+        f'<div aria-hidden="true" style="height:10px;background:linear-gradient(90deg,{stops})">'
+        '</div><div style="display:flex;justify-content:space-between;gap:8px">'
+        f"{labels}</div><div>Clean baseline: {number(clean)}.{also}</div></div>"
+    )
