@@ -77,11 +77,9 @@ def test_attention_writes_to_a_cache_passed_by_keyword(name: str) -> None:
     run = bridge.capture(model, pair(name).corrupted)
     batch, n_pos = run.tokens.shape
     heads = getattr(model.cfg, "n_key_value_heads", None) or model.cfg.n_heads
-    # GPT-2's blocks are called without a cache; there the prefix is run along.
-    assert {keys is not None for keys in run.keys} == {name != "gpt2"}
+    assert len(run.keys) == model.cfg.n_layers
     for keys, values in zip(run.keys, run.values, strict=True):
-        if keys is not None:
-            assert keys.shape[:3] == values.shape[:3] == (batch, heads, n_pos)
+        assert keys.shape[:3] == values.shape[:3] == (batch, heads, n_pos)
 
 
 @MODELS

@@ -677,7 +677,7 @@ def test_a_setter_of_another_layout_means_what_it_does_there() -> None:
         ("layer_pos_patch_setter", "resid_pre", "patch_setter must be a function, got str"),
         (None, "resid_pre", "patch_setter must be a function, got NoneType"),
         (scaled_setter, 3, "activation_name must be a str, got int"),
-        (scaled_setter, "hook_embed", "'hook_embed' belongs to no layer"),
+        (scaled_setter, "hook_embed", "this model has no hook 'blocks.0.hook_hook_embed'"),
         (scaled_setter, "nonsense", "this model has no hook 'blocks.0.hook_nonsense'"),
     ],
 )
