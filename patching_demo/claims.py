@@ -220,9 +220,10 @@ class Checks:
         head = "".join(f'<th scope="col" style="{_CELL}">{text}</th>' for text in heads)
         label = html.escape(self.caption, quote=True)
         # Wide tables scroll inside their frame, and the keyboard can reach the frame to do so.
+        # Themes know pandas's tables by their class, and leave them readable in the dark.
         return (
             f'<div class="tex2jax_ignore mathjax_ignore" role="region" aria-label="{label}" '
-            f'tabindex="0" style="overflow-x:auto"><table>'
+            f'tabindex="0" style="overflow-x:auto"><table class="dataframe">'
             f'<caption style="text-align:left">{_text(self.caption)}</caption>'
             f"<thead><tr>{head}</tr></thead>"
             f"<tbody>{''.join(map(_row, self.claims))}</tbody></table></div>"
