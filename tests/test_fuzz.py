@@ -28,7 +28,7 @@ import patching_demo
 from patching_demo import checks, induction_task, metrics, patching, prompt_task
 from patching_demo.results import sweep as labelled_sweep
 
-CASES = int(os.environ.get("FUZZ_CASES", "60"))
+CASES = int(os.environ.get("FUZZ_CASES", "12"))
 SLOW_CASES = 10_000
 DOCUMENTED = (TypeError, ValueError, OSError)
 PACKAGE = Path(patching_demo.__file__).parent
