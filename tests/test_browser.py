@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -181,12 +182,14 @@ def test_buttons_and_sliders_change_what_is_drawn(browser, name):
                 assert count == 0 or len(seen) > 1, "a menu changes nothing"
             for slider in plot.query_selector_all(".slider-group"):
                 seen = set()
-                for share in (0.02, 0.98):
-                    rail = slider.query_selector(".slider-rail-touch-rect").bounding_box()
-                    visit.page.mouse.click(rail["x"] + rail["width"] * share, rail["y"] + 5)
+                # Both ways: the first click does nothing where the slider stands there already.
+                for share in (0.98, 0.02, 0.98):
+                    rail = slider.query_selector(".slider-rail-touch-rect")
+                    place = {"x": rail.bounding_box()["width"] * share, "y": 5}
+                    rail.click(position=place, force=True)
                     visit.page.wait_for_timeout(800)
                     seen.add(plot.evaluate(state))
-                assert len(seen) == 2, "a slider changes nothing"
+                assert len(seen) > 1, "a slider changes nothing"
         assert visit.errors == [] and visit.strangers == []
 
 
@@ -199,5 +202,6 @@ def test_search_finds_the_logit_difference(browser):
         found = [results.nth(i).get_attribute("href") for i in range(results.count())]
         assert any("glossary" in address for address in found), found
         # Opened from files, a page may not read its neighbours: the excerpts stay away, no more.
-        assert [e for e in visit.errors if "file:" not in e and "ERR_FAILED" not in e] == []
+        excerpts = re.compile("file:|ERR_FAILED|Failed to fetch")
+        assert [error for error in visit.errors if not excerpts.search(error)] == []
         assert visit.strangers == []
