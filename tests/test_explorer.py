@@ -1,0 +1,359 @@
+"""The explorer panel without a browser: widgets are set as a reader would set them."""
+
+from __future__ import annotations
+
+import re
+import threading
+from html.parser import HTMLParser
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from patching_demo import explorer, plots, prompt_task, sweep
+from patching_demo.bridge import attached_hooks
+from patching_demo.explorer import explore
+
+PATIENCE = 60
+HEADS = ("out", "q", "k", "v", "pattern")
+
+
+@pytest.fixture
+def model():
+    return tiny.model("gpt2")
+
+
+@pytest.fixture
+def panel(model):
+    return explore(model)
+
+
+class Markup(HTMLParser):
+    """The tags, the attributes and the text of a piece of HTML; every tag must be closed."""
+
+    def __init__(self, markup: str):
+        super().__init__()
+        self.tags, self.attributes, self.text, self._open = [], [], "", []
+        self.feed(markup)
+        assert self._open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        self._open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self._open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def markup(panel) -> Markup:
+    """Everything that the panel shows as HTML."""
+    parts = (panel.advice, panel.status, panel.picture, panel.cell)
+    return Markup("".join(part.value for part in parts))
+
+
+def finished(panel):
+    """The panel after its Run button was pressed and the sweep has ended."""
+    panel.run_button.click()
+    assert panel.wait(PATIENCE) and panel.error is None
+    return panel
+
+
+def test_panel_opens_ready_to_run(panel):
+    assert not panel.run_button.disabled and panel.stop_button.disabled
+    assert "Ready" in panel.advice.value
+    # The name that differs is marked in both prompts.
+    assert panel.advice.value.count("<mark") == 2
+    assert panel.result is None and panel.code == ""
+    with pytest.raises(RuntimeError, match="press Run"):
+        panel.figure()
+
+
+@pytest.mark.parametrize(
+    ("field", "typed", "says"),
+    [
+        ("clean", "John gave the bag to", "as many tokens"),
+        ("clean", explorer.IOI_PROMPTS[1], "nothing to patch"),
+        ("corrupted", "  ", "is empty"),
+        ("right", "Mary", "leading space"),
+        ("right", " Mary John", "2 tokens"),
+        ("wrong", " Mary", "same token"),
+        ("wrong", " Xerxes", "not in the tokenizer"),
+        ("wrong", "", "no token"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_words_as_it_is_typed(panel, field, typed, says):
+    before = getattr(panel, field).value
+    getattr(panel, field).value = typed
+    assert panel.run_button.disabled
+    shown = Markup(panel.advice.value)
+    assert says in shown.text and "Change this first" in shown.text
+    # Where both prompts can be read, their tokens stand below the sentence.
+    assert ("table" in shown.tags) == bool(typed.strip() or field != "corrupted")
+    with pytest.raises(ValueError, match=re.escape(says)):
+        panel.run()
+    getattr(panel, field).value = before
+    assert not panel.run_button.disabled and "Ready" in panel.advice.value
+
+
+def test_tokens_of_prompts_of_different_length_stand_side_by_side(panel):
+    panel.clean.value = "When John gave the bag to"
+    panel.corrupted.value = "When Mary gave the bag"
+    shown = Markup(panel.advice.value)
+    # The name differs, and the last token has no partner: a mark in each row for each.
+    assert shown.tags.count("mark") == 4
+    assert "clean" in shown.text and " to" in shown.text
+
+
+def test_model_in_training_mode_is_refused_in_words():
+    model = tiny.fresh("gpt2").train()
+    panel = explore(model)
+    assert panel.run_button.disabled and "model.eval()" in panel.advice.value
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama-gqa"])
+def test_every_choice_of_the_menu_gives_what_sweep_gives(name):
+    model = tiny.model(name)
+    panel = explore(model)
+    task = prompt_task(model, panel.clean.value, panel.corrupted.value, (" Mary", " John"))
+    for _, (kinds, by) in panel.choice.options:
+        panel.choice.value = (kinds, by)
+        finished(panel)
+        kinds = kinds if isinstance(kinds, str) else list(kinds)
+        expected = sweep(model, task, kinds, by=by, progress=False)
+        np.testing.assert_allclose(panel.result.values, expected.values, rtol=1e-4, atol=1e-5)
+        assert panel.result.attrs == expected.attrs
+        # Each table is whole: as many cells as numbers, unless it was trimmed to the largest.
+        cells = Markup(panel.picture.value).tags.count("td")
+        n_rows = (
+            expected.size // expected.sizes["position" if "position" in expected.dims else "head"]
+        )
+        assert cells == expected.size or n_rows > explorer._MOST_ROWS
+
+
+def test_menu_leaves_out_what_the_model_does_not_have():
+    names = [kinds for _, (kinds, _) in explore(tiny.model("neox-parallel")).choice.options]
+    assert "resid_mid" not in names and "resid_pre" in names
+
+
+@pytest.mark.parametrize("metric", explorer.METRICS)
+def test_code_repeats_the_numbers(model, metric):
+    prompts = ('John gave the "bag" to', 'Mary gave the "bag" to')
+    panel = explore(model, clean=prompts[0], corrupted=prompts[1], metric=metric)
+    panel.right.value, panel.wrong.value = " John", " Mary"
+    panel.choice.value = (HEADS, "all_pos")
+    finished(panel)
+    namespace = {"model": model}
+    exec(panel.code, namespace)
+    np.testing.assert_allclose(namespace["result"].values, panel.result.values, atol=1e-5)
+    assert namespace["result"].attrs == panel.result.attrs
+    assert panel.figure() == plots.heatmap(namespace["result"])
+
+
+def test_code_loads_a_model_that_has_a_name():
+    settings = ("a", "b", " c", " d", ("out", "all_pos"), "probability")
+    lines = explorer._code(settings, "smollm2-135m")
+    compile(lines, "code", "exec")
+    assert "model = load_model('smollm2-135m')" in lines and "import load_model, " in lines
+
+
+def test_selection_shows_the_numbers_of_the_cell(panel):
+    finished(panel)
+    # At first the largest effect is shown, and it is the one marked in the picture.
+    clean, corrupted = (panel.result.attrs[f"{w}_baseline"] for w in ("clean", "corrupted"))
+    best = panel.result.values[panel.largest.value]
+    assert abs(best - corrupted) == np.abs(panel.result.values - corrupted).max()
+    layer, position = panel.places.children
+    for at in ((1, 12), (0, 10)):
+        layer.value, position.value = at
+        value = float(panel.result[at])
+        text = Markup(panel.cell.value).text
+        assert f"layer {at[0]}" in text and panel.result["position"].values[at[1]] in text
+        for shown in (value, value - corrupted, clean, corrupted):
+            assert plots.number(shown) in text
+        assert panel.picture.value.count('aria-current="true"') == 1
+        marked = re.search(r'title="([^"]*)" aria-current', panel.picture.value)[1]
+        assert marked.endswith(plots.number(value)) and f"layer {at[0]}," in marked
+    assert "' John'" in text and "' Mary'" in text
+    # A click in the list goes to that cell.
+    panel.largest.index = 3
+    assert (layer.value, position.value) == panel.largest.value
+    # Where the prompts agree no number is passed off as measured.
+    position.value = 2
+    assert "nothing to patch" in panel.cell.value
+
+
+def test_picture_says_where_nothing_was_patched_and_colours_by_direction(panel):
+    finished(panel)
+    result = panel.result
+    clean, corrupted = (result.attrs[f"{w}_baseline"] for w in ("clean", "corrupted"))
+    cells = re.findall(r'<td style="([^"]*)" title="([^"]*)"', panel.picture.value)
+    assert len(cells) == result.size
+    rows = result.values.reshape(-1)
+    agrees = np.tile(result["agrees"].values, result.sizes["layer"])
+    for (look, words), value, agree in zip(cells, rows, agrees, strict=True):
+        assert ("nothing to patch" in words) == agree == ("repeating" in look)
+        share = (value - corrupted) / (clean - corrupted)
+        if not agree and abs(share) > 0.1:
+            red, _, blue = (int(part, 16) for part in re.search(r"#(..)(..)(..)", look).groups())
+            assert (blue > red) == (share > 0), (look, words)
+
+
+def test_many_heads_are_trimmed_to_the_largest_and_the_chosen(model, monkeypatch):
+    monkeypatch.setattr(explorer, "_MOST_ROWS", 3)
+    panel = finished(explore(model, kinds="out"))
+    rows = re.findall(r'<th scope="row"[^>]*>(L\d+H\d+)<', panel.picture.value)
+    assert len(rows) == 3 and rows[0] in panel.largest.options[0][0]
+    layer, _, head = panel.places.children
+    other = next(i for i in range(8) if f"L{i // 4}H{i % 4}" not in rows)
+    layer.value, head.value = divmod(other, 4)
+    again = re.findall(r'<th scope="row"[^>]*>(L\d+H\d+)<', panel.picture.value)
+    assert len(again) == 4 and again[-1] == f"L{other // 4}H{other % 4}"
+
+
+def test_heads_that_do_not_exist_are_gaps():
+    panel = finished(explore(tiny.model("llama-gqa"), kinds=HEADS, by="all_pos"))
+    missing = int(np.isnan(panel.result.values).sum())
+    assert missing and panel.picture.value.count("no such head") == missing
+    kind, _, head = panel.places.children
+    kind.value, head.value = HEADS.index("k"), 3
+    assert "share keys and values" in panel.cell.value and "nan" not in panel.cell.value.lower()
+
+
+def test_html_and_latex_are_shown_as_text(model):
+    prompts = [f"When <script> gave $x$ to {name} <b> $b$ the" for name in ("John", "Mary")]
+    panel = explore(model, clean=prompts[0], corrupted=prompts[1])
+    finished(panel)
+    panel.wrong.value = " <script>"
+    shown = markup(panel)
+    allowed = {"p", "b", "div", "table", "caption", "thead", "tbody", "tr", "th", "td", "span"}
+    assert set(shown.tags) <= allowed | {"code", "mark"}
+    assert not [name for name, _ in shown.attributes if name.startswith("on")]
+    assert "<b>" not in panel.advice.value.replace("<b>Change this first:</b>", "")
+    assert "<" in shown.text and "$" in shown.text
+    # A dollar stands alone in its element, so that two of them never enclose a formula.
+    text = re.sub(
+        r'(title|aria-label)="[^"]*"',
+        "",
+        "".join(part.value for part in (panel.advice, panel.picture, panel.cell)),
+    )
+    assert text.count("$") == text.count("<span>$</span>") > 0
+
+
+def test_stop_ends_a_sweep_and_leaves_everything_as_it_was(monkeypatch):
+    monkeypatch.setattr(explorer, "_PORTION_TOKENS", 1)
+    model = tiny.fresh("gpt2")
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    panel = finished(explore(model))
+    first = panel.result
+    panel.choice.value = ("out", "pos")
+
+    def stop_at_once(change):
+        if 0 < change["new"] < panel.progress.max:
+            panel.stop_button.click()
+
+    panel.progress.observe(stop_at_once, names="value")
+    panel.run_button.click()
+    assert panel.wait(PATIENCE) and panel.error is None
+    panel.progress.unobserve_all()
+    assert "Stopped" in panel.status.value and panel.progress.value < panel.progress.max
+    assert panel.stop_button.disabled and not panel.run_button.disabled
+    assert "earlier settings" in panel.status.value and panel.result is first
+    assert not attached_hooks(model) and not model.training and torch.is_grad_enabled()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, weights[name]), name
+    finished(panel)
+    task = prompt_task(model, panel.clean.value, panel.corrupted.value, (" Mary", " John"))
+    expected = sweep(model, task, "out", progress=False)
+    np.testing.assert_allclose(panel.result.values, expected.values, atol=1e-5)
+
+
+def test_progress_grows_with_the_runs_that_were_scored(panel, monkeypatch):
+    monkeypatch.setattr(explorer, "_PORTION_TOKENS", 8)
+    seen = []
+    panel.progress.observe(lambda change: seen.append(change["new"]), names="value")
+    panel.choice.value = ("out", "pos")
+    finished(panel)
+    assert len(seen) > 3 and seen == sorted(seen) and seen[-1] == panel.progress.max
+
+
+def test_while_a_sweep_runs_the_buttons_say_so(panel, monkeypatch):
+    go_on, started = threading.Event(), threading.Event()
+    plain = explorer.sweep
+
+    def slow(*args, **kwargs):
+        started.set()
+        assert go_on.wait(PATIENCE)
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(explorer, "sweep", slow)
+    panel.run_button.click()
+    assert started.wait(PATIENCE)
+    assert panel.running and panel.run_button.disabled and not panel.stop_button.disabled
+    assert not panel.wait(0.01)
+    with pytest.raises(RuntimeError, match="under way"):
+        panel.run()
+    # Typing meanwhile does not free the button, and the result is that of what was asked.
+    asked = panel.clean.value
+    panel.clean.value = "John gave"
+    assert panel.run_button.disabled
+    go_on.set()
+    assert panel.wait(PATIENCE)
+    assert panel.run_button.disabled and "earlier settings" in panel.status.value
+    assert repr(asked) in panel.code
+    panel.clean.value = asked
+    assert not panel.run_button.disabled
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (RuntimeError("out of <memory>\nand more"), "RuntimeError: out of &lt;memory&gt;"),
+        (ValueError("the metric is nan"), "the metric is nan"),
+    ],
+)
+def test_an_error_is_said_in_a_line_and_kept(panel, monkeypatch, error, says):
+    def fails(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(explorer, "sweep", fails)
+    panel.run()
+    assert panel.wait(PATIENCE)
+    assert says in panel.status.value and "did not work" in panel.status.value
+    assert panel.error is error and panel.result is None
+    assert not panel.run_button.disabled and panel.stop_button.disabled
+
+
+def test_the_picture_says_when_the_settings_have_moved_on(panel):
+    finished(panel)
+    assert "Done" in panel.status.value
+    panel.metric.value = "probability"
+    assert "earlier settings" in panel.status.value
+    finished(panel)
+    assert panel.result.attrs["metric"] == "probability"
+    assert "earlier settings" not in panel.status.value
+
+
+def test_effects_that_are_all_zero_have_a_picture(panel):
+    finished(panel)
+    flat = panel.result.copy(data=np.full(panel.result.shape, 0.5, np.float32))
+    flat.attrs.update(clean_baseline=0.5, corrupted_baseline=0.5)
+    assert Markup(explorer._picture(flat, (0, 0))).tags.count("td") == flat.size
+    words, _ = explorer._largest(flat)[0]
+    assert "%" not in words and "–" in explorer._numbers(flat, panel.task, (1, 12))
+
+
+def test_wrong_arguments_are_refused(model):
+    with pytest.raises(ValueError, match="no tokenizer"):
+        explore(tiny.model("attn-only"))
+    with pytest.raises(ValueError, match="no tokenizer"):
+        explore(SimpleNamespace())
+    with pytest.raises(ValueError, match="kinds and by must be one of .*'resid_pre'"):
+        explore(model, kinds="resid_pre", by="all_pos")
+    with pytest.raises(ValueError, match="metric must be one of"):
+        explore(model, metric="accuracy")
