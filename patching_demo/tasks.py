@@ -198,7 +198,7 @@ def induction_task(
         raise ValueError(f"corrupted must be one of {', '.join(CORRUPTIONS)}, got {corrupted!r}")
     if not isinstance(batch, int) or batch < 1:
         raise ValueError(f"batch must be a whole number of at least 1, got {batch!r}")
-    if not isinstance(seed, int) or not 0 <= seed < 2**63:
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
         raise ValueError(f"seed must be a whole number of at least 0, got {seed!r}")
     if not isinstance(seq_len, int) or seq_len < 2:
         raise ValueError(
