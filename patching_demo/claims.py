@@ -240,15 +240,12 @@ class Checks:
 def _row(claim: Claim) -> str:
     # The word says it all; the sign helps to find a failure among many.
     sign = {True: "✓ ", False: "✗ ", None: ""}[claim.holds]
-    cells = (
-        claim.expected,
-        claim.written(claim.measured),
-        claim.required,
-        sign + claim.verdict,
-    )
+    cells = (claim.written(claim.measured), claim.required, sign + claim.verdict)
     name = f'<th scope="row" style="{_CELL};font-weight:600">{_text(claim.name)}</th>'
+    # On a telephone the table scrolls sideways; a sentence one word wide would be unreadable.
+    expected = f'<td style="{_CELL};min-width:13em">{_text(claim.expected)}</td>'
     return (
-        f"<tr>{name}"
+        f"<tr>{name}{expected}"
         + "".join(f'<td style="{_CELL}">{_text(cell)}</td>' for cell in cells)
         + "</tr>"
     )
