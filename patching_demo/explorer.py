@@ -323,7 +323,11 @@ class Explorer(widgets.VBox):
         if self.running:
             return
         self.run_button.disabled = self._dry is None
-        if self.result is not None and self._settings() != self._settings_shown:
+        if self.result is None:
+            return
+        if self._settings() == self._settings_shown:
+            self._say("The picture below is of these settings.")
+        else:
             self._say("The picture below is of your earlier settings. Press Run for a new one.")
 
     # The run, in its own thread -----------------------------------------------------------------

@@ -334,6 +334,9 @@ def test_the_picture_says_when_the_settings_have_moved_on(panel):
     assert "Done" in panel.status.value
     panel.metric.value = "probability"
     assert "earlier settings" in panel.status.value
+    panel.metric.value = "logit difference"
+    assert "of these settings" in panel.status.value
+    panel.metric.value = "probability"
     finished(panel)
     assert panel.result.attrs["metric"] == "probability"
     assert "earlier settings" not in panel.status.value
