@@ -133,8 +133,6 @@ def checked_activation(
         ValueError: if the model has no such hook, the cache has no such entry, or its shape
             belongs to other prompts or another model.
     """
-    if not name.startswith("blocks."):
-        raise ValueError(f"hook {name!r} belongs to no layer: sweep an activation of the blocks")
     if hook_point(model, name) is None:
         raise ValueError(
             f"this model has no hook {name!r}: block {name.split('.')[1]} has no such activation "
@@ -151,9 +149,7 @@ def checked_activation(
         raise ValueError(f"{name!r} in the clean cache is a {type(activation).__name__}")
     expected = _expected_shape(model, name, tokens)
     shape = tuple(activation.shape)
-    if len(shape) != len(expected) or any(
-        want is not None and got != want for got, want in zip(shape, expected, strict=True)
-    ):
+    if not _fits(shape, expected):
         raise ValueError(
             f"{name!r} in the clean cache has shape {shape}, the corrupted tokens need "
             f"{_shape_in_words(expected)}: clean and corrupted prompts must have the same number "
@@ -284,7 +280,17 @@ def _not_a_number(activation: Tensor, hook: Any = None) -> Tensor:
     return torch.full_like(activation, float("nan"))
 
 
-def _expected_shape(model: Any, name: str, tokens: Tensor) -> tuple[int | None, ...]:
+def _fits(shape: tuple[int, ...], expected: tuple[Any, ...]) -> bool:
+    """Whether the sizes are the expected ones: None is any size, a final ... any further sizes."""
+    if expected[-1] is ...:
+        expected = expected[:-1]
+        shape = shape[: len(expected)]
+    return len(shape) == len(expected) and all(
+        want is None or got == want for got, want in zip(shape, expected, strict=True)
+    )
+
+
+def _expected_shape(model: Any, name: str, tokens: Tensor) -> tuple[Any, ...]:
     batch, n_pos = tokens.shape
     heads = model.cfg.n_heads
     last = name.rsplit(".", 1)[-1]
@@ -294,13 +300,14 @@ def _expected_shape(model: Any, name: str, tokens: Tensor) -> tuple[int | None, 
         return batch, n_pos, heads, None
     if last in ("hook_k", "hook_v"):
         return batch, n_pos, getattr(model.cfg, "n_key_value_heads", None) or heads, None
-    if last in ("hook_resid_pre", "hook_resid_mid", "hook_resid_post"):
+    if last.startswith("hook_resid_") or last in ("hook_attn_out", "hook_mlp_out"):
         return batch, n_pos, model.cfg.d_model
-    return batch, n_pos, None
+    return (batch, ...)  # The rest is compared with the corrupted run's own, see Survey.
 
 
-def _shape_in_words(shape: tuple[int | None, ...]) -> str:
-    return "[" + ", ".join("any" if size is None else str(size) for size in shape) + "]"
+def _shape_in_words(shape: tuple[Any, ...]) -> str:
+    words = {None: "any", ...: "..."}
+    return "[" + ", ".join(words.get(size, str(size)) for size in shape) + "]"
 
 
 _warned: set[str] = set()

@@ -686,3 +686,77 @@ def test_setters_and_activations_that_do_not_exist_are_refused(
 ) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         generic(pd.DataFrame({"layer": [0], "pos": [1]}), setter=setter, activation=activation)
+
+
+def test_a_hook_that_is_never_called_is_refused() -> None:
+    """Whatever a cache holds for it: the heads' results are not computed unless asked for."""
+    data = pair("gpt2")
+    results = torch.zeros(*data.corrupted.shape, 4, 32)
+    cache = {**dict(data.cache.items()), "blocks.0.attn.hook_result": results}
+    with pytest.raises(ValueError, match="is not live on this model: a forward pass never calls"):
+        patching.generic_activation_patch(
+            tiny.model("gpt2"),
+            data.corrupted,
+            cache,
+            oracle.all_logits,
+            plain_patching.layer_pos_head_vector_patch_setter,
+            "result",
+            index_df=pd.DataFrame({"layer": [0], "pos": [2], "head": [1]}),
+            **QUIET,
+        )
+
+
+def test_prompts_that_leave_no_room_to_pack_take_the_plain_loop() -> None:
+    """A model whose prefix must be run along, and prompts that fill its context."""
+    model = tiny.model("attn-only")
+    data = make_pair(model, batch=1, n_pos=tiny.N_CTX, differ=(0,))
+    metric = data.metrics["difference"]
+    index = pd.DataFrame({"layer": [0, 0, 1, 1, 1], "pos": [0, 62, 1, 30, 62]})
+    arguments = (model, data.corrupted, data.cache, metric)
+    setter = plain_patching.layer_pos_patch_setter
+    with torch.no_grad(), oracle.quiet():
+        wanted = plain_patching.generic_activation_patch(
+            *arguments, setter, "resid_pre", index_df=index
+        )
+    with pytest.warns(UserWarning, match="prompts of 64 tokens leave no room to pack in 64"):
+        found = patching.generic_activation_patch(
+            *arguments, setter, "resid_pre", index_df=index, **QUIET
+        )
+    assert_close(found, wanted, metric_axis=False)
+
+
+def test_a_model_that_cannot_be_resumed_takes_the_plain_loop(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(model: Any, tokens: Tensor) -> None:
+        raise runner.Unsupported("not this one")
+
+    monkeypatch.setattr(runner, "capture", refuse)
+    metric = pair("gpt2").metrics["all logits"]
+    with pytest.warns(UserWarning, match="takes the plain loop: not this one"):
+        found = sweep_of("gpt2", "resid_pre", metrics=metric)
+    wanted = expected("gpt2", "resid_pre")["all logits"].mean()
+    assert_close(found, wanted, metric_axis=False)
+
+
+def test_a_store_must_be_a_path() -> None:
+    with pytest.raises(TypeError, match="store must be a path, got int"):
+        sweep_of("gpt2", "resid_pre", store=3)
+
+
+def test_an_activation_that_is_switched_on_is_swept() -> None:
+    model = tiny.fresh("gpt2")
+    model.set_use_attn_result(True)
+    data = make_pair(model)
+    index = pd.DataFrame({"layer": [0, 1], "pos": [2, 4], "head": [1, 3]})
+    arguments = (model, data.corrupted, data.cache, data.metrics["all logits"])
+    setter = plain_patching.layer_pos_head_vector_patch_setter
+    with torch.no_grad(), oracle.quiet():
+        wanted = plain_patching.generic_activation_patch(
+            *arguments, setter, "result", index_df=index
+        )
+    with pytest.warns(UserWarning, match="takes the plain loop"):
+        found = patching.generic_activation_patch(
+            *arguments, setter, "result", index_df=index, **QUIET
+        )
+    assert torch.equal(found, wanted)

@@ -17,7 +17,9 @@ import oracle
 import pytest
 import tiny
 import torch
+from filelock import FileLock
 from oracle import make_pair, pair
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -325,3 +327,37 @@ def test_finished_cells_are_not_computed_again_under_other_options(tmp_path: Pat
     metric, calls = counting()
     assert torch.equal(sweep(path, metric, memory=5_000), first)
     assert calls[0] <= 3
+
+
+def test_a_file_in_use_is_refused_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "cells.safetensors"
+    with (
+        FileLock(f"{path}.lock"),
+        pytest.raises(RuntimeError, match="another process is sweeping into '.*cells.safetensors'"),
+    ):
+        sweep(path)
+    assert torch.equal(sweep(path), sweep(path))
+
+
+def test_a_file_with_values_of_another_shape_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "cells.safetensors"
+    sweep(path)
+    with safe_open(path, framework="pt") as file:
+        said = file.metadata()
+    kept = load_file(path)
+    kept["values"] = kept["values"][:, :3].contiguous()
+    save_file(kept, path, metadata=said)
+    with unchanged(path), pytest.raises(ValueError, match="holds a sweep of another shape"):
+        sweep(path)
+
+
+def test_a_file_without_a_summary_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "cells.safetensors"
+    sweep(path)
+    with safe_open(path, framework="pt") as file:
+        said = file.metadata()
+    kept = load_file(path)
+    del kept["summary"]
+    save_file(kept, path, metadata=said)
+    with unchanged(path), pytest.raises(ValueError, match="belongs to a sweep of another"):
+        sweep(path)
