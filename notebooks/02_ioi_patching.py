@@ -265,7 +265,8 @@ notebook.say(
 # ### What the strongest heads look at
 #
 # Here are the attention patterns of two heads: the one that brings back most by its output, and
-# the one that does so by its pattern. Look at the rows of S2 and END.
+# the one that does so by its pattern. Look at the rows of S2 and END. A head that looks, from S2, at
+# what followed the same name before is an *induction head*; the next chapter is about those.
 
 # %%
 for kind, what in (("out", "output"), ("pattern", "pattern")):
