@@ -5,6 +5,7 @@ Every check runs before the first forward pass, and every message names the valu
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,7 +19,8 @@ from patching_demo import engine
 from patching_demo.bridge import Run, block_kind, block_output, hook_point, hooked
 from patching_demo.engine import Cell
 
-FEWEST_BITS = {torch.float16: "about 0.1 %", torch.bfloat16: "about 1 %"}
+#: Types of few bits, and the error to expect in a cell, as a share of the sweep's range.
+FEWEST_BITS = {torch.float16: 0.01, torch.bfloat16: 0.1}
 
 
 def checked_model(model: Any) -> None:
@@ -28,12 +30,15 @@ def checked_model(model: Any) -> None:
         TypeError: if the model is not a TransformerBridge with blocks.
         ValueError: if it is in training mode, an encoder, quantised or spread over devices.
     """
+    original = getattr(model, "original_model", None)
+    config = getattr(original, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError("encoder-decoder models are not supported: patch a decoder-only model")
     if not hasattr(model, "blocks") or not hasattr(model, "run_with_hooks"):
         raise TypeError(
             f"the model must be a TransformerBridge of a decoder, got {type(model).__name__}: "
             "see transformer_lens.model_bridge.TransformerBridge.boot_transformers"
         )
-    original = getattr(model, "original_model", None)
     training = [
         name or "the model"
         for root in (model, original)
@@ -46,9 +51,6 @@ def checked_model(model: Any) -> None:
             f"the model is in training mode ({training[0]}), where dropout makes every run "
             "different: call model.eval() first"
         )
-    config = getattr(original, "config", None)
-    if getattr(config, "is_encoder_decoder", False):
-        raise ValueError("encoder-decoder models are not supported: patch a decoder-only model")
     if getattr(model.cfg, "attention_dir", "causal") == "bidirectional":
         raise ValueError("the model attends in both directions: patch a decoder-only model")
     floating, quantised = set(), []
@@ -64,8 +66,8 @@ def checked_model(model: Any) -> None:
         raise ValueError(f"the model is spread over {devices}: move it to one device")
     for dtype in {dtype for _, dtype in floating} & FEWEST_BITS.keys():
         warn_once(
-            f"the model runs in {str(dtype)[6:]}: expect errors of {FEWEST_BITS[dtype]} of the "
-            "metric's range in every cell"
+            f"the model runs in {str(dtype)[6:]}: expect errors of about {FEWEST_BITS[dtype]:.0%} "
+            "of the metric's range in every cell"
         )
 
 
@@ -110,18 +112,55 @@ def checked_tokens(model: Any, tokens: Any) -> Tensor:
 
 def _refuse_left_padding(model: Any, tokens: Tensor) -> None:
     """A patched run takes no attention mask, so pads before the text would be attended to."""
-    tokenizer = getattr(model, "tokenizer", None)
-    pad, bos = (getattr(tokenizer, name, None) for name in ("pad_token_id", "bos_token_id"))
-    if pad is None or pad == bos or tokens.shape[1] < 2:
-        return
-    padded = (tokens[:, 0] == pad) & (tokens != pad).any(dim=1)
-    if padded.any():
-        row = int(padded.nonzero()[0])
+    pad, padded = _pads(model, tokens, "bos")
+    rows = padded.any(dim=1).nonzero()
+    if tokens.shape[1] > 1 and len(rows):
         raise ValueError(
-            f"prompt {row} is padded on the left (it starts with the pad token {pad}), and a sweep "
-            "takes no attention mask: pad on the right and read each prompt's own last token "
-            "(patching_demo.prompt_task does), or use prompts of equal length"
+            f"prompt {int(rows[0])} is padded on the left (it starts with the pad token {pad}), "
+            "and a sweep takes no attention mask: pad on the right and read each prompt's own last "
+            "token (patching_demo.prompt_task does), or use prompts of equal length"
         )
+
+
+def refuse_reading_pads(
+    model: Any, tokens: Tensor, logits: Tensor, metrics: Mapping[str, Callable[[Tensor], Tensor]]
+) -> None:
+    """Refuse metrics that read where a prompt is padded on the right.
+
+    Found out by changing the logits there, as a function does not say where it reads.
+
+    Raises:
+        ValueError: if a metric's value depends on the logits at a pad.
+    """
+    pad, padded = _pads(model, tokens, "eos")
+    for row in padded.any(dim=1).nonzero()[:, 0].tolist():
+        for name, metric in metrics.items():
+            changed = logits.clone()
+            changed[row, padded[row]] = 1 - 2 * logits[row, padded[row]].flip(-1)
+            if not torch.equal(metric(changed), metric(logits.clone())):
+                raise ValueError(
+                    f"prompt {row} is padded on the right with the pad token {pad}, and metric "
+                    f"{name!r} reads there: read each prompt's own last token "
+                    "(patching_demo.metrics takes positions, patching_demo.prompt_task finds them)"
+                )
+
+
+def _pads(model: Any, tokens: Tensor, side: str) -> tuple[int | None, Tensor]:
+    """The pad token, and which tokens are padding before ("bos") or after ("eos") the text.
+
+    Where the pad token is also the one that begins or ends a text, a single one that all prompts
+    have is text.
+    """
+    tokenizer = getattr(model, "tokenizer", None)
+    pad, mark = (getattr(tokenizer, f"{name}_token_id", None) for name in ("pad", side))
+    if pad is None:
+        return None, torch.zeros_like(tokens, dtype=torch.bool)
+    inwards = tokens if side == "bos" else tokens.flip(1)
+    outer = (inwards == pad).cumprod(dim=1).bool()
+    if pad == mark and outer[:, 0].all():
+        outer = outer.roll(-1, dims=1)
+        outer[:, -1] = False
+    return pad, outer if side == "bos" else outer.flip(1)
 
 
 def checked_activation(
@@ -138,15 +177,21 @@ def checked_activation(
             f"this model has no hook {name!r}: block {name.split('.')[1]} has no such activation "
             "(a parallel block has no resid_mid, an attention-only block no mlp_out)"
         )
-    try:
-        activation = clean_cache[name]
-    except (KeyError, TypeError, IndexError) as error:
+    ending = name.split(".", 2)[-1]
+    activation = _entry(clean_cache, name)
+    if activation is None:
         raise ValueError(
             f"the clean cache has no {name!r}: make it with model.run_with_cache(clean_tokens), or "
-            f"with a names_filter that keeps names ending in {name.split('.', 2)[-1]!r}"
-        ) from error
+            f"with a names_filter that keeps names ending in {ending!r}"
+        )
     if not isinstance(activation, Tensor):
         raise ValueError(f"{name!r} in the clean cache is a {type(activation).__name__}")
+    beyond = f"blocks.{model.cfg.n_layers}.{ending}"
+    if _entry(clean_cache, beyond) is not None:
+        raise ValueError(
+            f"the clean cache has {beyond!r}, but this model has only {model.cfg.n_layers} blocks: "
+            "the cache must come from this model"
+        )
     expected = _expected_shape(model, name, tokens)
     shape = tuple(activation.shape)
     if not _fits(shape, expected):
@@ -158,6 +203,14 @@ def checked_activation(
     if not torch.isfinite(activation).all():
         raise ValueError(f"{name!r} in the clean cache holds NaN or infinity")
     return activation
+
+
+def _entry(cache: Mapping[str, Any], name: str) -> Any:
+    """An entry of a cache, None if it has no such entry or is no cache at all."""
+    try:
+        return cache[name]
+    except (KeyError, TypeError, IndexError):
+        return None
 
 
 class Survey:
@@ -310,11 +363,22 @@ def _shape_in_words(shape: tuple[Any, ...]) -> str:
     return "[" + ", ".join(words.get(size, str(size)) for size in shape) + "]"
 
 
+_INNER = ("patching_demo.", "torch.")  # What lies between a warning and who caused it.
 _warned: set[str] = set()
 
 
 def warn_once(message: str) -> None:
-    """Warn, but not a second time with the same words."""
-    if message not in _warned:
-        _warned.add(message)
-        warnings.warn(message, stacklevel=3)
+    """Warn, but not a second time with the same words.
+
+    The warning points to the caller's line. Its module is given as ``patching_demo``, so that
+    filters for this package find it.
+    """
+    if message in _warned:
+        return
+    _warned.add(message)
+    frame = sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith(_INNER):
+        frame = frame.f_back
+    warnings.warn_explicit(
+        message, UserWarning, frame.f_code.co_filename, frame.f_lineno, module="patching_demo"
+    )

@@ -192,7 +192,9 @@ def load_model(name: str = "auto", *, device: str | torch.device | None = None) 
 def _way_out(name: str) -> str:
     if name == "attn-only-2l":
         return ' load_model("attn-only-2l-demo") is shipped with the package.'
-    if name in ("smollm2-135m", "attn-only-2l-demo"):
+    if name == "smollm2-135m":
+        return ' load_model("attn-only-2l-demo") needs no index either; it does induction only.'
+    if name == "attn-only-2l-demo":
         return ""
     return ' load_model("smollm2-135m") needs no hub, only a Python package index.'
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from tqdm.auto import tqdm
 
 from patching_demo import engine
 from patching_demo.bridge import Run, Unsupported, attached_hooks, capture, run_plain
-from patching_demo.checks import Survey, refuse_dead_hooks, warn_once
+from patching_demo.checks import Survey, refuse_dead_hooks, refuse_reading_pads, warn_once
 from patching_demo.engine import Cell, Scorer
 from patching_demo.store import CellStore
 
@@ -99,6 +100,8 @@ def run_cells(
     if all(cell.site for cell in cells):
         survey.warn_if_nothing_moves(differing)
     scorer = Scorer(model, run or Run(tokens=tokens, logits=logits, resid=[]), metrics, per_example)
+    scored = {name: partial(scorer.full, name) for name in metrics}
+    refuse_reading_pads(model, tokens, logits, scored)
     _refuse_not_finite(scorer, scorer.baseline[:, None], None)
     values = scorer.baseline[:, None].repeat(1, len(cells), *(1,) * (scorer.baseline.ndim - 1))
     with CellStore.open(options.store, model, tokens, clean, cells, scorer.probe) as store:

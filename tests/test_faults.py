@@ -131,6 +131,59 @@ def test_an_exception_in_a_patch_setter_passes_through() -> None:
         )
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
+@pytest.mark.parametrize("after", [1, 3])
+def test_an_exception_in_a_hook_of_the_callers_passes_through(
+    error: type[BaseException], after: int
+) -> None:
+    """On a hook point, where it calls for the plain loop, and on a module, where it does not."""
+    model = tiny.model("gpt2")
+    pair("gpt2")
+    for on_point in (True, False):
+        calls = iter(range(after))
+
+        def hook(*_: Any, calls: Iterator[int] = calls, **__: Any) -> None:
+            if next(calls, None) is None:
+                raise error("in the hook")
+
+        if on_point:
+            point = model.hook_dict["blocks.1.hook_resid_pre"]
+            handle = point.add_hook(hook)
+            listed = list(point.fwd_hooks)
+        else:
+            handle = model.blocks[1].register_forward_hook(hook)
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "this sweep takes the plain loop")
+                with all_as_before(), pytest.raises(error, match="in the hook"):
+                    sweep()
+        finally:
+            if on_point:
+                assert list(point.fwd_hooks) == listed, "the caller's own hook stays"
+                handle.hook.remove()
+                point.fwd_hooks.remove(handle)
+            else:
+                handle.remove()
+    assert torch.isfinite(sweep()).all()
+
+
+def test_an_exception_in_a_direct_path_passes_through() -> None:
+    model, data = tiny.model("gpt2"), pair("gpt2")
+    calls = iter(range(2))
+
+    def metric(logits: Tensor) -> Tensor:
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+        return oracle.all_logits(logits)
+
+    split = model.cfg.use_split_qkv_input
+    with all_as_before(), torch.enable_grad(), pytest.raises(KeyboardInterrupt):
+        patching.get_act_patch_direct_path(
+            model, data.corrupted, data.cache, data.cache, metric, 0, 1, verbose=False
+        )
+    assert model.cfg.use_split_qkv_input == split
+
+
 def test_a_setter_that_writes_into_the_clean_activation_is_the_callers_own() -> None:
     """What the package's own setters write goes into the activation alone."""
     with all_as_before():

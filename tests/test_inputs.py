@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import re
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +20,9 @@ from torch import Tensor
 from transformer_lens import ActivationCache
 
 from patching_demo import checks, patching
+from patching_demo.metrics import LogitDifference
+
+PACKAGE = Path(checks.__file__).parent
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +35,7 @@ def _alone() -> Iterator[None]:
 @pytest.fixture
 def no_forward(monkeypatch: pytest.MonkeyPatch) -> None:
     """The refusal must come before any forward pass."""
-    pair("gpt2")
+    pair("gpt2"), pair("llama")
 
     def refuse(*_: Any, **__: Any) -> None:
         pytest.fail("a forward pass ran")
@@ -94,6 +100,14 @@ def test_a_cache_of_another_model_is_named(no_forward: None) -> None:
     narrow = renamed(pair("gpt2").cache, lambda value: value[..., :16])
     with pytest.raises(ValueError, match="the cache must come from this model"):
         sweep(clean_cache=narrow)
+
+
+def test_a_cache_of_a_deeper_model_is_named(no_forward: None) -> None:
+    """As wide, with as many heads, and with a layer more: every entry that is read would fit."""
+    deeper = pair("llama").cache
+    assert deeper["blocks.0.hook_resid_pre"].shape == pair("gpt2").cache["hook_embed"].shape
+    with pytest.raises(ValueError, match="has 'blocks.2.hook_resid_pre', but .* only 2 blocks"):
+        sweep(clean_cache=deeper)
 
 
 def test_a_cache_of_a_model_with_other_heads_is_named(no_forward: None) -> None:
@@ -226,14 +240,102 @@ def test_left_padded_prompts_are_refused_by_number(no_forward: None) -> None:
         sweep(corrupted_tokens=tokens)
 
 
-def test_a_prompt_that_starts_with_bos_is_not_padded() -> None:
-    """GPT-2's pad token is its BOS token, with which each prompt starts."""
-    model, data = tiny.model("gpt2"), pair("gpt2")
-    bos = model.tokenizer.bos_token_id
-    assert bos != model.tokenizer.pad_token_id
+def with_pad(token: str, name: str = "gpt2") -> Any:
+    """A model whose pad token is another one, as GPT-2's is the token that begins a text."""
+    model = tiny.fresh(name)
+    model.tokenizer = copy.deepcopy(tiny.tokenizer())
+    model.tokenizer.pad_token = token
+    model.cfg.d_vocab = tiny.D_VOCAB  # More than the tokenizer has.
+    return model
+
+
+BOS = tiny.tokenizer().bos_token_id  # It ends texts, too.
+PAD = tiny.tokenizer().pad_token_id
+
+
+@pytest.mark.parametrize("leading", [(0, 1), (1, 2), (3, 3), (1, 6)])
+def test_left_padding_with_the_bos_token_is_refused(leading: tuple[int, int]) -> None:
+    tokens = pair("gpt2").corrupted.clone()
+    for row, count in enumerate(leading):
+        tokens[row, :count] = BOS
+    padded = 0 if leading[0] > 1 else 1
+    with pytest.raises(ValueError, match=f"prompt {padded} is padded on the left"):
+        sweep(model=with_pad("<bos>"), corrupted_tokens=tokens)
+
+
+@pytest.mark.parametrize("pad", ["<pad>", "<bos>"])
+def test_a_prompt_that_starts_and_ends_with_bos_is_not_padded(pad: str) -> None:
+    model, data = with_pad(pad), pair("gpt2")
     tokens = data.corrupted.clone()
-    tokens[:, 0] = bos
-    sweep(corrupted_tokens=tokens)
+    tokens[:, 0] = tokens[:, -1] = BOS
+    with torch.no_grad():
+        _, cache = model.run_with_cache(data.clean)
+    found = sweep(model=model, corrupted_tokens=tokens, clean_cache=cache)
+    assert found.std() > 0
+
+
+def padded_pair(pads: tuple[int, ...] = (0, 2), pad: int = PAD) -> Any:
+    """Prompts that end in so many pad tokens each."""
+    data, model = pair("gpt2"), tiny.model("gpt2")
+    clean, corrupted = data.clean.clone(), data.corrupted.clone()
+    for row, count in enumerate(pads):
+        for tokens in (clean, corrupted):
+            tokens[row, tokens.shape[1] - count :] = pad
+    with torch.no_grad():
+        _, cache = model.run_with_cache(clean)
+    last = [clean.shape[1] - 1 - count for count in pads]
+    return clean, corrupted, cache, LogitDifference([[9, 11], [12, 30]], positions=last)
+
+
+LAST_POSITION = {
+    "a function": lambda logits: (logits[:, -1, 9] - logits[:, -1, 11]).mean(),
+    "a declared metric": LogitDifference([[9, 11], [12, 30]], positions=5),
+    "all positions": oracle.all_logits,
+    "a number": lambda logits: float(logits[1, -2, 3]),
+}
+
+
+@pytest.mark.parametrize("metric", LAST_POSITION)
+@pytest.mark.parametrize("pad", ["<pad>", "<bos>"])
+def test_a_metric_that_reads_a_pad_is_refused(metric: str, pad: str) -> None:
+    model = with_pad(pad)
+    _, corrupted, cache, _ = padded_pair(pad=model.tokenizer.pad_token_id)
+    with pytest.raises(ValueError, match="prompt 1 is padded on the right .* metric 'metric'"):
+        sweep(
+            model=model,
+            corrupted_tokens=corrupted,
+            clean_cache=cache,
+            patching_metric=LAST_POSITION[metric],
+        )
+
+
+@pytest.mark.parametrize("declared", [True, False])
+@pytest.mark.parametrize("kind", ["resid_pre", "attn_head_out_by_pos", "attn_head_pattern_by_pos"])
+def test_padded_prompts_get_the_values_they_get_alone(kind: str, declared: bool) -> None:
+    """Padded on the right and read at its own last token, a prompt is as if it stood alone."""
+    clean, corrupted, cache, metric = padded_pair()
+    model = tiny.model("gpt2")
+    per_example = metric.per_example
+    together = sweep(
+        kind=kind,
+        corrupted_tokens=corrupted,
+        clean_cache=cache,
+        patching_metric=per_example if declared else lambda logits: per_example(logits),
+        reduce="none",
+    ).values
+    for row, length in ((0, 6), (1, 4)):
+        with torch.no_grad():
+            _, alone = model.run_with_cache(clean[row : row + 1, :length])
+        wanted = sweep(
+            kind=kind,
+            corrupted_tokens=corrupted[row : row + 1, :length],
+            clean_cache=alone,
+            patching_metric=LogitDifference(metric.tokens[row : row + 1], length - 1),
+        )
+        assert wanted.std() > 0
+        text = together[..., row]
+        text = text[..., :length] if "pattern" in kind else text[:, :length]
+        assert_close(text, wanted, metric_axis=False)
 
 
 # ---- metrics
@@ -363,32 +465,28 @@ def test_training_mode_is_refused_and_left_as_it_is(no_forward: None) -> None:
     assert model.blocks[1].mlp.training
 
 
-@pytest.mark.parametrize(
-    ("dtype", "name", "size"),
-    [(torch.bfloat16, "bfloat16", "about 1 %"), (torch.float16, "float16", "about 0.1 %")],
-)
+@pytest.mark.parametrize("dtype", checks.FEWEST_BITS)
 @pytest.mark.parametrize("architecture", ["gpt2", "llama-gqa"])
-def test_half_precision_is_served_and_warns_once(
-    architecture: str, dtype: torch.dtype, name: str, size: str
+def test_half_precision_is_served_and_warns_once_of_the_error_it_has(
+    architecture: str, dtype: torch.dtype
 ) -> None:
     model = tiny.fresh(architecture)
     model.to(dtype)
     data = make_pair(model)
-    metric = data.metrics["difference"]
-    with pytest.warns(UserWarning, match=f"runs in {name}: expect errors of {size}") as caught:
-        for _ in range(2):
-            found = patching.get_act_patch_resid_pre(
-                model, data.corrupted, data.cache, metric, progress=False
-            )
-    assert [
-        str(w.message)
-        for w in caught
-        if "precision" in str(w.message) or "runs in" in str(w.message)
-    ] != []
+    errors = []
+    with pytest.warns(UserWarning, match="the model runs in") as caught:
+        for kind in ("resid_pre", "attn_head_out_by_pos"):
+            arguments = (model, data.corrupted, data.cache, data.metrics["difference"])
+            found = getattr(patching, f"get_act_patch_{kind}")(*arguments, progress=False)
+            assert found.dtype == torch.float32
+            full = sweep(architecture, kind=kind)
+            errors.append(float((found - full).abs().max() / (full.max() - full.min())))
+    (said,) = {str(w.message) for w in caught if "runs in" in str(w.message)}
     assert len([w for w in caught if "runs in" in str(w.message)]) == 1
-    assert found.dtype == torch.float32
-    full = sweep(architecture)
-    assert (found - full).abs().max() < 0.1 * (full.max() - full.min())
+    name, percent = re.search(r"runs in (\w+): expect errors of about (\d+)%", said).groups()
+    assert name == str(dtype).removeprefix("torch.")
+    # The largest error of all cells is of the order that the warning says.
+    assert int(percent) / 1000 < max(errors) < 2 * int(percent) / 100
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama-gqa"])
@@ -465,6 +563,30 @@ def test_a_real_encoder_is_refused() -> None:
         sweep(model=model)
 
 
+def test_a_real_encoder_decoder_is_refused() -> None:
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(
+        vocab_size=tiny.D_VOCAB,
+        d_model=16,
+        d_kv=8,
+        d_ff=16,
+        num_layers=1,
+        num_heads=2,
+        decoder_start_token_id=0,
+    )
+    config._attn_implementation = "eager"
+    model = TransformerBridge.boot_transformers(
+        "google-t5/t5-small",
+        hf_model=T5ForConditionalGeneration(config),
+        tokenizer=tiny.tokenizer(),
+        device="cpu",
+    ).eval()
+    with pytest.raises(ValueError, match="encoder-decoder models are not supported"):
+        sweep(model=model)
+
+
 @pytest.mark.parametrize("model", [None, "gpt2", torch.nn.Linear(2, 2), SimpleNamespace(blocks=[])])
 def test_something_else_than_a_bridge_is_refused(model: Any) -> None:
     with pytest.raises(TypeError, match="the model must be a TransformerBridge of a decoder"):
@@ -474,3 +596,40 @@ def test_something_else_than_a_bridge_is_refused(model: Any) -> None:
 def test_a_plain_hugging_face_model_is_refused() -> None:
     with pytest.raises(TypeError, match="got GPT2LMHeadModel: see .*boot_transformers"):
         sweep(model=tiny.fresh("gpt2").original_model)
+
+
+# ---- warnings
+
+
+def warning_sweeps() -> dict[str, Any]:
+    """Each warning of the package, by its words, and a sweep that gives it."""
+    half = tiny.fresh("gpt2").half()
+    return {
+        "there is nothing to patch": lambda: sweep(corrupted_tokens=pair("gpt2").clean),
+        "takes the plain loop": lambda: sweep("bloom"),
+        "runs in float16": lambda: sweep(model=half),
+    }
+
+
+@pytest.mark.parametrize("words", warning_sweeps())
+def test_a_filter_for_the_package_finds_its_warnings(words: str) -> None:
+    call = warning_sweeps()[words]
+    pair("bloom")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("always", module=r"patching_demo\Z")
+        call()
+    (warning,) = caught
+    assert words in str(warning.message)
+    assert warning.filename == __file__, "it points to the line that called"
+    checks._warned.clear()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", module=r"patching_demo\Z")
+        with pytest.raises(UserWarning, match=words):
+            call()
+
+
+def test_every_warning_is_among_them() -> None:
+    source = "".join(path.read_text(encoding="utf-8") for path in PACKAGE.glob("*.py"))
+    assert source.count("warn_once(") - 1 == len(warning_sweeps())
+    assert source.count("warnings.warn") == 1
