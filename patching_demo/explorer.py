@@ -4,38 +4,39 @@
 what to change, runs the sweep without blocking the notebook, draws it, gives any cell's numbers,
 and writes the lines of code that repeat it.
 
-The heatmap is an HTML table. It needs nothing but ipywidgets 7.7 or later: a plotly figure inside
-an output widget stays blank in Colab, and plotly's own widget needs a package that is not there.
-:meth:`Explorer.figure` gives the same result as a plotly figure.
+The heatmap is an HTML table, written in ``explorer_html``. It needs nothing but ipywidgets 7.7 or
+later: a plotly figure inside an output widget stays blank in Colab, and plotly's own widget needs a
+package that is not there. :meth:`Explorer.figure` gives the same result as a plotly figure.
 """
 
 from __future__ import annotations
 
-import html
-import re
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import ipywidgets as widgets
-import numpy as np
-import pandas as pd
 import plotly.graph_objects as go
 import torch
 import xarray as xr
-from plotly.colors import sample_colorscale
 from torch import Tensor
 
 from patching_demo import plots, style
 from patching_demo.bridge import hook_point
+from patching_demo.explorer_html import (
+    LARGEST,
+    cell_table,
+    entries,
+    heatmap_table,
+    largest_effects,
+    paragraph,
+    prompts_table,
+)
 from patching_demo.metrics import Metric
 from patching_demo.models import MODELS
-from patching_demo.results import BLOCK_KINDS, HEAD_KINDS, largest_cells, sweep
-from patching_demo.style import number
-from patching_demo.tables import table, tokens_table
+from patching_demo.results import BLOCK_KINDS, HEAD_KINDS, sweep
 from patching_demo.tasks import IOI_ANSWERS, IOI_PROMPTS, METRICS, Task, prompt_task
 
 __all__ = ["Explorer", "explore"]
@@ -58,11 +59,8 @@ _TOGETHER = ("resid_pre", "attn_out", "mlp_out")
 # A sweep is scored in portions of about so many tokens, and at each the bar moves and a stop is
 # heard. Larger ones are no faster on a CPU.
 _PORTION_TOKENS = 512
-_MOST_ROWS = 30
-_LARGEST = 8
 
 _Choice = tuple[Any, str]  # kinds (a name, or several in a tuple) and by
-_TEXT_COLOUR = "var(--jp-content-font-color1, inherit)"
 
 
 def explore(
@@ -152,7 +150,7 @@ class Explorer(widgets.VBox):
             value=chosen,
             description="patch",
             style=named,
-            layout=widgets.Layout(width="460px", max_width="98%"),
+            layout=widgets.Layout(width="540px", max_width="98%"),
         )
         self.metric = widgets.Dropdown(
             options=METRICS, value=metric, description="metric", style=named
@@ -165,7 +163,7 @@ class Explorer(widgets.VBox):
         self.picture = widgets.HTML(layout=widgets.Layout(**wide))
         self.largest = widgets.Select(
             options=[],
-            rows=_LARGEST,
+            rows=LARGEST,
             description="largest effects",
             style=named,
             layout=widgets.Layout(width="460px", max_width="98%"),
@@ -173,16 +171,17 @@ class Explorer(widgets.VBox):
         self.places = widgets.HBox(layout=widgets.Layout(flex_flow="row wrap"))
         self.cell = widgets.HTML(layout=widgets.Layout(**wide))
         self.code_box = widgets.Textarea(
-            rows=14,
-            description="copy as code",
-            style=named,
-            layout=widgets.Layout(width="98%"),
-        )
-        self._answer = widgets.VBox(
-            [self.picture, self.largest, self.places, self.cell, self.code_box],
-            layout=widgets.Layout(display="none"),
+            rows=14, description="copy as code", style=named, layout=widgets.Layout(**wide)
         )
         row = widgets.Layout(flex_flow="row wrap")
+        # The numbers of a cell stand above the picture, so that both fit on a screen.
+        chosen_cell = widgets.VBox(
+            [self.places, self.cell], layout=widgets.Layout(flex="1 1 320px")
+        )
+        self._answer = widgets.VBox(
+            [widgets.HBox([self.largest, chosen_cell], layout=row), self.picture, self.code_box],
+            layout=widgets.Layout(display="none"),
+        )
         super().__init__(
             [
                 self.clean,
@@ -277,14 +276,14 @@ class Explorer(widgets.VBox):
     def _advice(self) -> str:
         if self._dry is None:
             lines = self._problem.split("\n")
-            return _note("Change this first", lines[0].rstrip(":") + ".") + self._tokens()
+            return paragraph("Change this first", lines[0].rstrip(":") + ".") + self._tokens()
         task = self._dry
         length = task.clean_tokens.shape[1]
         differ = int((task.clean_tokens != task.corrupted_tokens).sum())
         answers = " and ".join(repr(answer.value) for answer in (self.right, self.wrong))
         where = "positions" if differ > 1 else "position"
         return (
-            _note(
+            paragraph(
                 "Ready",
                 f"{length} tokens each, which differ at {differ} {where}, the first being "
                 f"{task.agree_until}. The answers {answers} are one token each.",
@@ -295,24 +294,11 @@ class Explorer(widgets.VBox):
     def _tokens(self) -> str:
         """Both prompts token by token, also where they cannot make a task."""
         rows = [self._row(prompt.value) for prompt in (self.clean, self.corrupted)]
-        length = max(map(len, rows))
         if not all(rows):
             return ""
         decode = self._model.tokenizer.decode
         strings = [[decode([i], clean_up_tokenization_spaces=False) for i in row] for row in rows]
-        padded = [row + [-1] * (length - len(row)) for row in rows]
-        strings = [row + [""] * (length - len(row)) for row in strings]
-        shown = SimpleNamespace(
-            name="your prompts",
-            position_labels=list(range(length)),
-            clean_tokens=torch.tensor(padded[:1]),
-            corrupted_tokens=torch.tensor(padded[1:]),
-            clean_strings=strings[:1],
-            corrupted_strings=strings[1:],
-            lengths=[length],
-        )
-        caption = "Your prompts, token by token; where they differ is marked."
-        return _coloured(tokens_table(shown, caption=caption).markup)
+        return prompts_table(rows, strings)
 
     def _row(self, text: str) -> list[int]:
         if not text.strip():
@@ -386,7 +372,7 @@ class Explorer(widgets.VBox):
             self._say(f"{words} The picture below is of your earlier settings.", head)
 
     def _say(self, words: str, head: str = "") -> None:
-        self.status.value = f'<div role="status" aria-live="polite">{_note(head, words)}</div>'
+        self.status.value = f'<div role="status" aria-live="polite">{paragraph(head, words)}</div>'
 
     # The result ---------------------------------------------------------------------------------
 
@@ -395,7 +381,7 @@ class Explorer(widgets.VBox):
         self._selecting = True
         self.places.children = [
             widgets.Dropdown(
-                options=[(words, i) for i, words in enumerate(_entries(result, str(dim)))],
+                options=[(words, i) for i, words in enumerate(entries(result, str(dim)))],
                 value=0,
                 description=str(dim),
                 layout=widgets.Layout(width="230px"),
@@ -405,7 +391,7 @@ class Explorer(widgets.VBox):
         ]
         for menu in self.places.children:
             menu.observe(lambda change: self._show_cell(), names="value")
-        self.largest.options = _largest(result)
+        self.largest.options = largest_effects(result)
         self.code_box.value = _code(settings, self.task.model_name)
         self.largest.index = 0
         self._selecting = False
@@ -426,8 +412,8 @@ class Explorer(widgets.VBox):
         if self._selecting:
             return
         at = tuple(menu.value for menu in self.places.children)
-        self.cell.value = _numbers(self.result, self.task, at)
-        self.picture.value = _picture(self.result, at)
+        self.cell.value = cell_table(self.result, self.task, at)
+        self.picture.value = heatmap_table(self.result, at)
 
 
 class _Stopped(Exception):
@@ -499,25 +485,6 @@ def _first_line(error: BaseException) -> str:
     return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
 
 
-def _note(head: str, words: str) -> str:
-    bold = f"<b>{html.escape(head)}:</b> " if head else ""
-    return (
-        f'<p class="tex2jax_ignore mathjax_ignore" style="margin:4px 0;line-height:1.4;'
-        f'white-space:normal;overflow-wrap:anywhere;color:{_TEXT_COLOUR}">'
-        f"{bold}{_plain(words)}</p>"
-    )
-
-
-def _coloured(markup: str) -> str:
-    # Tables take the page's own colour of text, which a dark page may not pass on to widgets.
-    return f'<div style="color:{_TEXT_COLOUR}">{markup}</div>'
-
-
-def _plain(text: Any) -> str:
-    """Text that is shown as text, neither as HTML nor as a formula."""
-    return html.escape(str(text)).replace("$", "<span>$</span>")
-
-
 def _code(settings: tuple[Any, ...], model_name: str) -> str:
     clean, corrupted, right, wrong, (kinds, by), metric = settings
     load = (
@@ -539,219 +506,4 @@ def _code(settings: tuple[Any, ...], model_name: str) -> str:
         ")\n"
         f"result = sweep(model, task, {kinds!r}, by={by!r})\n"
         "plots.heatmap(result)\n"
-    )
-
-
-# Cells and their numbers ------------------------------------------------------------------------
-
-
-def _entries(result: xr.DataArray, dim: str) -> list[str]:
-    """What the entries along a dimension are called."""
-    values = result[dim].values.tolist()
-    return [str(value).replace("\n", "\\n") for value in values]
-
-
-def _largest(result: xr.DataArray) -> list[tuple[str, tuple[int, ...]]]:
-    """The largest effects in words, each with its place along the result's dimensions."""
-    found = []
-    for row in largest_cells(result, _LARGEST).to_dict("records"):
-        layer, head = re.fullmatch(r"L(\d+)(?:H(\d+))?", row["label"]).groups()
-        entry = {**row, "layer": int(layer), "head": int(head or 0)}
-        at = tuple(result[dim].values.tolist().index(entry[dim]) for dim in result.dims)
-        words = [str(row[key]) for key in ("kind", "label", "position") if key in row]
-        percent = "" if row["share"] != row["share"] else f" ({_percent(row['share'])})"
-        found.append((f"{', '.join(words)}: {number(row['value'])}{percent}", at))
-    return found
-
-
-def _percent(share: float) -> str:
-    return f"{share:.0%}".replace("%", " %").replace("-", "−")
-
-
-def _numbers(result: xr.DataArray, task: Task, at: tuple[int, ...]) -> str:
-    """The numbers of one cell, in a table of one row with a sentence above it."""
-    cell = result.isel(dict(zip(result.dims, at, strict=True)))
-    clean, corrupted = (result.attrs[f"{which}_baseline"] for which in ("clean", "corrupted"))
-    value = float(cell)
-    where = _where(result, at)
-    if "position" in result.dims:
-        place = at[result.dims.index("position")]
-        one, other = (rows[0][place] for rows in (task.clean_strings, task.corrupted_strings))
-        tokens = f", where the clean prompt has {one!r} and the corrupted one {other!r}"
-    else:
-        tokens = ""
-    if value != value:
-        caption = f"{where}{tokens}: no such head: heads of this model share keys and values."
-    elif "agrees" in cell.coords and bool(cell["agrees"]):
-        caption = f"{where}{tokens}: the prompts agree up to here, so there is nothing to patch."
-    else:
-        caption = f"{where}{tokens}."
-    frame = pd.DataFrame(
-        {
-            f"{result.attrs['metric']} ({result.attrs['units']})": [value],
-            "change by the patch": [value - corrupted],
-            "share": [(value - corrupted) / (clean - corrupted) if clean != corrupted else np.nan],
-            "corrupted baseline": [corrupted],
-            "clean baseline": [clean],
-        }
-    )
-    return _coloured(table(frame, caption).markup)
-
-
-def _where(result: xr.DataArray, at: tuple[int, ...]) -> str:
-    parts = []
-    for dim, index in zip(result.dims, at, strict=True):
-        entry = _entries(result, str(dim))[index]
-        parts.append(entry if dim == "kind" else f"{dim} {entry}")
-    return ", ".join(parts)
-
-
-def _picture(result: xr.DataArray, chosen: tuple[int, ...]) -> str:
-    """The whole result as one or several tables whose cells are coloured by the effect."""
-    attrs = result.attrs
-    clean, corrupted = attrs["clean_baseline"], attrs["corrupted_baseline"]
-    column_dim = "position" if "position" in result.dims else "head"
-    row_dims = [d for d in ("layer", "head") if d in result.dims and d != column_dim]
-    lead = [d for d in result.dims if d == "kind"]
-    order = [*lead, *row_dims, column_dim]
-    values = result.transpose(*order).values.astype(float)
-    sizes = [result.sizes[d] for d in row_dims]
-    values = values.reshape(-1, int(np.prod(sizes)), result.sizes[column_dim])
-    agrees = np.zeros(values.shape[2], dtype=bool)
-    if column_dim == "position":
-        agrees = result["agrees"].values
-    effect = np.where(agrees, np.nan, values - corrupted)
-    reach = max(abs(clean - corrupted), float(np.nanmax(np.abs(effect), initial=0.0))) or 1.0
-    toward_clean = -1.0 if clean < corrupted else 1.0
-    colours = _colours(toward_clean * effect / reach)
-    at = dict(zip(result.dims, chosen, strict=True))
-    chosen_row = int(np.ravel_multi_index([at[d] for d in row_dims], sizes))
-    chosen_cell = (at.get("kind", 0), chosen_row, at[column_dim])
-    rows = np.arange(values.shape[1])
-    note = ""
-    if len(rows) > _MOST_ROWS:
-        largest = np.nan_to_num(np.abs(effect), nan=-1.0).max(axis=(0, 2))
-        rows = np.argsort(-largest, kind="stable")[:_MOST_ROWS]
-        if chosen_row not in rows:
-            rows = np.append(rows, chosen_row)
-        note = f" Of {values.shape[1]} heads, those with the largest effects, largest first."
-    names = _row_names(result, row_dims)
-    columns = _entries(result, column_dim)
-    panels = _entries(result, "kind") if lead else [""]
-    body = "".join(
-        _panel(panel, values[i], colours[i], agrees, rows, names, columns, column_dim, cell)
-        for i, panel in enumerate(panels)
-        for cell in [chosen_cell[1:] if chosen_cell[0] == i else None]
-    )
-    title = f"{attrs['metric']}: {attrs['what']}, {attrs['each']}."
-    title = title[0].upper() + title[1:]
-    return (
-        f'<div class="tex2jax_ignore mathjax_ignore" style="color:{_TEXT_COLOUR}">'
-        f"<p style='margin:4px 0;white-space:normal'><b>{_plain(title)}</b>{_plain(note)}</p>"
-        f"{_legend(clean, corrupted, reach, toward_clean, bool(agrees.any()))}"
-        '<div role="region" aria-label="heatmap" tabindex="0" '
-        'style="overflow-x:auto;display:flex;flex-wrap:wrap;gap:4px 20px">'
-        f"{body}</div></div>"
-    )
-
-
-def _row_names(result: xr.DataArray, row_dims: list[str]) -> list[str]:
-    if row_dims == ["layer"]:
-        return [f"layer {layer}" for layer in result["layer"].values]
-    return [str(name) for name in result["head_label"].values.ravel()]
-
-
-def _colours(share: np.ndarray) -> np.ndarray:
-    """CSS for each cell: background, and an ink that can be read on it."""
-    flat = np.nan_to_num(share, nan=0.0).clip(-1, 1).ravel() / 2 + 0.5
-    found = []
-    for red, green, blue in sample_colorscale(style.DIVERGING, flat.tolist(), colortype="tuple"):
-        ink = "#1a1a1a" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.55 else "#ffffff"
-        levels = (round(255 * level) for level in (red, green, blue))
-        found.append("background:#{:02x}{:02x}{:02x};color:{}".format(*levels, ink))
-    return np.array(found, dtype=object).reshape(share.shape)
-
-
-_HATCHED = (
-    f"background:repeating-linear-gradient(45deg,{style.BAND} 0 4px,{style.HATCH} 4px 6px);"
-    "color:transparent"
-)
-_CELL = "padding:1px 3px;min-width:32px;height:19px;text-align:center;font-size:11px"
-_HEAD = "padding:1px 5px;font-size:11px;font-weight:normal;white-space:pre;text-align:right"
-
-
-def _panel(
-    name: str,
-    values: np.ndarray,
-    colours: np.ndarray,
-    agrees: np.ndarray,
-    rows: np.ndarray,
-    row_names: list[str],
-    columns: list[str],
-    column_dim: str,
-    chosen: tuple[int, int] | None,
-) -> str:
-    """One table: a row per layer or head, a column per position or head."""
-    head = '<th scope="col"></th>' + "".join(
-        f'<th scope="col" style="{_HEAD};text-align:center" title="{_attribute(column)}">'
-        f"{_plain(_heading(column, column_dim))}</th>"
-        for column in columns
-    )
-    lines = []
-    for row in rows:
-        cells = []
-        for place, value in enumerate(values[row]):
-            words = f"{row_names[row]}, {column_dim} {columns[place]}: "
-            if value != value:
-                look, text, words = f"background:{style.GAP}", "", words + "no such head"
-            elif agrees[place]:
-                look, text, words = _HATCHED, "=", words + "prompts agree, nothing to patch"
-            else:
-                look, text = colours[row, place], number(float(f"{value:.2g}"))
-                words += number(float(value))
-            marked = chosen == (row, place)
-            outline = ";outline:3px solid #d81b60;outline-offset:-2px" if marked else ""
-            current = ' aria-current="true"' if marked else ""
-            cells.append(
-                f'<td style="{_CELL};{look}{outline}" title="{_attribute(words)}"{current}>'
-                f"{text}</td>"
-            )
-        lead = f'<th scope="row" style="{_HEAD}">{_plain(row_names[row])}</th>'
-        lines.append(f"<tr>{lead}{''.join(cells)}</tr>")
-    caption = f"<caption><b>{_plain(name)}</b></caption>" if name else ""
-    return (
-        '<table class="patching-heatmap" style="border-collapse:separate;border-spacing:1px">'
-        f"{caption}<thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
-    )
-
-
-def _heading(column: str, column_dim: str) -> str:
-    if column_dim == "head":
-        return f"H{column}"
-    word, _, place = style.short_label(column).rpartition(" ")
-    return f"{word}\n{place}"
-
-
-def _attribute(text: str) -> str:
-    return html.escape(text, quote=True)
-
-
-def _legend(
-    clean: float, corrupted: float, reach: float, toward_clean: float, hatched: bool
-) -> str:
-    """The colours from end to end, with the numbers they stand for."""
-    stops = ",".join(f"{colour} {at:.0%}" for at, colour in style.DIVERGING)
-    ends = [number(corrupted + toward_clean * side * reach) for side in (-1, 1)]
-    words = (
-        f"{ends[0]} (away from clean)",
-        f"{number(corrupted)}, the corrupted baseline",
-        f"{ends[1]} (towards clean)",
-    )
-    labels = "".join(f"<span>{_plain(word)}</span>" for word in words)
-    also = " Hatched: the prompts agree, nothing to patch." if hatched else ""
-    return (
-        '<div style="max-width:560px;font-size:12px;line-height:1.4">'
-        f'<div aria-hidden="true" style="height:10px;background:linear-gradient(90deg,{stops})">'
-        '</div><div style="display:flex;justify-content:space-between;gap:8px">'
-        f"{labels}</div><div>Clean baseline: {number(clean)}.{also}</div></div>"
     )

@@ -58,6 +58,7 @@ INTERNAL = {
     "checks",
     "diagram",
     "engine",
+    "explorer_html",
     "fetch",
     "hub",
     "notebook",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
+import time
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ import pytest
 import tiny
 import torch
 
-from patching_demo import explorer, plots, prompt_task, sweep
+from patching_demo import explorer, explorer_html, load_model, plots, prompt_task, sweep
 from patching_demo.bridge import attached_hooks
 from patching_demo.explorer import explore
 
@@ -133,7 +134,7 @@ def test_every_choice_of_the_menu_gives_what_sweep_gives(name):
         n_rows = (
             expected.size // expected.sizes["position" if "position" in expected.dims else "head"]
         )
-        assert cells == expected.size or n_rows > explorer._MOST_ROWS
+        assert cells == expected.size or n_rows > explorer_html.MOST_ROWS
 
 
 def test_menu_leaves_out_what_the_model_does_not_have():
@@ -173,7 +174,7 @@ def test_selection_shows_the_numbers_of_the_cell(panel):
         layer.value, position.value = at
         value = float(panel.result[at])
         text = Markup(panel.cell.value).text
-        assert f"layer {at[0]}" in text and panel.result["position"].values[at[1]] in text
+        assert f"Layer {at[0]}" in text and panel.result["position"].values[at[1]] in text
         for shown in (value, value - corrupted, clean, corrupted):
             assert plots.number(shown) in text
         assert panel.picture.value.count('aria-current="true"') == 1
@@ -205,7 +206,7 @@ def test_picture_says_where_nothing_was_patched_and_colours_by_direction(panel):
 
 
 def test_many_heads_are_trimmed_to_the_largest_and_the_chosen(model, monkeypatch):
-    monkeypatch.setattr(explorer, "_MOST_ROWS", 3)
+    monkeypatch.setattr(explorer_html, "MOST_ROWS", 3)
     panel = finished(explore(model, kinds="out"))
     rows = re.findall(r'<th scope="row"[^>]*>(L\d+H\d+)<', panel.picture.value)
     assert len(rows) == 3 and rows[0] in panel.largest.options[0][0]
@@ -219,7 +220,8 @@ def test_many_heads_are_trimmed_to_the_largest_and_the_chosen(model, monkeypatch
 def test_heads_that_do_not_exist_are_gaps():
     panel = finished(explore(tiny.model("llama-gqa"), kinds=HEADS, by="all_pos"))
     missing = int(np.isnan(panel.result.values).sum())
-    assert missing and panel.picture.value.count("no such head") == missing
+    assert missing and panel.picture.value.count(': no such head"') == missing
+    assert "Grey: no such head" in panel.picture.value
     kind, _, head = panel.places.children
     kind.value, head.value = HEADS.index("k"), 3
     assert "share keys and values" in panel.cell.value and "nan" not in panel.cell.value.lower()
@@ -342,13 +344,30 @@ def test_the_picture_says_when_the_settings_have_moved_on(panel):
     assert "earlier settings" not in panel.status.value
 
 
+def test_numbers_in_the_picture_have_as_many_decimals_as_the_range_needs(panel):
+    finished(panel)
+    clean, corrupted = (panel.result.attrs[f"{w}_baseline"] for w in ("clean", "corrupted"))
+    effect = np.abs(panel.result.values - corrupted).max()
+    reach = max(abs(clean - corrupted), effect)
+    written = re.findall(r">(−?[\d.]+)</td>", panel.picture.value)
+    decimals = {len(text.partition(".")[2]) for text in written}
+    (places,) = decimals
+    assert 10.0**-places <= reach / 10 < 10.0 ** (1 - places)
+    agrees = panel.result["agrees"].values
+    shown = [float(text.replace("−", "-")) for text in written]
+    np.testing.assert_allclose(
+        shown, panel.result.values[:, ~agrees].ravel(), atol=0.501 * 10.0**-places
+    )
+    assert not [text for text in written if text.startswith("−") and not float(text[1:])]
+
+
 def test_effects_that_are_all_zero_have_a_picture(panel):
     finished(panel)
     flat = panel.result.copy(data=np.full(panel.result.shape, 0.5, np.float32))
     flat.attrs.update(clean_baseline=0.5, corrupted_baseline=0.5)
-    assert Markup(explorer._picture(flat, (0, 0))).tags.count("td") == flat.size
-    words, _ = explorer._largest(flat)[0]
-    assert "%" not in words and "–" in explorer._numbers(flat, panel.task, (1, 12))
+    assert Markup(explorer_html.heatmap_table(flat, (0, 0))).tags.count("td") == flat.size
+    words, _ = explorer_html.largest_effects(flat)[0]
+    assert "%" not in words and "–" in explorer_html.cell_table(flat, panel.task, (1, 12))
 
 
 def test_wrong_arguments_are_refused(model):
@@ -360,3 +379,33 @@ def test_wrong_arguments_are_refused(model):
         explore(model, kinds="resid_pre", by="all_pos")
     with pytest.raises(ValueError, match="metric must be one of"):
         explore(model, metric="accuracy")
+
+
+@pytest.mark.slow
+def test_language_model_gives_its_first_picture_within_twenty_seconds():
+    """Seconds of one core's work, which do not depend on what else the machine is doing."""
+    panel = explore(load_model("smollm2-135m"))
+    assert panel.result is None and "15 tokens each" in panel.advice.value
+    menu = [chosen for _, chosen in panel.choice.options]
+    blocks = [(k, by) for k, by in menu if by == "pos" and k not in HEADS]
+    heads = [(k, by) for k, by in menu if by == "all_pos"]
+    assert ("resid_pre", "pos") in blocks and (HEADS, "all_pos") in heads
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for choice in blocks + heads:
+            panel.choice.value = choice
+            begun = time.process_time()
+            panel.run()
+            assert panel.wait(600) and panel.error is None
+            took = time.process_time() - begun
+            assert "patching-heatmap" in panel.picture.value
+            assert took < 20, f"{choice} took {took:.1f} s"
+    finally:
+        torch.set_num_threads(threads)
+    # What was copied loads the model by its name, in a namespace that has nothing else.
+    panel.choice.value = ("resid_pre", "pos")
+    finished(panel)
+    namespace: dict = {}
+    exec(panel.code, namespace)
+    np.testing.assert_allclose(namespace["result"].values, panel.result.values, atol=1e-3)

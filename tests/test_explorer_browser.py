@@ -1,4 +1,4 @@
-"""The explorer in JupyterLab in a real browser: type, run, read the heatmap, be refused.
+"""The explorer in JupyterLab in a real browser: type, be refused, run, read, copy, stop.
 
 `make browser` runs this. The model is a tiny random one, so that the seconds go to the browser.
 """
@@ -29,12 +29,22 @@ ROOT = Path(__file__).resolve().parents[1]
 # Milliseconds; generous, for CI machines are slow and shared.
 TIMEOUT = 180_000
 TOKEN = "explorer"
+# Sweeps of heads by position are slowed down, so that there is time to stop one.
 SOURCE = """\
+import time
 import tiny
-from patching_demo.explorer import explore
-explore(tiny.model("gpt2"))"""
+from patching_demo import explorer
+explorer._PORTION_TOKENS = 1
+panel = explorer.explore(tiny.model("gpt2"))
+panel.progress.observe(
+    lambda change: time.sleep(0.5 if panel.choice.value == ("out", "pos") else 0), names="value"
+)
+panel"""
+# JupyterLab would ask, over the notebook, whether to fetch news.
+NEWS = "user-settings/@jupyterlab/apputils-extension/notification.jupyterlab-settings"
 PROMPTS = [f"When <b> gave $x$ to {name} the bag <script> to" for name in ("John", "Mary")]
 ANSWERS = (" Mary", " John")
+PATCHED = 12  # a position after the name that differs
 ATTACK = "<img src=x onerror=window.executed=1>"
 
 
@@ -51,6 +61,9 @@ def lab(tmp_path_factory) -> Iterator[str]:
         "name": "python3",
     }
     nbformat.write(notebook, work / "explorer.ipynb")
+    news = home / "config_dir" / "lab" / NEWS
+    news.parent.mkdir(parents=True)
+    news.write_text('{"fetchNews": "false"}', encoding="utf-8")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -130,6 +143,10 @@ def run_button(page):
     return page.locator(".jp-OutputArea .widget-button", has_text="Run")
 
 
+def stop_button(page):
+    return page.locator(".jp-OutputArea .widget-button", has_text="Stop")
+
+
 def fill(page, name: str, text: str) -> None:
     page.get_by_label(name, exact=True).fill(text)
 
@@ -187,7 +204,14 @@ def test_prompts_are_typed_run_and_read(page):
 
 
 def test_a_click_shows_the_numbers_of_a_cell(page):
-    run_prompts(page)
+    expected = run_prompts(page)
+    page.get_by_label("layer", exact=True).select_option(label="1")
+    page.get_by_label("position", exact=True).select_option(index=PATCHED)
+    place = f"layer 1, position {expected['position'].values[PATCHED]}"
+    page.wait_for_function(
+        "place => document.querySelector('td[aria-current]')?.title.startsWith(place)", arg=place
+    )
+    assert page.get_by_text(place.capitalize(), exact=False).count() == 1
     page.get_by_label("largest effects").select_option(index=2)
     marked = page.locator("table.patching-heatmap td[aria-current]")
     chosen = page.get_by_label("largest effects").evaluate(
@@ -199,7 +223,7 @@ def test_a_click_shows_the_numbers_of_a_cell(page):
         arg=value,
     )
     assert marked.count() == 1
-    # The row of numbers below the picture holds the same one.
+    # The numbers beside the list hold the same one.
     assert page.locator(f".jp-OutputArea td:text-is('{value}')").count() >= 1
 
 
@@ -209,3 +233,23 @@ def test_code_can_be_copied(page):
     namespace = {"model": tiny.model("gpt2")}
     exec(code, namespace)
     assert (namespace["result"].values == expected.values).all()
+
+
+def test_a_sweep_is_stopped(page):
+    expected = run_prompts(page)
+    kinds = page.get_by_label("patch", exact=True)
+    kinds.select_option(label="head outputs, position by position")
+    page.get_by_text("of your earlier settings").wait_for()
+    run_button(page).click()
+    page.get_by_text("patched runs scored").wait_for()
+    assert run_button(page).is_disabled()
+    stop_button(page).click()
+    page.get_by_text("Stopped.").wait_for()
+    assert run_button(page).is_enabled() and stop_button(page).is_disabled()
+    bar = page.locator(".jp-OutputArea .progress-bar")
+    assert 0 < bar.evaluate("bar => bar.offsetWidth / bar.parentElement.offsetWidth") < 1
+    # The earlier picture stays, and the panel works as before.
+    assert page.locator("table.patching-heatmap td").count() == expected.size
+    kinds.select_option(index=0)
+    page.get_by_text("The picture below is of these settings.").wait_for()
+    run_prompts(page)
