@@ -9,6 +9,20 @@ EXTRAS ?= dev
 PYTEST := $(PY) -m pytest
 NBMAKE_TIMEOUT ?= 1800
 
+# A checkout that cannot be written is worked on in a copy, which is kept for the next time.
+WRITABLE := $(shell test -w . && echo yes)
+ifneq ($(WRITABLE),yes)
+  COPY := $(or $(TMPDIR),/tmp)/patching_demo-checkout-$(shell id -u)
+  GOALS := $(or $(MAKECMDGOALS),venv)
+  .PHONY: $(GOALS)
+$(GOALS):
+	@echo "$(CURDIR) cannot be written: working in $(COPY)"
+	@mkdir -p -m 700 "$(COPY)" && test -O "$(COPY)"
+	@find "$(COPY)" -mindepth 1 -maxdepth 1 ! -name .venv ! -name .home ! -name book -exec rm -rf {} +
+	@tar -cf - --exclude=./.venv --exclude=./.git . | tar -xf - -C "$(COPY)"
+	@$(MAKE) -C "$(COPY)" WRITABLE=yes $@
+else
+
 # Jupyter, matplotlib and model caches want a home they can write to; lend them one if there is none.
 ifneq ($(shell test -n "$$HOME" && test -d "$$HOME" && test -w "$$HOME" && echo yes),yes)
 export HOME := $(CURDIR)/.home
@@ -102,3 +116,5 @@ lock: ## resolve the dependencies again and write requirements.lock
 
 clean: ## remove what was built, but not the environment or downloaded models
 	rm -rf book/notebooks book/generated book/_build dist build .pytest_cache .ruff_cache
+
+endif

@@ -277,6 +277,35 @@ def test_a_hub_in_trouble_costs_seconds_and_names_the_offline_model(
     assert time.monotonic() - begun < 90
 
 
+@pytest.mark.parametrize("trouble", ["no folder", "full"])
+def test_a_hub_cache_that_cannot_be_written(trouble, repositories, connect, monkeypatch, tmp_path):
+    with serve(repositories["repos"]) as hub:
+        connect(hub.address)
+        if trouble == "no folder":
+            # Not even root can make a folder below a file.
+            (tmp_path / "hf").write_text("in the way")
+            reason = "NotADirectoryError|FileExistsError"
+        else:
+            monkeypatch.setattr(hub_module, "_FETCH", FULL_DISK + hub_module._FETCH)
+            reason = "No space left|File too large|Errno 27"
+        with pytest.raises(ModelUnavailable, match=reason) as caught:
+            load_model("gpt2-small")
+        message = str(caught.value)
+        assert "\n" not in message and 'load_model("smollm2-135m")' in message
+        assert resolve_model() == "smollm2-135m"
+    if trouble == "full":
+        assert not list((tmp_path / "hf").rglob("*.safetensors")), "half a file is no file"
+        assert hub_module.cached(GPT2, hub_module.MODEL_FILES) is None
+
+
+#: As on a full disk, writes beyond a few kilobytes fail, here in the process that fetches.
+FULL_DISK = """
+import resource, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+"""
+
+
 def test_no_hub_at_all(connect, capsys):
     connect("http://127.0.0.1:9")
     assert resolve_model() == "smollm2-135m"
