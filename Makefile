@@ -95,7 +95,8 @@ colab: ## run the notebooks with Colab's versions, in an environment of their ow
 		-r requirements-colab.txt ".[test]"
 	.venv-colab/bin/python -m pip uninstall --quiet --yes patching-demo
 	.venv-colab/bin/python -m pytest --import-mode=importlib -p no:randomly --noconftest \
-		-o addopts="" -o filterwarnings="" -m colab tests/test_colab.py
+		-o addopts="" -o filterwarnings="" -m colab -s tests/test_colab.py
+	.venv-colab/bin/python -m pytest -p no:randomly -o addopts="" -m "not slow" tests/test_explorer.py
 
 bench: venv ## time the sweeps and write benchmark/results.json
 	$(PY) scripts/bench.py

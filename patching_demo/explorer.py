@@ -466,8 +466,7 @@ def _choices(model: Any) -> dict[str, _Choice]:
         found[f"{style.listed(together)}, beside each other"] = (together, "pos")
     found |= {f"{_WORDS[k]}, all positions at once": (k, "all_pos") for k in heads}
     if len(heads) > 1:
-        names = style.listed([_WORDS[k].split()[-1] for k in heads])
-        found[f"{names} of heads, all positions at once"] = (tuple(heads), "all_pos")
+        found["every kind of head activation, all positions at once"] = (tuple(heads), "all_pos")
     return found | {f"{_WORDS[k]}, position by position": (k, "pos") for k in heads}
 
 

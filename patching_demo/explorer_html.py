@@ -194,7 +194,7 @@ def heatmap_table(result: xr.DataArray, chosen: tuple[int, ...]) -> str:
     also = " Hatched: the prompts agree, nothing to patch." if agrees.any() else ""
     also += " Grey: no such head, as heads share keys and values." if np.isnan(values).any() else ""
     return (
-        f'<div class="tex2jax_ignore mathjax_ignore" style="color:{_TEXT_COLOUR}">'
+        f'<div class="tex2jax_ignore mathjax_ignore" style="color:{_TEXT_COLOUR};line-height:1.3">'
         "<p style='margin:4px 0;white-space:normal'>"
         f"<b>{_plain(title[0].upper() + title[1:])}</b>{_plain(note)}</p>"
         f"{_legend(clean, corrupted, reach, toward_clean, also)}"
@@ -296,8 +296,9 @@ def _percent(share: float) -> str:
 
 
 def _coloured(markup: str) -> str:
-    # Tables take the page's own colour of text, which a dark page may not pass on to widgets.
-    return f'<div style="color:{_TEXT_COLOUR}">{markup}</div>'
+    # Tables take the page's own colour of text, which a dark page may not pass on to widgets, and
+    # the height of their lines, which in a widget is that of a button.
+    return f'<div style="color:{_TEXT_COLOUR};line-height:1.3">{markup}</div>'
 
 
 def _plain(text: str) -> str:
