@@ -180,6 +180,7 @@ def combine(results: Mapping[str, xr.DataArray], dim: str = "corrupted") -> xr.D
     first = arrays[0]
     for name, array in zip(names, arrays, strict=True):
         same = array.dims == first.dims and array.shape == first.shape
+        same = same and array.coords.keys() == first.coords.keys()
         if not same or any(
             not np.array_equal(array[d].values, first[d].values)
             for d in first.dims
@@ -227,10 +228,15 @@ def largest_cells(result: xr.DataArray, n: int = 5) -> pd.DataFrame:
         where the baselines are equal).
 
     Raises:
-        ValueError: if n is not positive or a baseline is missing.
+        ValueError: if n is not positive, or a baseline or the layer is missing.
+        TypeError: if n is not a whole number.
     """
+    if not isinstance(n, (int, np.integer)) or isinstance(n, bool):
+        raise TypeError(f"n must be a whole number, got {n!r}")
     if n < 1:
         raise ValueError(f"n must be at least 1, got {n}")
+    if "layer" not in result.dims and "layer" not in result.coords:
+        raise ValueError(f"the result has no layer, only {list(result.dims)}")
     clean, corrupted = _baselines(result)
     values = result.values.astype(float)
     if "agrees" in result.coords:
@@ -244,16 +250,14 @@ def largest_cells(result: xr.DataArray, n: int = 5) -> pd.DataFrame:
             continue
         at = dict(zip(result.dims, index, strict=True))
         cell = result.isel(at)
-        row = {str(d): str(cell[d].item()) for d in result.dims if d not in _CELL_DIMS}
-        row["label"] = (
-            str(cell["head_label"].item())
-            if "head_label" in cell.coords
-            else f"L{cell['layer'].item()}"
-        )
+        # As xarray has it: a dimension without labels is numbered.
+        labels = {**at, **{name: coord.item() for name, coord in cell.coords.items()}}
+        row = {str(d): str(labels[d]) for d in result.dims if d not in _CELL_DIMS}
+        row["label"] = str(labels.get("head_label", f"L{labels['layer']}"))
         if "position" in at:
-            row["position"] = str(cell["position"].item())
-            if "token" in cell.coords:
-                row["token"] = str(cell["token"].item())
+            row["position"] = str(labels["position"])
+            if "token" in labels:
+                row["token"] = str(labels["token"])
         row["value"] = float(values[index])
         spread = clean - corrupted
         row["share"] = (row["value"] - corrupted) / spread if spread else math.nan
@@ -269,14 +273,16 @@ def save(result: xr.DataArray, path: str | os.PathLike[str]) -> Path:
 
     Raises:
         OSError: if the file cannot be written; an earlier file of that name is then kept.
-        TypeError: if an attribute is not a number, a string, a list or a mapping of such.
+        TypeError: if an attribute is not a number, a string, a list or a mapping of such, or
+            ``path`` is no path.
+        ValueError: if a number is infinite, or an attribute is NaN.
     """
-    path = Path(path)
+    path = _file(path)
     content = {
         "format": _FORMAT,
         "version": _VERSION,
         "name": result.name,
-        "attrs": {k: _plain(v) for k, v in result.attrs.items()},
+        "attrs": {str(k): _plain(k, v) for k, v in result.attrs.items()},
         "values": _encode(result.variable),
         "coords": {str(k): _encode(v.variable) for k, v in result.coords.items()},
     }
@@ -301,9 +307,11 @@ def load(path: str | os.PathLike[str]) -> xr.DataArray:
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if the file is not a whole result of a version known here.
+        TypeError: if ``path`` is no path.
     """
+    path = _file(path)
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not a saved result, or is cut short: {error}") from None
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
@@ -444,6 +452,14 @@ def _baselines(result: xr.DataArray) -> tuple[float, float]:
         ) from None
 
 
+def _file(path: Any) -> Path:
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path must be a path, got {type(path).__name__}")
+    if "\0" in os.fspath(path):
+        raise ValueError(f"path must be a path, got {path!r}")
+    return Path(path)
+
+
 def _common_name(names: list[str]) -> str:
     """What several names share, then what tells them apart."""
     start = os.path.commonprefix(names)
@@ -451,8 +467,17 @@ def _common_name(names: list[str]) -> str:
     return start + ", ".join(name[len(start) :] for name in names)
 
 
-def _plain(value: Any) -> Any:
-    return value.item() if isinstance(value, np.generic) else value
+def _plain(name: Any, value: Any) -> Any:
+    """An attribute as JSON can hold it."""
+    value = value.item() if isinstance(value, np.generic) else value
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise type(error)(
+            f"the attribute {name!r} cannot be kept in a file ({error}): drop it, or make it a "
+            "number, a string or a list"
+        ) from None
+    return value
 
 
 def _encode(variable: xr.Variable) -> dict[str, Any]:

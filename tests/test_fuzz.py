@@ -9,6 +9,7 @@ import os
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import pandas as pd
 import pytest
 import tiny
 import torch
+import xarray as xr
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from oracle import make_pair
@@ -25,7 +27,16 @@ from torch import Tensor
 from transformer_lens import patching as plain_patching
 
 import patching_demo
-from patching_demo import checks, induction_task, metrics, patching, prompt_task
+from patching_demo import (
+    checks,
+    induction_task,
+    metrics,
+    models,
+    patching,
+    plots,
+    prompt_task,
+    results,
+)
 from patching_demo.results import sweep as labelled_sweep
 
 CASES = int(os.environ.get("FUZZ_CASES", "12"))
@@ -62,7 +73,8 @@ def answers_or_refuses(call: Callable[[], Any]) -> Any:
     except DOCUMENTED as error:
         frames = traceback.extract_tb(error.__traceback__)
         inner = Path(frames[-1].filename)
-        assert PACKAGE in inner.parents, (
+        # What the file system has to say comes from wherever it was asked.
+        assert isinstance(error, OSError) or PACKAGE in inner.parents, (
             f"{type(error).__name__} from {inner}:{frames[-1].lineno}: {error}"
         )
         assert len(str(error)) > 15, f"no more is said than {error!r}"
@@ -336,6 +348,110 @@ def check_direct(layer: Any, head: Any, component: Any, tokens: Any, metric: Any
         pass  # Documented for this function.
 
 
+@lru_cache(None)
+def a_result(kinds: Any = "out", by: str = "pos") -> xr.DataArray:
+    kinds = list(kinds) if isinstance(kinds, tuple) else kinds
+    return labelled_sweep(tiny.model("gpt2"), the_task(), kinds, by=by, progress=False)
+
+
+@st.composite
+def labelled(draw: st.DrawFn) -> Any:
+    """A result, most often with something about it changed."""
+    result = a_result(
+        *draw(
+            st.sampled_from(
+                [("out", "pos"), ("resid_pre", "pos"), (("q", "v"), "all_pos"), (("q", "k"), "pos")]
+            )
+        )
+    ).copy(deep=True)
+    for change in draw(st.lists(st.sampled_from(list(CHANGES)), max_size=2)):
+        result = CHANGES[change](draw, result)
+    return result
+
+
+def _without(draw: st.DrawFn, result: Any, what: str) -> Any:
+    kept = dict(getattr(result, what))
+    if kept:
+        kept.pop(draw(st.sampled_from(sorted(map(str, kept)))), None)
+    if what == "coords":
+        return result.drop_vars([name for name in result.coords if name not in kept])
+    result.attrs = kept
+    return result
+
+
+def _with_junk(draw: st.DrawFn, result: Any) -> Any:
+    result.attrs[draw(st.sampled_from(sorted(result.attrs) or ["metric"]))] = draw(junk)
+    return result
+
+
+def _with_value(draw: st.DrawFn, result: Any) -> Any:
+    value = draw(st.sampled_from([np.nan, np.inf, -np.inf, 0.0, 1e30]))
+    where = draw(st.sampled_from(["one", "all"]))
+    if result.size and result.dtype.kind == "f":
+        result.values[(0,) * result.ndim if where == "one" else ...] = value
+    return result
+
+
+def _selected(draw: st.DrawFn, result: Any) -> Any:
+    if not result.size or not result.dims:
+        return result
+    dim = draw(st.sampled_from(result.dims))
+    return result.isel({dim: draw(st.sampled_from([0, [0], [], slice(1, None)]))})
+
+
+def _renamed(draw: st.DrawFn, result: Any) -> Any:
+    new = draw(st.sampled_from(["kind", "a $b$", "row"]))
+    if not result.dims or new in result.dims or new in result.coords:
+        return result
+    return result.rename({result.dims[0]: new})
+
+
+CHANGES: dict[str, Callable[[Any, Any], Any]] = {
+    "an attribute less": lambda draw, result: _without(draw, result, "attrs"),
+    "a coordinate less": lambda draw, result: _without(draw, result, "coords"),
+    "an odd attribute": _with_junk,
+    "another value": _with_value,
+    "a part": _selected,
+    "turned": lambda draw, result: result.transpose(*draw(st.permutations(result.dims))),
+    "renamed": _renamed,
+    "another type": lambda draw, result: result.astype(draw(st.sampled_from(["f8", "f2", "i8"]))),
+    "no result": lambda draw, result: xr.DataArray(draw(st.integers(0, 2))),
+}
+
+
+def check_results(what: str, result: Any, other: Any, number: Any, name: Any) -> None:
+    calls: dict[str, Callable[[], Any]] = {
+        "share": lambda: results.share(result),
+        "largest": lambda: results.largest_cells(result, number),
+        "combine": lambda: results.combine({"a": result, "b": other}, "run"),
+        "save": lambda: results.save(result, "r.json"),
+        "save as": lambda: results.save(result, name),
+        "load": lambda: results.load(name),
+    }
+    found = answers_or_refuses(calls[what])
+    if what == "save" and found is not None:
+        back = results.load(found)
+        xr.testing.assert_allclose(back, result)
+
+
+def check_figures(draws: str, result: Any, along: Any) -> None:
+    calls: dict[str, Callable[[], Any]] = {
+        "heatmap": lambda: plots.heatmap(result),
+        "curves": lambda: plots.curves(result, along=along),
+        "bars": lambda: plots.bars(result, along=along),
+    }
+    found = answers_or_refuses(calls[draws])
+    assert found is None or found.to_json()
+
+
+def check_names(name: Any, task: Any) -> None:
+    """Names that are none, so that no hub is asked."""
+    for call in (models.check_name, models.load_model, lambda n: models.resolve_model(n, task)):
+        with pytest.raises((ValueError, TypeError)):
+            call(name)
+        answers_or_refuses(lambda call=call: call(name))
+
+
 prompts = mostly(
     "When Mary and John", st.text(max_size=12), junk, st.lists(st.text(max_size=8), max_size=3)
 )
@@ -350,7 +466,7 @@ ENTRY_POINTS: dict[str, tuple[Callable[..., None], Callable[[], list[Any]], int]
             st.sampled_from([*patching.SWEEPS, *patching.COMBINED]),
             few_options,
         ],
-        35,
+        34,
     ),
     "generic": (
         check_generic,
@@ -363,7 +479,7 @@ ENTRY_POINTS: dict[str, tuple[Callable[..., None], Callable[[], list[Any]], int]
             mostly(None, frames()),
             few_options,
         ],
-        25,
+        22,
     ),
     "metrics": (
         check_metric,
@@ -373,7 +489,7 @@ ENTRY_POINTS: dict[str, tuple[Callable[..., None], Callable[[], list[Any]], int]
             mostly([1, 2], junk, tensors(), st.integers(-3, 5)),
             mostly(torch.zeros(2, 4, 128), junk, tensors()),
         ],
-        20,
+        14,
     ),
     "prompt_task": (
         check_task,
@@ -413,6 +529,34 @@ ENTRY_POINTS: dict[str, tuple[Callable[..., None], Callable[[], list[Any]], int]
             metric_inputs(),
         ],
         3,
+    ),
+    "results": (
+        check_results,
+        lambda: [
+            st.sampled_from(["share", "largest", "combine", "save", "save as", "load"]),
+            labelled(),
+            labelled(),
+            mostly(3, junk, st.integers(-2, 10**6)),
+            junk,
+        ],
+        6,
+    ),
+    "figures": (
+        check_figures,
+        lambda: [
+            st.sampled_from(["heatmap", "curves", "bars"]),
+            labelled(),
+            st.sampled_from(["layer", "position", "head", "kind", "nonsense"]),
+        ],
+        3,
+    ),
+    "names": (
+        check_names,
+        lambda: [
+            junk.filter(lambda value: not isinstance(value, str) or "/" not in value),
+            mostly("ioi", junk),
+        ],
+        1,
     ),
 }
 assert sum(share for *_, share in ENTRY_POINTS.values()) == 100

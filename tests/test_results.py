@@ -227,6 +227,9 @@ def test_only_like_results_combine():
     moved = _result("gpt2", "out").assign_coords(head=[4, 5, 6, 7])
     with pytest.raises(ValueError, match="other labels"):
         combine({"a": _result("gpt2", "out"), "b": moved})
+    bare = _result("gpt2", "out").drop_vars("agrees")
+    with pytest.raises(ValueError, match="other labels"):
+        combine({"a": _result("gpt2", "out"), "b": bare})
 
 
 def test_largest_cells_are_the_largest_effects_in_order():
@@ -257,9 +260,20 @@ def test_largest_cells_name_kinds_and_skip_gaps():
     assert layers["label"].item() in ("L0", "L1")
 
 
-def test_largest_cells_need_a_positive_count():
+def test_largest_cells_need_a_positive_count_and_a_layer():
     with pytest.raises(ValueError, match="at least 1"):
         largest_cells(_result(), 0)
+    for count in (2.0, "2", True, None):
+        with pytest.raises(TypeError, match="n must be a whole number"):
+            largest_cells(_result(), count)
+    with pytest.raises(ValueError, match="no layer"):
+        largest_cells(_result("gpt2", "resid_pre").rename(layer="row"))
+
+
+def test_largest_cells_number_what_has_no_labels():
+    bare = _result("gpt2", ("v", "out"), "all_pos").drop_vars(["kind", "layer", "head_label"])
+    table = largest_cells(bare, 100)
+    assert set(table["kind"]) == {"0", "1"} and set(table["label"]) == {"L0", "L1"}
 
 
 @pytest.mark.parametrize("which", ["one", "gaps", "combined", "odd names"])
@@ -302,8 +316,17 @@ def test_a_failed_save_keeps_the_earlier_file(tmp_path, monkeypatch):
 
 
 def test_what_cannot_be_kept_is_refused(tmp_path):
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match="'bad' cannot be kept"):
         save(_result().assign_attrs(bad=object()), tmp_path / "r.json")
+    with pytest.raises(ValueError, match="'bad' cannot be kept"):
+        save(_result().assign_attrs(bad=float("nan")), tmp_path / "r.json")
+    for path in (None, 3, b"r.json"):
+        with pytest.raises(TypeError, match="path must be a path, got"):
+            save(_result(), path)
+        with pytest.raises(TypeError, match="path must be a path, got"):
+            load(path)
+    with pytest.raises(ValueError, match="path must be a path, got"):
+        load("r\0.json")
     with pytest.raises(ValueError, match="infinite"):
         save(_result() + np.inf, tmp_path / "r.json")
     assert not list(tmp_path.iterdir())
