@@ -6,6 +6,7 @@ import ast
 import importlib.metadata
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -215,3 +216,67 @@ def test_make_help_names_every_target():
     )
     listed = {line.split()[0] for line in done.stdout.splitlines() if line.startswith("  ")}
     assert done.returncode == 0 and listed == targets
+
+
+# The landing run, with lanes that say what they are told to ---------------------------------------
+
+TOOLS = "awk bash cat date dirname echo env git grep id make mktemp rm sleep tee".split()
+
+
+def landing_run(folder: Path, rules: str, *tools: str) -> tuple[int, list[str]]:
+    """Exit status and lines of .ci/run beside a Makefile of these rules, with no other tools."""
+    (folder / ".ci").mkdir(parents=True)
+    script = Path(shutil.copy(ROOT / ".ci" / "run", folder / ".ci"))
+    (folder / "Makefile").write_text(rules, encoding="utf-8")
+    (folder / "bin").mkdir()
+    for tool in TOOLS:
+        (folder / "bin" / tool).symlink_to(shutil.which(tool))
+    (folder / "bin" / "python3").symlink_to(sys.executable)
+    for tool in tools:
+        (folder / "bin" / tool).symlink_to(shutil.which("env"))
+    settings = {"PATH": str(folder / "bin"), "HOME": str(folder)}
+    done = subprocess.run(
+        [shutil.which("bash"), str(script)],
+        env=settings,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=120,
+    )
+    return done.returncode, done.stdout.splitlines()
+
+
+def test_landing_run_sums_the_tests_of_its_lanes(tmp_path):
+    rules = (
+        "venv slow: ; @echo fine\n"
+        "test: ; @echo '== 12 passed, 3 deselected in 1.0s =='; echo '== 4 passed in 9.99s =='\n"
+        "browser colab: ; @echo '=== 2 passed, 1 skipped in 61.00s (0:01:01) ==='\n"
+    )
+    status, lines = landing_run(tmp_path, rules, "chromium")
+    assert status == 0
+    assert re.fullmatch(r"20 passed, 0 failed, 2 skipped in \d+s", lines[-1])
+    names = [line.split()[0] for line in lines[-6:-1]]
+    assert names == ["venv", "test", "slow", "browser", "colab"]
+
+
+def test_landing_run_fails_with_a_lane_and_goes_on(tmp_path):
+    rules = (
+        "venv slow: ; @echo fine\n"
+        "test: ; @echo '== 1 failed, 12 passed in 1.0s =='; exit 1\n"
+        "browser: ; @echo broken before any test; exit 2\n"
+        "colab: ; @echo '=== 2 passed in 3.00s ==='\n"
+    )
+    status, lines = landing_run(tmp_path, rules, "chromium")
+    assert status == 1 and lines[-1].startswith("14 passed, 2 failed in ")
+    verdicts = [line.split()[-1] for line in lines[-6:-1]]
+    assert verdicts == ["passed", "FAILED", "passed", "FAILED", "passed"]
+    status, lines = landing_run(tmp_path / "no environment", "venv: ; @exit 1\n", "chromium")
+    assert status == 1 and lines[-1].startswith("0 passed, 1 failed in ")
+
+
+def test_landing_run_never_calls_a_lane_passed_that_it_could_not_run(tmp_path):
+    status, lines = landing_run(tmp_path, "venv test slow browser colab: ; @echo ran\n")
+    assert status == 0 and lines.count("ran") == 4
+    assert re.fullmatch(r"0 passed, 0 failed, not run: browser in \d+s", lines[-1])
+    assert any(re.match(r"\s+browser .* NOT RUN: there is no Chromium", line) for line in lines)
