@@ -70,8 +70,8 @@ test: pairs unit notebooks ## unit tests, wheel, pairs, every notebook, and the 
 	$(PYTEST) tests/test_book.py
 	@echo "make test: everything passed"
 
-unit: venv ## unit tests, doctests and the wheel
-	$(PYTEST) --ignore=tests/test_book.py
+unit: venv ## unit tests, doctests, the wheel, and what of the package they run
+	$(PYTEST) --ignore=tests/test_book.py --cov --cov-report=term-missing:skip-covered
 
 pairs: venv ## check that notebooks agree with their .py pairs and carry no outputs
 	$(PY) scripts/sync_notebooks.py --check

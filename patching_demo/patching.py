@@ -284,7 +284,7 @@ def get_act_patch_direct_path(
         ("src_layer", src_layer, model.cfg.n_layers),
         ("src_head", src_head, model.cfg.n_heads),
     ):
-        if not isinstance(value, int) or not 0 <= value < size:
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < size:
             raise ValueError(f"{what} must be a whole number from 0 to {size - 1}, got {value!r}")
     if component not in ("q", "k", "v"):
         raise ValueError(f"component must be 'q', 'k' or 'v', got {component!r}")

@@ -598,6 +598,22 @@ def test_a_plain_hugging_face_model_is_refused() -> None:
         sweep(model=tiny.fresh("gpt2").original_model)
 
 
+@pytest.mark.parametrize("where", ["src_layer", "src_head"])
+def test_a_truth_value_is_no_head(where: str) -> None:
+    """As an index it would add a dimension."""
+    data, place = pair("gpt2"), {"src_layer": 0, "src_head": 0}
+    with pytest.raises(ValueError, match=f"{where} must be a whole number .* got True"):
+        patching.get_act_patch_direct_path(
+            tiny.model("gpt2"),
+            data.corrupted,
+            data.cache,
+            data.cache,
+            oracle.all_logits,
+            **{**place, where: True},
+            verbose=False,
+        )
+
+
 # ---- warnings
 
 
