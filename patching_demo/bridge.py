@@ -16,10 +16,12 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformer_lens.model_bridge.sources.native.model import NativeAttention
 
 CACHE_ARGUMENTS = ("past_key_values", "layer_past", "past_key_value")
 POSITION_ARGUMENTS = ("position_ids", "position_embeddings")
@@ -41,8 +43,7 @@ class Run:
         logits: ``[batch, pos, d_vocab]``.
         resid: the residual stream before each block and, last, after the final one: a list of
             n_layers + 1 tensors ``[batch, pos, d_model]``.
-        keys: per layer ``[batch, kv_head, pos, d_head]`` as the block's attention used them,
-            None where the block offers no key-value cache to read them from.
+        keys: per layer ``[batch, kv_head, pos, d_head]`` as the block's attention used them.
         values: the same for values.
         arguments: per layer, the other arguments the block was called with, by name.
     """
@@ -50,8 +51,8 @@ class Run:
     tokens: Tensor
     logits: Tensor
     resid: list[Tensor]
-    keys: list[Tensor | None] = field(default_factory=list)
-    values: list[Tensor | None] = field(default_factory=list)
+    keys: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
     arguments: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -109,11 +110,12 @@ def capture(model: Any, tokens: Tensor) -> Run:
     """Run the model once on ``tokens`` [batch, pos] and keep what resuming it needs.
 
     Raises:
-        Unsupported: if the model's blocks are not called with a hidden state they return.
+        Unsupported: if the model's blocks are not called with a hidden state they return, or
+            write no keys and values to a cache.
     """
     n_layers = len(model.blocks)
     hidden: list[Tensor | None] = [None] * (n_layers + 1)
-    recorders: list[_Recorder | None] = [None] * n_layers
+    recorders = [_Recorder() for _ in range(n_layers)]
     arguments: list[dict[str, Any]] = [{} for _ in range(n_layers)]
 
     def before(layer: int) -> Callable[..., Any]:
@@ -126,7 +128,7 @@ def capture(model: Any, tokens: Tensor) -> Run:
             hidden[layer] = states.clone()
             for name in CACHE_ARGUMENTS:
                 if named.get(name) is not None:
-                    recorders[layer] = named[name] = _Recorder()
+                    named[name] = recorders[layer]
             arguments[layer] = named
             return (states,), named
 
@@ -140,6 +142,8 @@ def capture(model: Any, tokens: Tensor) -> Run:
         for layer, block in enumerate(model.blocks)
     ]
     handles.append(model.blocks[-1].register_forward_hook(after_last))
+    for block, recorder in zip(model.blocks, recorders, strict=True):
+        handles += _listen_to_native(block, recorder)
     try:
         logits = model(tokens, return_type="logits")
     finally:
@@ -147,14 +151,79 @@ def capture(model: Any, tokens: Tensor) -> Run:
             handle.remove()
     if any(states is None for states in hidden):
         raise Unsupported("not every block ran in a forward pass")
+    for layer, recorder in enumerate(recorders):
+        _rotate_native(model.blocks[layer], recorder, arguments[layer])
+        if recorder.keys is None or recorder.values is None:
+            raise Unsupported(f"block {layer} writes no keys and values to a cache")
     return Run(
         tokens=tokens,
         logits=logits,
         resid=[states for states in hidden if states is not None],
-        keys=[recorder.keys if recorder else None for recorder in recorders],
-        values=[recorder.values if recorder else None for recorder in recorders],
+        keys=[recorder.keys for recorder in recorders],
+        values=[recorder.values for recorder in recorders],
         arguments=arguments,
     )
+
+
+def _native_attention(block: Any) -> NativeAttention | None:
+    """The attention of TransformerLens's own models, the one that takes no key-value cache."""
+    attention = getattr(getattr(block, "attn", None), "original_component", None)
+    return attention if isinstance(attention, NativeAttention) else None
+
+
+def _listen_to_native(block: Any, recorder: _Recorder) -> list[Any]:
+    """Keep the keys and values that a native attention computes; gives the hooks to remove."""
+    attention = _native_attention(block)
+    if attention is None:
+        return []
+
+    def keep(what: str) -> Callable[..., None]:
+        def hook(linear: Any, args: tuple[Any, ...], output: Tensor) -> None:
+            heads = output.unflatten(-1, (attention.n_kv_heads, attention.d_head))
+            setattr(recorder, what, heads.transpose(1, 2))
+
+        return hook
+
+    return [
+        attention.k.register_forward_hook(keep("keys")),
+        attention.v.register_forward_hook(keep("values")),
+    ]
+
+
+def _rotate_native(block: Any, recorder: _Recorder, arguments: dict[str, Any]) -> None:
+    attention = _native_attention(block)
+    if attention is not None and attention.rotary is not None and recorder.keys is not None:
+        positions = arguments.get("position_ids")
+        keys = recorder.keys
+        _, recorder.keys = attention.rotary.apply_rope(keys, keys, position_ids=positions)
+
+
+def _native_with_cache(
+    attention: NativeAttention,
+    cache: _Prefix,
+    hidden_states: Tensor,
+    attention_mask: Tensor,
+    position_ids: Tensor | None = None,
+    pattern_fn: Callable[[Tensor], Tensor] | None = None,
+    **_: Any,
+) -> tuple[Tensor, Tensor]:
+    """What ``NativeAttention.forward`` computes, with a cache before it and an additive mask."""
+    q, k, v = (
+        linear(hidden_states).unflatten(-1, (-1, attention.d_head)).transpose(1, 2)
+        for linear in (attention.q, attention.k, attention.v)
+    )
+    if attention.rotary is not None:
+        q, k = attention.rotary.apply_rope(q, k, position_ids=position_ids)
+    k, v = cache.update(k, v)
+    if attention.kv_repeats > 1:
+        k, v = (part.repeat_interleave(attention.kv_repeats, dim=1) for part in (k, v))
+    scores = q @ k.transpose(-2, -1) / attention.scale
+    if (cap := attention.attn_scores_soft_cap) > 0:
+        scores = cap * torch.tanh(scores / cap)
+    pattern = torch.softmax(scores + attention_mask, dim=-1)
+    if pattern_fn is not None:
+        pattern = pattern_fn(pattern)
+    return attention.o((pattern @ v).transpose(1, 2).flatten(2)), pattern
 
 
 def _named_arguments(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -217,15 +286,21 @@ class Layout:
         self.columns = torch.cat([before, self.positions], dim=1)
         self.column_owner = torch.cat([torch.full_like(before, -2), self.owner], dim=1)
 
-    def visible(self, prefix_rows: bool) -> Tensor:
-        """bool ``[group, row, column]``; rows include the prefix if it is run along."""
-        start, owner = self.start, self.owner
-        if prefix_rows:
-            before = torch.full_like(self.columns[:, : self.prefix], self.prefix)
-            start, owner = torch.cat([before, start], dim=1), self.column_owner
-        is_prefix = self.column_owner[:, None, :] == -2
-        own = owner[:, :, None] == self.column_owner[:, None, :]
-        return torch.where(is_prefix, self.columns[:, None, :] < start[:, :, None], own)
+    def visible(self) -> Tensor:
+        """Which columns each slot may attend to: bool ``[group, slot, column]``."""
+        before = self.columns[:, None, :] < self.start[:, :, None]
+        own = self.owner[:, :, None] == self.column_owner[:, None, :]
+        return torch.where(self.column_owner[:, None, :] == -2, before, own)
+
+
+def groups_of(layout: Layout, groups: Tensor) -> Layout:
+    """The layout of some groups alone."""
+    return Layout(
+        positions=layout.positions[groups],
+        owner=layout.owner[groups],
+        start=layout.start[groups],
+        prefix=layout.prefix,
+    )
 
 
 def rows_of(layout: Layout, slots: Tensor) -> Layout:
@@ -249,16 +324,14 @@ def run_block_rows(
     """
     groups, batch, _, d_model = states.shape
     cache = _prefix_cache(run, layer, layout, groups, _KeysOnly)
-    arguments = _with_cache(_pack_arguments(run, layer, layout, False), cache)
     try:
-        model.blocks[layer](states.flatten(0, 1), **arguments)
+        _call_block(model, run, layer, layout, states.flatten(0, 1), cache)
         raise Unsupported(f"block {layer} does not use the key-value cache it is given")
     except _KeysComputed:
         pass
     rows = states.gather(2, slots[:, None, :, None].expand(-1, batch, -1, d_model))
-    arguments = _pack_arguments(run, layer, rows_of(layout, slots), False)
-    arguments = _with_cache(arguments, _Complete(cache.keys, cache.values))
-    output = _tensor_of(model.blocks[layer](rows.flatten(0, 1), **arguments))
+    cache = _Complete(cache.keys, cache.values)
+    output = _call_block(model, run, layer, rows_of(layout, slots), rows.flatten(0, 1), cache)
     return output.reshape(rows.shape)
 
 
@@ -276,48 +349,48 @@ def _prefix_cache(
     )
 
 
-def _with_cache(arguments: dict[str, Any], cache: _Prefix) -> dict[str, Any]:
-    return {
-        name: cache if isinstance(value, _Recorder) else value for name, value in arguments.items()
+def _call_block(
+    model: Any, run: Run, layer: int, layout: Layout, rows: Tensor, cache: _Prefix
+) -> Tensor:
+    """One block on ``rows`` [group * batch, slot, d_model], attending to ``cache`` as well."""
+    block = model.blocks[layer]
+    arguments = {
+        name: cache if isinstance(value, _Recorder) else value
+        for name, value in _pack_arguments(run, layer, layout).items()
     }
+    attention = _native_attention(block)
+    if attention is None:
+        return _tensor_of(block(rows, **arguments))
+    attention.forward = partial(_native_with_cache, attention, cache)
+    try:
+        return _tensor_of(block(rows, **arguments))
+    finally:
+        del attention.forward
 
 
 def run_block(model: Any, run: Run, layer: int, layout: Layout, states: Tensor) -> Tensor:
     """Run one block on a pack, each token seeing just its own patched run.
 
     ``states`` and the result are ``[group, batch, slot, d_model]``. The unpatched prefix comes
-    from ``run``: as cached keys and values where the block takes a cache, else as tokens run
-    along in front of the pack.
+    from ``run``, as cached keys and values.
 
     Raises:
         Unsupported: if the block takes an argument that we do not know how to slice.
     """
-    groups, batch, slots, d_model = states.shape
-    in_sequence = run.keys[layer] is None
-    arguments = _pack_arguments(run, layer, layout, in_sequence)
-    rows = states.reshape(groups * batch, slots, d_model)
-    if in_sequence:
-        prefix = run.resid[layer][:, : layout.prefix].expand(groups, -1, -1, -1)
-        rows = torch.cat([prefix.reshape(groups * batch, layout.prefix, d_model), rows], dim=1)
-    else:
-        cache = _prefix_cache(run, layer, layout, groups, _Prefix)
-        arguments = _with_cache(arguments, cache)
-    output = _tensor_of(model.blocks[layer](rows, **arguments))
-    if in_sequence:
-        output = output[:, layout.prefix :]
-    return output.reshape(groups, batch, slots, d_model)
+    cache = _prefix_cache(run, layer, layout, len(states), _Prefix)
+    return _call_block(model, run, layer, layout, states.flatten(0, 1), cache).reshape(states.shape)
 
 
-def _pack_arguments(run: Run, layer: int, layout: Layout, in_sequence: bool) -> dict[str, Any]:
+def _pack_arguments(run: Run, layer: int, layout: Layout) -> dict[str, Any]:
     """The captured arguments of a block, sliced to the rows and columns of a pack."""
     captured = run.arguments[layer]
-    key = (id(captured.get("attention_mask")), id(captured.get("position_embeddings")), in_sequence)
+    key = (id(captured.get("attention_mask")), id(captured.get("position_embeddings")))
     if key not in layout._arguments:
         sliced: dict[str, Any] = {}
-        rows = layout.columns if in_sequence else layout.positions
+        rows = layout.positions
         for name, value in captured.items():
             if name == "attention_mask":
-                sliced[name] = _pack_mask(value, run, layout, rows, in_sequence)
+                sliced[name] = _pack_mask(value, run, layout)
             elif name in POSITION_ARGUMENTS and isinstance(value, Tensor):
                 sliced[name] = _take_positions(value, rows, run)
             elif name in POSITION_ARGUMENTS and isinstance(value, tuple):
@@ -334,9 +407,7 @@ def _pack_arguments(run: Run, layer: int, layout: Layout, in_sequence: bool) -> 
     return layout._arguments[key]
 
 
-def _pack_mask(
-    mask: Tensor | None, run: Run, layout: Layout, rows: Tensor, in_sequence: bool
-) -> Tensor:
+def _pack_mask(mask: Tensor | None, run: Run, layout: Layout) -> Tensor:
     """The block's own mask, additive, gathered for a pack: ``[group * batch or 1, 1, row, col]``.
 
     Gathering from the captured mask keeps sliding windows, padding and added biases as they are.
@@ -351,8 +422,8 @@ def _pack_mask(
         mask = torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill(~mask, lowest)
     if mask.shape[1] != 1 or mask.shape[-2:] != (n_pos, n_pos):
         raise Unsupported(f"an attention mask of shape {tuple(mask.shape)} cannot be sliced")
-    gathered = mask[:, 0][:, rows[:, :, None], layout.columns[:, None, :]]
-    gathered = gathered.masked_fill(~layout.visible(in_sequence), lowest)
+    gathered = mask[:, 0][:, layout.positions[:, :, None], layout.columns[:, None, :]]
+    gathered = gathered.masked_fill(~layout.visible(), lowest)
     return _flatten_batch(gathered, run)[:, None]
 
 

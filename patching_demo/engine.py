@@ -35,6 +35,7 @@ from patching_demo.bridge import (
     Layout,
     Run,
     Unsupported,
+    groups_of,
     hooked,
     logits_from_resid,
     run_block,
@@ -42,11 +43,10 @@ from patching_demo.bridge import (
     some_logits_from_resid,
 )
 
-# A block call is most efficient with a few hundred tokens; a sequence much longer than this
-# spends its time on attention between runs that may not see each other. Where the prefix must
-# be run along with every sequence, a longer one carries it for more runs.
-SLOTS = {"cached prefix": 32, "prefix run along": 96}
-CALL_TOKENS = {"cpu": 1024, "cuda": 16384}
+# A block call is most efficient with a thousand tokens or more; a sequence longer than this spends
+# its time on attention between runs that may not see each other.
+SLOTS = 16
+CALL_TOKENS = {"cpu": 2048, "cuda": 16384}
 
 
 @dataclass(frozen=True)
@@ -162,8 +162,8 @@ class Pack:
         slot_of: int64 ``[cell, pos]``, group * slots + slot, or -1 where not recomputed.
     """
 
-    def __init__(self, run: Run, members: Sequence[tuple[Cell, Sequence[int]]], slots: int) -> None:
-        self.run, self.slots = run, slots
+    def __init__(self, run: Run, members: Sequence[tuple[Cell, Sequence[int]]]) -> None:
+        self.run = run
         self.cells: list[Cell] = []
         self._tokens: list[tuple[int, int, int, int, int]] = []
         self._cursor = (0, 0)
@@ -174,7 +174,7 @@ class Pack:
         group, slot = self._cursor
         for cell, positions in members:
             owner = len(self.cells)
-            if slot and slot + len(positions) > self.slots:
+            if slot and slot + len(positions) > SLOTS:
                 group, slot = group + 1, 0
             start = positions[0]
             for position in positions:
@@ -236,20 +236,26 @@ class Pack:
 
     def step(self, model: Any, layer: int, read: frozenset[int] | None = None) -> None:
         """Move every run through one block; in the last, only the positions that are read."""
-        if read is not None and self.run.keys[layer] is not None:
-            wanted = torch.isin(
-                self.layout.positions, torch.tensor(sorted(read), device=self.flat.device)
-            )
-            wanted &= self.layout.owner >= 0
-            most = int(wanted.sum(dim=1).max())
-            if most <= wanted.shape[1] // 2:
+        if read is None:
+            self.states = run_block(model, self.run, layer, self.layout, self.states)
+            return
+        positions, owner = self.layout.positions, self.layout.owner
+        wanted = torch.isin(positions, torch.tensor(sorted(read), device=positions.device))
+        wanted &= owner >= 0
+        count = wanted.sum(dim=1)
+        few = count <= wanted.shape[1] // 2
+        for groups in (few.nonzero()[:, 0], (~few).nonzero()[:, 0]):
+            if not len(groups):
+                continue
+            layout, states = groups_of(self.layout, groups), self.states[groups]
+            if few[groups[0]]:
                 # The rows of a group that reads fewer are filled up with other tokens of it.
-                slots = wanted.long().argsort(dim=1, descending=True, stable=True)[:, :most]
-                done = run_block_rows(model, self.run, layer, self.layout, self.states, slots)
-                groups = torch.arange(len(slots), device=slots.device)[:, None]
-                self.states[groups, :, slots] = done.transpose(1, 2)
-                return
-        self.states = run_block(model, self.run, layer, self.layout, self.states)
+                most = int(count[groups].max())
+                slots = wanted[groups].long().argsort(dim=1, descending=True, stable=True)[:, :most]
+                done = run_block_rows(model, self.run, layer, layout, states, slots)
+                self.states[groups[:, None], :, slots] = done.transpose(1, 2)
+            else:
+                self.states[groups] = run_block(model, self.run, layer, layout, states)
 
 
 def chunked(
@@ -278,7 +284,6 @@ class Front:
     clean: Mapping[str, Tensor]
     end: int
     call_tokens: int
-    slots: int
     packs: list[Pack] = field(default_factory=list)
 
     def enter(self, layer: int, cells: Sequence[Cell], changed: Callable[[Cell], Any]) -> None:
@@ -299,7 +304,7 @@ class Front:
                 open_pack.add(fits, resid)
             else:
                 first, fits = 0, next(chunked(members, batch, self.call_tokens))
-                open_pack = Pack(self.run, fits, self.slots)
+                open_pack = Pack(self.run, fits)
                 open_pack.fill(resid)
                 self.packs.append(open_pack)
             members = members[len(fits) :]
@@ -328,9 +333,9 @@ class Front:
         ]
         outputs: dict[int, Any] = {}
         for chunk in chunked(members, len(self.run.tokens), self.call_tokens):
-            pack = Pack(self.run, chunk, self.slots)
+            pack = Pack(self.run, chunk)
             pack.fill(self.run.resid[layer])
-            with _patch_hooks(self.model, pack, self.clean, self.run.keys[layer] is None):
+            with _patch_hooks(self.model, pack, self.clean):
                 pack.step(self.model, layer)
             for index, (cell, positions) in enumerate(chunk):
                 flat = pack.slot_of[index, torch.as_tensor(positions)]
@@ -341,11 +346,8 @@ class Front:
 class _patch_hooks:  # noqa: N801 (used as a context manager, like a function)
     """Patch every cell of an entry pack: one hook per hook name, all rows at once."""
 
-    def __init__(
-        self, model: Any, pack: Pack, clean: Mapping[str, Tensor], in_sequence: bool
-    ) -> None:
+    def __init__(self, model: Any, pack: Pack, clean: Mapping[str, Tensor]) -> None:
         self.model, self.pack, self.clean = model, pack, clean
-        self.offset = pack.layout.prefix if in_sequence else 0
 
     def __enter__(self) -> None:
         by_name: dict[str, list[int]] = {}
@@ -375,7 +377,7 @@ class _patch_hooks:  # noqa: N801 (used as a context manager, like a function)
         device = pack.flat.device
         owner, position, head = torch.tensor(chosen, dtype=torch.int64, device=device).T
         flat = pack.slot_of[owner, position]
-        group, slot = flat // slots, flat % slots + self.offset
+        group, slot = flat // slots, flat % slots
         clean = self.clean[name].to(device)
 
         def set_vectors(activation: Tensor, hook: Any = None) -> Tensor:
@@ -391,7 +393,7 @@ class _patch_hooks:  # noqa: N801 (used as a context manager, like a function)
             view = activation.view(groups, batch, *activation.shape[1:])
             rows = clean[:, head, position].transpose(0, 1).to(view.dtype)  # [token, batch, src]
             sources = pack.layout.columns[group]  # [token, column]
-            seen = pack.layout.visible(False)[group, flat % slots]
+            seen = pack.layout.visible()[group, slot]
             patched = rows.gather(2, sources[:, None].expand(-1, batch, -1))
             one_source = torch.tensor(
                 [
@@ -565,7 +567,7 @@ def sweep_cells(
     """
     n_layers = len(run.resid) - 1
     end = scorer.last_read + 1
-    front = Front(model, run, clean, end, call_tokens, _slots(model, run, cells, end))
+    front = Front(model, run, clean, end, call_tokens)
     rider = Cell(-1, None, "", 0, (min(cell.start for cell in cells),))
     nothing: tuple[tuple[int, ...], None] = ((), None)
     if passenger:
@@ -600,16 +602,6 @@ def sweep_cells(
     place = {row: index for index, row in enumerate(order)}
     scored = torch.cat(values, dim=1)
     return scored[:, torch.tensor([place[cell.row] for cell in cells], device=scored.device)]
-
-
-def _slots(model: Any, run: Run, cells: Sequence[Cell], end: int) -> int:
-    """How many tokens one sequence of a pack may hold."""
-    if all(keys is not None for keys in run.keys):
-        return SLOTS["cached prefix"]
-    room = model.cfg.n_ctx - max(cell.start for cell in cells)
-    if room < end - min(cell.start for cell in cells):
-        raise Unsupported(f"prompts of {end} tokens leave no room to pack in {model.cfg.n_ctx}")
-    return min(SLOTS["prefix run along"], room)
 
 
 def tolerance(dtype: torch.dtype) -> float:

@@ -26,6 +26,8 @@ from patching_demo.store import CellStore
 
 SHARE_OF_FREE_MEMORY = 0.25
 FEWEST_CELLS = 4  # With fewer live cells the plain loop costs no more than setting up.
+CELLS_PER_RECHECK = 2000
+MOST_RECHECKS = 4
 
 
 class SweepMismatch(RuntimeError):
@@ -38,8 +40,8 @@ class Options:
 
     Attributes:
         memory: bytes the patched runs may take; by default a quarter of what is free.
-        check: how many cells to recheck with plain forward passes; by default one or two, 0 for
-            none.
+        check: how many cells to recheck with plain forward passes; by default one to four, the
+            more the longer the sweep, 0 for none.
         seed: chooses the cells to recheck.
         progress: whether to show a progress bar over cells.
         store: a file that keeps finished cells and from which an interrupted sweep resumes.
@@ -106,7 +108,7 @@ def run_cells(
     values = scorer.baseline[:, None].repeat(1, len(cells), *(1,) * (scorer.baseline.ndim - 1))
     with CellStore.open(options.store, model, tokens, clean, cells, scorer.probe) as store:
         todo = store.unfinished(values)
-        live = _live(todo, run, scorer) if run else list(todo)
+        live = patched = _live(todo, run, scorer) if run else list(todo)
         alive = {cell.row for cell in live}
         store.finish(values, [cell for cell in todo if cell.row not in alive])
         with _Progress(len(cells), len(cells) - len(live), options.progress) as bar:
@@ -123,7 +125,7 @@ def run_cells(
                 store.finish(values, [cell])
                 bar.advance(1)
         if not reasons:
-            _recheck(model, tokens, clean, cells, scorer, values, options)
+            _recheck(model, tokens, clean, cells, patched, scorer, values, options)
     return values, scorer.baseline
 
 
@@ -240,19 +242,25 @@ def _recheck(
     tokens: Tensor,
     clean: Mapping[str, Tensor],
     cells: Sequence[Cell],
+    patched: Sequence[Cell],
     scorer: Scorer,
     values: Tensor,
     options: Options,
 ) -> None:
-    """Compare a few cells, chosen at random, with plain forward passes."""
+    """Compare a few cells, chosen at random, with plain forward passes.
+
+    The first is one that was computed, where there is any; others may be ones that were skipped.
+    """
     count = options.check
     if count is None:
-        count = 1 if len(cells) < 64 else 2
-    rng = np.random.default_rng(options.seed)
-    chosen = rng.choice(len(cells), size=min(count, len(cells)), replace=False)
-    rechecked = [cells[int(index)] for index in chosen]
-    if not rechecked:
+        count = min(1 + len(cells) // CELLS_PER_RECHECK, MOST_RECHECKS)
+    if not count:
         return
+    rng = np.random.default_rng(options.seed)
+    first = rng.choice([cell.row for cell in patched or cells])
+    others = rng.permutation([cell.row for cell in cells if cell.row != first])
+    by_row = {cell.row: cell for cell in cells}
+    rechecked = [by_row[int(row)] for row in (first, *others[: count - 1])]
     plain = _plain_values(model, tokens, clean, rechecked, scorer)
     for cell, expected in zip(rechecked, plain, strict=True):
         found = values[:, cell.row]

@@ -2,7 +2,7 @@
 
 Each shows one thing that a sweep must get right: sliding windows, soft caps, norms after the
 attention, norms of queries and keys, a bias added to the attention scores (ALiBi), attention that
-the hooks only watch (OPT, GPT-Neo, GPT-J).
+the hooks only watch (OPT, GPT-Neo, GPT-J), TransformerLens's own attention with all its options.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import transformers
 from tiny import D_VOCAB, N_CTX, tokenizer
+from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.model_bridge import TransformerBridge
 
 _LLAMA_LIKE = dict(
@@ -82,7 +83,7 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 #: Those that the fast engine serves.
-FAST = ("gemma2", "gemma3", "mistral", "qwen3", "olmo2")
+FAST = ("gemma2", "gemma3", "mistral", "qwen3", "olmo2", "native")
 #: Those whose attention pattern can be read but not patched.
 PATTERN_NOT_LIVE = ("opt", "gpt-neo", "gpt-j")
 
@@ -90,6 +91,8 @@ PATTERN_NOT_LIVE = ("opt", "gpt-neo", "gpt-j")
 @lru_cache(None)
 def model(name: str) -> TransformerBridge:
     """A shared tiny model in compatibility mode and eval mode; leave it as it was."""
+    if name == "native":
+        return _native()
     hub_name, family, settings = ARCHITECTURES[name]
     config_name = "Gemma3TextConfig" if family == "Gemma3" else f"{family}Config"
     config = getattr(transformers, config_name)(vocab_size=D_VOCAB, **settings)
@@ -106,5 +109,30 @@ def model(name: str) -> TransformerBridge:
     bridge = TransformerBridge.boot_transformers(
         hub_name, hf_model=inner, tokenizer=tokenizer(), device="cpu"
     )
+    bridge.enable_compatibility_mode()
+    return bridge.eval()
+
+
+def _native() -> TransformerBridge:
+    """TransformerLens's own model: rotary positions, grouped-query heads, soft caps, gated MLP."""
+    config = TransformerBridgeConfig(
+        n_layers=2,
+        d_model=32,
+        n_heads=4,
+        n_key_value_heads=2,
+        d_head=8,
+        d_mlp=48,
+        n_ctx=N_CTX,
+        d_vocab=D_VOCAB,
+        act_fn="silu",
+        gated_mlp=True,
+        normalization_type="RMS",
+        positional_embedding_type="rotary",
+        rotary_dim=4,
+        attn_scores_soft_cap=2.0,
+        initializer_range=0.2,
+        seed=0,
+    )
+    bridge = TransformerBridge.boot_native(config)
     bridge.enable_compatibility_mode()
     return bridge.eval()

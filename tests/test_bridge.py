@@ -82,6 +82,28 @@ def test_attention_writes_to_a_cache_passed_by_keyword(name: str) -> None:
         assert keys.shape[:3] == values.shape[:3] == (batch, heads, n_pos)
 
 
+@pytest.mark.parametrize("name", ["attn-only", "native"])
+def test_native_attention_with_a_cache_is_its_own_forward(name: str) -> None:
+    """NativeAttention's parts (q, k, v, o, rotary, scale, soft cap), and what hooks k and v give.
+
+    The second half of a prompt, run behind the first half's keys and values, ends as in the whole.
+    """
+    model, tokens = oracle.model(name), pair(name).corrupted
+    run = bridge.capture(model, tokens)
+    half, n_pos = tokens.shape[1] // 2, tokens.shape[1]
+    layout = bridge.Layout(
+        positions=torch.arange(half, n_pos)[None],
+        owner=torch.zeros(1, n_pos - half, dtype=torch.int64),
+        start=torch.full((1, n_pos - half), half),
+        prefix=half,
+    )
+    for layer in range(model.cfg.n_layers):
+        found = bridge.run_block(model, run, layer, layout, run.resid[layer][None, :, half:])
+        assert torch.allclose(found[0], run.resid[layer + 1][:, half:], rtol=1e-5, atol=1e-5)
+        attention = bridge._native_attention(model.blocks[layer])
+        assert "forward" not in vars(attention)
+
+
 @MODELS
 def test_logits_are_unembed_of_ln_final_and_a_soft_cap(name: str) -> None:
     """model.ln_final, model.unembed and cfg.output_logits_soft_cap."""

@@ -25,7 +25,7 @@ from oracle import (
 )
 from torch import Tensor
 
-from patching_demo import checks, patching, runner
+from patching_demo import bridge, checks, patching, runner
 
 QUIET = {"progress": False}
 
@@ -706,9 +706,10 @@ def test_a_hook_that_is_never_called_is_refused() -> None:
         )
 
 
-def test_prompts_that_leave_no_room_to_pack_take_the_plain_loop() -> None:
-    """A model whose prefix must be run along, and prompts that fill its context."""
-    model = tiny.model("attn-only")
+@pytest.mark.parametrize("name", ["attn-only", "gpt2"])
+def test_prompts_may_fill_the_context(name: str, no_plain_loop: None) -> None:
+    """A pack stands behind its prefix, and may be longer than what the context leaves room for."""
+    model = tiny.model(name)
     data = make_pair(model, batch=1, n_pos=tiny.N_CTX, differ=(0,))
     metric = data.metrics["difference"]
     index = pd.DataFrame({"layer": [0, 0, 1, 1, 1], "pos": [0, 62, 1, 30, 62]})
@@ -718,11 +719,20 @@ def test_prompts_that_leave_no_room_to_pack_take_the_plain_loop() -> None:
         wanted = plain_patching.generic_activation_patch(
             *arguments, setter, "resid_pre", index_df=index
         )
-    with pytest.warns(UserWarning, match="prompts of 64 tokens leave no room to pack in 64"):
-        found = patching.generic_activation_patch(
-            *arguments, setter, "resid_pre", index_df=index, **QUIET
-        )
+    found = patching.generic_activation_patch(
+        *arguments, setter, "resid_pre", index_df=index, **QUIET
+    )
     assert_close(found, wanted, metric_axis=False)
+
+
+def test_a_block_that_keeps_no_keys_and_values_takes_the_plain_loop(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bridge, "_listen_to_native", lambda block, recorder: [])
+    with pytest.warns(UserWarning, match="block 0 writes no keys and values to a cache"):
+        found = sweep_of("attn-only", "resid_pre", metrics=oracle.all_logits)
+    monkeypatch.undo()
+    assert torch.allclose(found, sweep_of("attn-only", "resid_pre", metrics=oracle.all_logits))
 
 
 def test_a_model_that_cannot_be_resumed_takes_the_plain_loop(
