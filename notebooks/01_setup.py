@@ -62,8 +62,9 @@ patching_diagram()
 # Moving clean activations into a corrupted run is called *denoising*. It finds activations that
 # are **enough** to bring an answer back. The other direction, *noising*, finds those that the
 # answer **needs**. The two are different questions ([Heimersheim and Nanda,
-# 2024](https://arxiv.org/abs/2404.15255)). This book denoises throughout. The method is also known
-# as causal tracing ([Meng et al., 2022](https://arxiv.org/abs/2202.05262)).
+# 2024](https://arxiv.org/abs/2404.15255)). This book denoises, but for one figure of the third
+# chapter, which says so. The method is also known as causal tracing ([Meng et al.,
+# 2022](https://arxiv.org/abs/2202.05262)).
 
 # %% [markdown]
 # ## Where this runs

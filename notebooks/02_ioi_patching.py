@@ -149,8 +149,8 @@ notebook.say(
 # MLP. Patching the *stream* asks what has gathered up to here. Patching an *output* asks what this
 # layer adds.
 #
-# First the stream in the middle of each layer, after attention and before the MLP. Expect the same
-# staircase, as only one part lies between the two.
+# First the stream in the middle of each layer, after attention and before the MLP. **Expect** the
+# same staircase, as only one part lies between the two.
 
 # %%
 plots.heatmap(
@@ -174,8 +174,8 @@ plots.heatmap(
 notebook.largest(blocks.sel(kind="attn_out"))
 
 # %% [markdown]
-# And MLP outputs. An MLP works at one position by itself. It can prepare the name at S2, in the
-# first layers, but it cannot move it to END.
+# And MLP outputs. An MLP works at one position by itself. So **expect** MLPs to matter at S2 in the
+# first layers, where they prepare the name, and to do less than attention at END.
 
 # %%
 plots.heatmap(blocks.sel(kind="mlp_out"), title="Clean MLP outputs patched into the corrupted run")
@@ -219,6 +219,8 @@ notebook.largest(heads.sel(kind="out"), 8)
 # %% [markdown]
 # Orange heads move the answer *away* from the clean one: with their clean output the corrupted run
 # does worse. In GPT-2 small such heads have been described as *negative name movers*.
+#
+# Where the heads of this table look is shown <a href="#attention">further down</a>.
 
 # %% [markdown]
 # ## How: query, key, value, pattern
@@ -229,6 +231,10 @@ notebook.largest(heads.sel(kind="out"), 8)
 # - A head whose **query** or **pattern** matters looks to another place in the two runs.
 # - A head whose **value** matters looks to the same place in both, and finds something else there.
 # - A head whose **output** matters, but nothing else does, needs several of them at once.
+#
+# Both prompts are the same up to S2. So a head that looks back from S2 or END to the two names
+# meets the same keys in both runs. **Expect** keys to do little. And where a pattern matters,
+# **expect** its query to matter too, as that is what made it another one.
 
 # %%
 for kind, what in (("q", "queries"), ("k", "keys"), ("v", "values"), ("pattern", "patterns")):
@@ -262,29 +268,31 @@ notebook.say(
 )
 
 # %% [markdown]
+# <a id="attention"></a>
 # ### What the strongest heads look at
 #
-# Here are the attention patterns of two heads: the one that brings back most by its output, and
-# the one that does so by its pattern. Look at the rows of S2 and END. A head that looks, from S2, at
-# what followed the same name before is an *induction head*; the next chapter is about those.
+# Here are the attention patterns of the heads with the largest effects of output, pattern or query.
+# Choose one in the menu, and look at its rows of S2 and END. A head that looks, from S2, at what
+# followed the same name before is an *induction head*; the next chapter is about those.
 
 # %%
+plots.attention_patterns(
+    model,
+    task.clean_tokens,
+    chapter_claims.heads_to_look_at(heads),
+    task.position_labels,
+    title="Where the strongest heads look, in the clean run",
+)
+
+# %% tags=["remove-input"]
 for kind, what in (("out", "output"), ("pattern", "pattern")):
     layer, head = chapter_claims.top_head(heads.sel(kind=kind))
-    plots.attention_pattern(
-        model,
-        task.clean_tokens,
-        layer,
-        head,
-        task.position_labels,
-        title=f"L{layer}H{head}, the strongest head by {what}",
-    ).show()
     where = {
         name: chapter_claims.most_attended(model, task, layer, head, place)
         for name, place in (("S2", S2), ("END", END))
     }
     notebook.say(
-        f"**L{layer}H{head}** looks most at "
+        f"**L{layer}H{head}**, the strongest head by {what}, looks most at "
         + " and ".join(
             f"`{label}` from {name} ({share:.0%} of its attention)"
             for name, (label, share) in where.items()
@@ -302,7 +310,8 @@ chapter_claims.ioi_heads(heads).show()
 # book is trimmed to the rows with the largest effects; a button shows the rest.
 #
 # **Expect** two columns to stand out, S2 and END. Heads that matter at S2 prepare; heads that
-# matter at END write the answer.
+# matter at END write the answer, and sit in later layers. What a head looks at is in the figure
+# <a href="#attention">above</a>.
 
 # %%
 position_sweeps = sweep_metrics(model, tasks, HEAD_KINDS, by="pos")
@@ -346,10 +355,24 @@ chapter_claims.gpt2_small_heads(heads, by_position).show()
 # %% [markdown]
 # ## Turn the knobs
 #
-# Choose what to patch and the score; the slider chooses the layer. All of it was computed above.
+# Choose what to patch and the score; the slider chooses the layer. All of it was computed above, so
+# it works without a kernel.
 
 # %%
 plots.explore(combine(position_sweeps, dim="metric"))
+
+# %% [markdown]
+# ## Patch prompts of your own
+#
+# In Jupyter or Colab, the cell below opens a panel. Type a clean and a corrupted prompt, and a
+# right and a wrong answer. The panel says what does not fit as you type. **Run** starts the sweep
+# and **Stop** ends it. A click on a cell shows its numbers. **copy as code** gives the lines that
+# repeat the sweep.
+
+# %%
+from patching_demo.explorer import explore
+
+explore(model)
 
 # %% [markdown]
 # ## Can you say it?

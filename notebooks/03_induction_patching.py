@@ -136,12 +136,14 @@ notebook.say(
 # %% [markdown]
 # ## What that head looks at
 #
-# If this is an induction head, its attention should show it. From each position of the second copy
-# it should look at the token *after* the first occurrence: one diagonal, one copy's length minus
-# one to the left of the main one.
+# If this is an induction head, its attention should show it. From each position of the second copy,
+# **expect** it to look at the token *after* the first occurrence: one diagonal, one copy's length
+# minus one to the left of the main one. The menu has the other heads that stand out.
 
 # %%
-plots.attention_pattern(model, task.clean_tokens, layer, head, task.position_labels)
+plots.attention_patterns(
+    model, task.clean_tokens, chapter_claims.heads_to_look_at(heads, 2), task.position_labels
+)
 
 # %% [markdown]
 # The same number for every head: mean attention from the second copy to that diagonal.
@@ -230,7 +232,7 @@ notebook.say(
 )
 
 # %%
-plots.attention_pattern(model, task.clean_tokens, 0, early, task.position_labels)
+plots.attention_patterns(model, task.clean_tokens, [(0, early)], task.position_labels)
 
 # %%
 previous = chapter_claims.previous_token_attention(model, task)

@@ -204,7 +204,8 @@ notebook.say(
 # are compared with the output, which always works.
 
 # %%
-checks = chapter_claims.baselines(results)
+probabilities = {name: by_metric["probability"] for name, by_metric in measured.items()}
+checks = chapter_claims.baselines(results, probabilities)
 checks.show()
 
 # %% [markdown]

@@ -24,6 +24,7 @@ __all__ = [
     "crossing",
     "first_patch",
     "gpt2_small_heads",
+    "heads_to_look_at",
     "induction",
     "induction_attention",
     "ioi_blocks",
@@ -91,6 +92,20 @@ def strong_heads(result: xr.DataArray, part: float = 0.5) -> list[str]:
     return [str(label) for label in shares["head_label"].values[shares >= part * shares.max()]]
 
 
+def heads_to_look_at(heads: xr.DataArray, n: int = 3) -> list[tuple[int, int]]:
+    """The ``n`` heads with the largest effects by output, pattern and query, as (layer, head).
+
+    ``heads`` has dimensions kind, layer and head. The first of each kind come first, and no head
+    comes twice. Keys and values are left out, as several heads may share one.
+    """
+    found = []
+    for kind in ("out", "pattern", "q"):
+        effects = _effects(heads.sel(kind=kind)).transpose("layer", "head")
+        best = np.argsort(-effects.values, axis=None, kind="stable")[:n]
+        found.append([tuple(map(int, np.unravel_index(k, effects.shape))) for k in best])
+    return list(dict.fromkeys(pair for place in zip(*found, strict=True) for pair in place))
+
+
 def rank_of(values: xr.DataArray, layer: int, head: int) -> int:
     """The place of a head when heads are ordered by value, 1 for the largest."""
     return int((values > values.sel(layer=layer, head=head)).sum()) + 1
@@ -114,6 +129,12 @@ def _effects(result: xr.DataArray) -> xr.DataArray:
     """Absolute shares, 0 where there is nothing to patch."""
     values = abs(share(result)).fillna(0.0)
     return values.where(~values["agrees"], 0.0) if "agrees" in values.coords else values
+
+
+def _quarters(result: xr.DataArray) -> tuple[xr.DataArray, xr.DataArray]:
+    """The first and the last quarter of the layers, at least one layer each."""
+    size = max(result.sizes["layer"] // 4, 1)
+    return result.isel(layer=slice(0, size)), result.isel(layer=slice(-size, None))
 
 
 def _attention(model: Any, tokens: torch.Tensor, offset: int, start: int) -> xr.DataArray:
@@ -193,12 +214,28 @@ def first_patch(
     """
     shares = share(result)
     s2, end = positions_of(result)
-    spread = task.clean_baseline - task.corrupted_baseline
+    early, late = _quarters(shares)
+    clean, corrupted = task.clean_baseline, task.corrupted_baseline
+    spread = clean - corrupted
     apart = [
-        abs((value - task.corrupted_baseline) / spread - float(shares[layer, position]))
+        abs((value - corrupted) / spread - float(shares[layer, position]))
         for (layer, position), value in by_hand.items()
     ]
     checks = Checks("A first patch: expected and measured")
+    checks.at_least(
+        "the right name first",
+        "In the clean run the model prefers the right name: the clean baseline is above zero, as a "
+        "share of its distance from the corrupted one.",
+        clean / abs(spread) if spread else float("nan"),
+        0.25,
+    )
+    checks.at_most(
+        "the sign turned",
+        "Both batches hold the same prompts with right and wrong exchanged, so the two baselines "
+        "add up to zero.",
+        abs(clean + corrupted) / abs(spread) if spread else float("nan"),
+        0.01,
+    )
     checks.at_least(
         "layer 0, S2",
         "The patch replaces all that differs, so everything comes back.",
@@ -222,6 +259,18 @@ def first_patch(
         "A sweep gives the numbers of hand-written hooks; this is the largest disagreement.",
         max(apart),
         0.001,
+    )
+    checks.at_least(
+        "early, S2 has it",
+        "In the first quarter of the layers, the stream at S2 brings back nearly all (mean).",
+        float(early.isel(position=s2).mean()),
+        0.8,
+    )
+    checks.at_least(
+        "late, END has it",
+        "In the last quarter, the stream at END brings back most (mean).",
+        float(late.isel(position=end).mean()),
+        0.5,
     )
     return checks
 
@@ -268,6 +317,7 @@ def induction(
     out = _kind(denoised, "out")
     whole = float(out.max())
     layer, head = top_head(out)
+    broken = share(noised)
     label = str(out["head_label"].sel(layer=layer, head=head).item())
     checks = Checks("Induction: expected and measured")
     checks.at_least(
@@ -320,7 +370,13 @@ def induction(
         2,
         units="(place)",
     )
-    first = share(noised).sel(layer=[0])
+    checks.at_least(
+        "what brings it back is needed too",
+        f"With the output of {label} corrupted in the clean run, a part of the score is lost.",
+        float(broken.sel(layer=layer, head=head)),
+        0.1,
+    )
+    first = broken.sel(layer=[0])
     _, early = top_head(first)
     label = f"L0H{early}"
     checks.at_least(
@@ -382,7 +438,9 @@ _WHY = {
 }
 
 
-def baselines(results: Mapping[str, xr.DataArray]) -> Checks:
+def baselines(
+    results: Mapping[str, xr.DataArray], probabilities: Mapping[str, xr.DataArray]
+) -> Checks:
     """Which kinds bring the score back, for each corrupted input.
 
     What counts is the score above guessing, which is the corrupted baseline of BC, where there is
@@ -392,6 +450,7 @@ def baselines(results: Mapping[str, xr.DataArray]) -> Checks:
     Args:
         results: by corrupted input (AB, BA, BB, BC), un-normalised, every head kind over all
             positions, with dimensions kind, layer and head.
+        probabilities: the same, scored by the probability. Only baselines are read.
     """
     guess = float(results["BC"].attrs["corrupted_baseline"])
     checks = Checks(
@@ -428,28 +487,32 @@ def baselines(results: Mapping[str, xr.DataArray]) -> Checks:
         (float(results["BB"].attrs["corrupted_baseline"]) - guess) / (clean - guess),
         -0.05,
     )
+    wrong, low = (float(probabilities[n].attrs["corrupted_baseline"]) for n in ("BB", "BC"))
+    high = float(probabilities["BC"].attrs["clean_baseline"])
+    checks.at_most(
+        "a probability does not tell them apart",
+        "On BB and on BC the right token has a probability near zero: their distance, as a share "
+        "of clean minus BC.",
+        _ratio(abs(wrong - low), high - low),
+        0.05,
+    )
     return checks
 
 
 # Chapter 2 ---------------------------------------------------------------------------------------
 
 
-def _quarters(result: xr.DataArray) -> tuple[xr.DataArray, xr.DataArray]:
-    """The first and the last quarter of the layers, at least one layer each."""
-    size = max(result.sizes["layer"] // 4, 1)
-    return result.isel(layer=slice(0, size)), result.isel(layer=slice(-size, None))
-
-
 def ioi_blocks(blocks: xr.DataArray) -> Checks:
     """Where the information is and what moves it.
 
     Args:
-        blocks: by kind (resid_pre, attn_out, mlp_out among them), layer and position.
+        blocks: by kind (resid_pre, resid_mid, attn_out, mlp_out among them), layer and position.
     """
-    stream = _kind(blocks, "resid_pre")
+    stream, middle = (_kind(blocks, kind) for kind in ("resid_pre", "resid_mid"))
     s2, end = positions_of(blocks)
     early, late = _quarters(stream)
     attention, mlp = (_kind(blocks, kind).isel(position=end) for kind in ("attn_out", "mlp_out"))
+    prepared = int(_kind(blocks, "mlp_out").isel(position=s2).fillna(-np.inf).argmax("layer"))
     strongest = int(abs(attention).fillna(0.0).argmax("layer"))
     depth = blocks.sizes["layer"]
     checks = Checks("Residual stream, attention and MLPs: expected and measured")
@@ -477,6 +540,13 @@ def ioi_blocks(blocks: xr.DataArray) -> Checks:
         float(late.isel(position=end).mean()),
         0.5,
     )
+    checks.at_most(
+        "the same step after attention",
+        "The stream in the middle of each layer has its step where the stream before the layer "
+        "has it; distance as a share of all layers.",
+        abs(crossing(middle) - crossing(stream)) / depth,
+        0.1,
+    )
     checks.at_least(
         "attention brings it to END",
         "The attention output of some single layer, at END, brings back a good part.",
@@ -494,6 +564,13 @@ def ioi_blocks(blocks: xr.DataArray) -> Checks:
         "All MLP effects at END together, as a part of all attention effects there.",
         _ratio(float(abs(mlp).sum()), float(abs(attention).sum())),
         0.75,
+    )
+    checks.at_most(
+        "MLPs prepare S2 early",
+        "Of all MLPs at S2, the one that brings back most stands in the first layers; its layer as "
+        "a share of all.",
+        prepared / depth,
+        0.25,
     )
     return checks
 

@@ -26,7 +26,7 @@ from patching_demo.style import compact, escape, number
 from patching_demo.tables import table, tokens_table
 
 __all__ = [
-    "attention_pattern",
+    "attention_patterns",
     "bars",
     "curves",
     "explore",
@@ -789,97 +789,124 @@ def bars(
     return _value_figure(result, traces, words, main, below, how, caption is None)
 
 
-def attention_pattern(
+def attention_patterns(
     model: Any,
     tokens: torch.Tensor,
-    layer: int,
-    head: int,
+    heads: Sequence[tuple[int, int]],
     labels: Sequence[str] | None = None,
     *,
     title: str | None = None,
     caption: str | None = None,
 ) -> go.Figure:
-    """Where one head attends, averaged over the batch.
+    """Where heads attend, averaged over the batch; with several heads, a menu chooses one.
 
     Args:
         model: a TransformerBridge.
         tokens: int ``[batch, pos]`` or ``[pos]``.
-        layer: of the head.
-        head: its number within the layer.
+        heads: ``(layer, head)`` of each, the one shown first in front.
         labels: one for each position, such as a task's ``position_labels``.
         title: instead of the default one.
         caption: instead of the default sentence.
 
     Raises:
-        ValueError: if there is no such head, or labels and tokens do not fit.
+        ValueError: if no head is given or there is no such head, or labels and tokens do not fit.
     """
     tokens = tokens[None] if tokens.ndim == 1 else tokens
     n_layers, n_heads = model.cfg.n_layers, model.cfg.n_heads
-    if not (0 <= layer < n_layers and 0 <= head < n_heads):
-        raise ValueError(
-            f"there is no L{layer}H{head}: the model has {n_layers} layers of {n_heads} heads"
-        )
+    if not len(heads):
+        raise ValueError("there is no head to draw: give at least one (layer, head)")
+    for layer, head in heads:
+        if not (0 <= layer < n_layers and 0 <= head < n_heads):
+            raise ValueError(
+                f"there is no L{layer}H{head}: the model has {n_layers} layers of {n_heads} heads"
+            )
     if labels is None:
         labels = [str(i) for i in range(tokens.shape[1])]
     if len(labels) != tokens.shape[1]:
         raise ValueError(f"there are {len(labels)} labels for {tokens.shape[1]} positions")
-    name = f"blocks.{layer}.attn.hook_pattern"
+    layers = sorted({layer for layer, _ in heads})
+    names = {layer: f"blocks.{layer}.attn.hook_pattern" for layer in layers}
     with torch.no_grad():
-        _, cache = model.run_with_cache(tokens, names_filter=[name])
-    weights = cache[name][:, head].float().mean(0).cpu().numpy()
-    # A causal head cannot look ahead: those cells do not exist.
-    weights = np.where(np.tri(len(weights), dtype=bool), weights, np.nan)
+        _, cache = model.run_with_cache(tokens, names_filter=list(names.values()))
     axis = _column_axis(
         xr.DataArray(list(labels), dims="position", coords={"position": list(labels)}), "position"
     )
-    main = title if title is not None else f"Attention pattern of L{layer}H{head}"
+    shown = [f"L{layer}H{head}" for layer, head in heads]
+    traces, said = [], []
+    for i, (layer, head) in enumerate(heads):
+        weights = cache[names[layer]][:, head].float().mean(0).cpu().numpy()
+        # A causal head cannot look ahead: those cells do not exist.
+        weights = np.where(np.tri(len(weights), dtype=bool), weights, np.nan)
+        traces.append(
+            go.Heatmap(
+                z=compact(weights, digits=3),
+                x=axis.words,
+                y=axis.words,
+                coloraxis="coloraxis",
+                hoverongaps=False,
+                xgap=1,
+                ygap=1,
+                name=shown[i],
+                visible=i == 0,
+                hovertemplate=f"{shown[i]}, from %{{y}}<br>to %{{x}}<br>"
+                "attention %{z:.0%}<extra></extra>",
+            )
+        )
+        flat = np.argsort(-np.nan_to_num(weights), axis=None, kind="stable")[:3]
+        places = [np.unravel_index(k, weights.shape) for k in flat]
+        strongest = [f"'{labels[a]}' to '{labels[b]}' {weights[a, b]:.0%}" for a, b in places]
+        said.append(f"{shown[i]} from {'; from '.join(strongest)}")
+    several = len(heads) > 1
+    main = title or f"Attention pattern{'s' * several} of {style.listed(shown)}"
     batch = tokens.shape[0]
     below = str(getattr(model.cfg, "model_name", "model"))
     below += f" · mean over {batch} prompts" if batch > 1 else ""
-    panel = _Panel("", "", 0, 0, weights, 0)
-    grid = _Grid([panel], _Axis(axis.words, axis.ticks, "position"), axis)
+    size = len(labels)
+    grid = _Grid(
+        [_Panel("", "", 0, 0, np.zeros((size, size)), 0)],
+        _Axis(axis.words, axis.ticks, "position"),
+        axis,
+    )
     heading, height = style.title(main, below)
     bar_height = 42
-    top = height + bar_height
-    total = top + grid.height(len(weights)) + grid.bottom
-    strongest = np.argsort(-np.nan_to_num(weights), axis=None, kind="stable")[:3]
-    said = []
-    for flat in strongest:
-        to, source = np.unravel_index(flat, weights.shape)
-        said.append(f"'{labels[to]}' to '{labels[source]}' {weights[to, source]:.0%}")
-    figure = go.Figure(
-        go.Heatmap(
-            z=compact(weights, digits=3),
-            x=axis.words,
-            y=axis.words,
-            coloraxis="coloraxis",
-            hoverongaps=False,
-            xgap=1,
-            ygap=1,
-            hovertemplate="from %{y}<br>to %{x}<br>attention %{z:.0%}<extra></extra>",
-        )
-    )
-    layout = grid.layout(np.arange(len(weights)), sorted_rows=False)
+    over_bar = height + _MENU_HEIGHT * several
+    top = over_bar + bar_height
+    total = top + grid.height(size) + grid.bottom
+    menus = []
+    if several:
+        buttons = [
+            {
+                "label": name,
+                "method": "restyle",
+                "args": [{"visible": [j == i for j in range(len(shown))]}],
+            }
+            for i, name in enumerate(shown)
+        ]
+        menus.append({**_menu(buttons, bar_height + 6), "type": "dropdown", "direction": "down"})
+    layout = grid.layout(np.arange(size), sorted_rows=False)
     layout["yaxis"]["title"] = {"text": ""}
     bar = {"tickvals": [0, 0.5, 1], "ticktext": ["0", "0.5", "1"]}
+    figure = go.Figure(traces)
     figure.update_layout(
         **_base(heading),
         **layout,
         height=total,
         margin={"l": grid.left, "r": 26, "t": top, "b": grid.bottom, "pad": 0, "autoexpand": False},
         plot_bgcolor=style.GAP,
+        updatemenus=menus,
         coloraxis={
             "colorscale": style.SEQUENTIAL,
             "cmin": 0,
             "cmax": 1,
-            "colorbar": {**_BAR, **bar, "y": 1 - height / total},
+            "colorbar": {**_BAR, **bar, "y": 1 - over_bar / total},
         },
         meta={
-            "alt": f"Heatmap. {main} ({below}), {len(labels)} positions. Strongest: from "
-            f"{'; from '.join(said)}.",
+            "alt": f"Heatmap{', with a menu of heads' * several}. {main} ({below}), {size} "
+            f"positions. Strongest: {'. '.join(said)}.",
             "caption": caption
-            or "Each row says how the head, at that position, divides its attention among the "
-            "positions up to there; a row adds up to 1.",
+            or ("Choose a head above; each" if several else "Each")
+            + " row says how the head, at that position, divides its attention among the "
+            "positions up to there, and adds up to 1.",
         },
     )
     return figure

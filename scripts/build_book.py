@@ -201,30 +201,13 @@ def write_run_times(runs: list[Path]) -> None:
 
 
 def write_benchmark() -> None:
-    """Write the table of the benchmark page from benchmark/results.json, if it was ever run."""
-    results = ROOT / "benchmark" / "results.json"
+    """Write the table of the benchmark page from what `make bench` left, if it was ever run."""
     table = ROOT / "benchmark" / "table.md"
     if table.exists():
         lines = table.read_text(encoding="utf-8").splitlines()
-    elif results.exists():
-        lines = as_table(json.loads(results.read_text(encoding="utf-8")))
     else:
         lines = ["The benchmark has not been run for this copy of the book; `make bench` runs it."]
     write_page("benchmark-table.md", lines)
-
-
-def as_table(results: dict | list) -> list[str]:
-    """A Markdown table of a list of records, or of the first such list in a dictionary."""
-    if isinstance(results, dict):
-        results = next((v for v in results.values() if isinstance(v, list) and v), [results])
-    keys = [k for k, v in results[0].items() if not isinstance(v, (dict, list))]
-    rows = [[cell_text(record.get(key, "")) for key in keys] for record in results]
-    return [f"| {' | '.join(row)} |" for row in [keys, ["---"] * len(keys), *rows]]
-
-
-def cell_text(value: object) -> str:
-    """A number with three significant digits, anything else as it is."""
-    return f"{value:.3g}" if isinstance(value, float) else str(value).replace("|", "\\|")
 
 
 def write_api() -> None:

@@ -146,10 +146,11 @@ def test_missing_figure_fails_the_build(project):
         build_book.check_figures({"01_a": 2})
 
 
-def test_table_of_results():
-    results = {"machine": {}, "rows": [{"sweep": "resid_pre", "seconds": 1.23456, "note": "a|b"}]}
-    assert build_book.as_table(results) == [
-        "| sweep | seconds | note |",
-        "| --- | --- | --- |",
-        "| resid_pre | 1.23 | a\\|b |",
-    ]
+def test_benchmark_page_has_the_table_or_says_how_to_make_it(project):
+    build_book.write_benchmark()
+    page = build_book.GENERATED / "benchmark-table.md"
+    assert "`make bench` runs it" in page.read_text()
+    (project / "benchmark").mkdir()
+    (project / "benchmark/table.md").write_text("Measured.\n\n| a |\n|---|\n| 1 |\n")
+    build_book.write_benchmark()
+    assert page.read_text() == "Measured.\n\n| a |\n|---|\n| 1 |\n"

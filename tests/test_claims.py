@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -135,12 +136,13 @@ def labelled(
 
 def ioi_blocks() -> xr.DataArray:
     """A staircase: S2 holds everything up to layer 7, END from then on."""
-    values = noise((3, 12, 15), seed=1)
-    values[0, :8, 10], values[0, 8:, 14] = 1.0, 0.9
+    values = noise((4, 12, 15), seed=1)
+    for stream in (0, 3):
+        values[stream, :8, 10], values[stream, 8:, 14] = 1.0, 0.9
     values[1, 8, 14], values[1, 5, 10], values[2, 0, 10] = 0.6, 0.3, 1.0
     values[2, 10, 14] = 0.1
     values[:, :, :10] = 0.0
-    kinds = ["resid_pre", "attn_out", "mlp_out"]
+    kinds = ["resid_pre", "attn_out", "mlp_out", "resid_mid"]
     return labelled(values, ("kind", "layer", "position"), kinds, "smollm2-135m")
 
 
@@ -177,6 +179,17 @@ def demo_tasks() -> tuple[object, dict[str, Task]]:
     return model, {name: induction_task(model, name, seq_len=10) for name in CORRUPTIONS}
 
 
+@dataclass
+class Scale:
+    """The baselines of a task, which is all that a claim reads of one."""
+
+    clean_baseline: float = 1.0
+    corrupted_baseline: float = -1.0
+
+
+MIRRORED = Scale()
+
+
 @pytest.fixture(scope="module")
 def chapters(demo_tasks) -> dict[str, Callable[[Callable], Checks]]:
     """For each chapter's part: its claims, over results that went through a given function."""
@@ -192,13 +205,20 @@ def chapters(demo_tasks) -> dict[str, Callable[[Callable], Checks]]:
     blocks = ioi_blocks()
     stream = blocks.sel(kind="resid_pre").assign_attrs(kind="resid_pre")
     published, published_by_position = ioi_heads("gpt2-small")
-    by_hand = {(0, place): float(stream[0, place]) for place in (9, 10, 14)}
-
-    class Scale:
-        clean_baseline, corrupted_baseline = 1.0, 0.0
+    # On an un-normalised scale from -1 to 1.
+    by_hand = {(0, place): 2 * float(stream[0, place]) - 1 for place in (9, 10, 14)}
+    chances = {
+        name: heads[name].assign_attrs(
+            clean_baseline=math.exp(task.clean_baseline),
+            corrupted_baseline=math.exp(task.corrupted_baseline),
+        )
+        for name, task in tasks.items()
+    }
 
     return {
-        "first patch": lambda f: chapter_claims.first_patch(f(stream), by_hand, Scale),
+        "first patch": lambda f, task=MIRRORED: chapter_claims.first_patch(
+            f(stream), by_hand, task
+        ),
         "blocks": lambda f: chapter_claims.ioi_blocks(f(blocks)),
         "heads": lambda f: chapter_claims.ioi_heads(f(published)),
         "positions": lambda f: chapter_claims.ioi_positions(f(published_by_position)),
@@ -208,7 +228,9 @@ def chapters(demo_tasks) -> dict[str, Callable[[Callable], Checks]]:
         "induction": lambda f: chapter_claims.induction(
             f(heads["AB"]), f(by_position), f(noised), f(previous), f(repeated)
         ),
-        "baselines": lambda f: chapter_claims.baselines({n: f(r) for n, r in heads.items()}),
+        "baselines": lambda f, chances=chances: chapter_claims.baselines(
+            {n: f(r) for n, r in heads.items()}, chances
+        ),
     }
 
 
@@ -262,15 +284,32 @@ def test_each_claim_can_fail_by_itself(chapters, part):
     names = {claim.name for claim in chapters[part](lambda result: result)}
     for change in wrong:
         names -= {claim.name for claim in chapters[part](change).failed}
-    # This one compares two baselines, and no cell.
-    assert names <= {"BB is worse than guessing"}
+    # These compare two baselines, and no cell: see the next test.
+    assert names <= {
+        "BB is worse than guessing",
+        "a probability does not tell them apart",
+        "the right name first",
+        "the sign turned",
+    }
 
 
-def test_claim_about_baselines_can_fail_too(chapters):
+def test_claims_about_baselines_can_fail_too(chapters):
     def right_on_bb(result: xr.DataArray) -> xr.DataArray:
         return result.assign_attrs(corrupted_baseline=result.attrs["clean_baseline"] - 1.0)
 
     assert not chapters["baselines"](right_on_bb)["BB is worse than guessing"].holds
+
+    apart = {
+        name: xr.DataArray(attrs={"clean_baseline": 0.9, "corrupted_baseline": low})
+        for name, low in (("BB", 0.4), ("BC", 0.1))
+    }
+    alike = "a probability does not tell them apart"
+    assert not chapters["baselines"](lambda result: result, apart)[alike].holds
+
+    first = chapters["first patch"]
+    wrong_name = first(lambda result: result, Scale(clean_baseline=-1.0, corrupted_baseline=1.0))
+    assert not wrong_name["the right name first"].holds
+    assert not first(lambda result: result, Scale(1.0, -0.5))["the sign turned"].holds
 
 
 def test_published_heads_are_not_checked_on_another_model():
@@ -304,6 +343,10 @@ def test_readings_of_results():
     assert len(strong) == 9  # name movers, S-inhibition and induction heads: 0.1 of 0.2 and more
     with pytest.raises(ValueError, match="no positions"):
         chapter_claims.positions_of(out)
+    looked_at = chapter_claims.heads_to_look_at(heads, 2)
+    assert looked_at[0] == best and len(set(looked_at)) == len(looked_at) <= 6
+    for kind in ("out", "pattern", "q"):
+        assert chapter_claims.top_head(heads.sel(kind=kind)) in looked_at
 
 
 def test_attention_readings_agree_with_the_pattern(demo_tasks):

@@ -491,10 +491,12 @@ def test_bars_start_at_the_corrupted_baseline():
     assert f"at {top}" in single.layout.meta["alt"]
 
 
-def test_attention_pattern_is_the_heads_own():
+def test_attention_patterns_are_the_heads_own():
     model = tiny.model("gpt2")
     task = ioi_task(model)
-    figure = plots.attention_pattern(model, task.clean_tokens, 1, 2, labels=task.position_labels)
+    figure = plots.attention_patterns(
+        model, task.clean_tokens, [(1, 2)], labels=task.position_labels
+    )
     with torch.no_grad():
         _, cache = model.run_with_cache(task.clean_tokens)
     expected = cache["blocks.1.attn.hook_pattern"][:, 2].mean(0).numpy()
@@ -503,13 +505,34 @@ def test_attention_pattern_is_the_heads_own():
     np.testing.assert_allclose(drawn[lower], expected[lower], rtol=1e-2, atol=1e-6)
     assert np.isnan(drawn[~lower]).all()
     assert "L1H2" in figure.layout.title.text and "Strongest" in figure.layout.meta["alt"]
-    plain = plots.attention_pattern(model, task.clean_tokens[0], 0, 0)
+    plain = plots.attention_patterns(model, task.clean_tokens[0], [(0, 0)])
     assert plain.layout.xaxis.ticktext[3] == "3"
     for layer, head in ((2, 0), (0, 4), (-1, 0)):
         with pytest.raises(ValueError, match=f"no L{layer}H{head}"):
-            plots.attention_pattern(model, task.clean_tokens, layer, head)
+            plots.attention_patterns(model, task.clean_tokens, [(layer, head)])
     with pytest.raises(ValueError, match="2 labels for 15 positions"):
-        plots.attention_pattern(model, task.clean_tokens, 0, 0, labels=["a", "b"])
+        plots.attention_patterns(model, task.clean_tokens, [(0, 0)], labels=["a", "b"])
+    with pytest.raises(ValueError, match="at least one"):
+        plots.attention_patterns(model, task.clean_tokens, [])
+
+
+def test_attention_patterns_menu_shows_the_head_that_it_names():
+    model = tiny.model("gpt2")
+    task = ioi_task(model)
+    heads = [(1, 2), (0, 3), (1, 0)]
+    figure = plots.attention_patterns(model, task.clean_tokens, heads)
+    (menu,) = figure.layout.updatemenus
+    labels = [f"L{layer}H{head}" for layer, head in heads]
+    assert [trace.name for trace in figure.data] == labels
+    assert [trace.visible for trace in figure.data] == [True, False, False]
+    for button, name in zip(menu.buttons, labels, strict=True):
+        shown = button.args[0]["visible"]
+        assert button.label == name and figure.data[shown.index(True)].name == name
+        assert sum(shown) == 1
+        alone = plots.attention_patterns(model, task.clean_tokens, [heads[labels.index(name)]])
+        np.testing.assert_array_equal(_z(alone.data[0]), _z(figure.data[labels.index(name)]))
+        assert name in figure.layout.meta["alt"]
+    assert not alone.layout.updatemenus
 
 
 def test_tokens_table_marks_exactly_what_differs():
