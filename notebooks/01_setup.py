@@ -234,6 +234,9 @@ two_places = result.isel(position=[S2, END])
 plots.curves(two_places.transpose("position", "layer"), along="layer")
 
 # %%
+notebook.largest(result)
+
+# %%
 from patching_demo import chapter_claims
 
 checks = chapter_claims.first_patch(

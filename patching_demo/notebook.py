@@ -14,9 +14,9 @@ import numpy as np
 import torch
 import xarray as xr
 
+from patching_demo.layout import KIND_NAMES
 from patching_demo.models import Task as ModelTask
 from patching_demo.models import load_model, resolve_model
-from patching_demo.plots import KIND_NAMES
 from patching_demo.results import largest_cells
 from patching_demo.tables import Html, table
 

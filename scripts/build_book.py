@@ -60,9 +60,13 @@ INTERNAL = {
     "engine",
     "explorer_html",
     "fetch",
+    "heatmaps",
     "hub",
+    "layout",
+    "menus",
     "notebook",
     "runner",
+    "series",
     "style",
 }
 

@@ -125,12 +125,10 @@ def test_computed_sentences_type_no_result(script):
 @by_chapter
 def test_every_sweep_is_drawn_with_its_largest_cells(script):
     sources = [cell.source for cell in cells(script, "code")]
-    if script.stem.startswith("01"):  # one sweep, drawn as two curves
-        return
     for i, source in enumerate(sources):
-        if "plots.heatmap(" in source:
+        if "plots.heatmap(" in source or "plots.curves(two_places" in source:
             beside = source + "".join(sources[i + 1 : i + 2])
-            assert "notebook.largest(" in beside or "Checks" in beside or "ioi_blocks" in beside
+            assert "notebook.largest(" in beside or "ioi_blocks" in beside
 
 
 @by_chapter

@@ -14,7 +14,7 @@ import tiny
 import torch
 import xarray as xr
 
-from patching_demo import plots, style
+from patching_demo import layout, plots, style
 from patching_demo.results import BLOCK_KINDS, HEAD_KINDS, combine, share
 from patching_demo.tasks import ioi_task, prompt_task
 
@@ -88,7 +88,7 @@ def test_every_cell_is_drawn_with_its_number(shape):
     by_name = {t.name: t for t in panels}
     checked = 0
     for kind in result["kind"].values if "kind" in result.dims else [None]:
-        trace = by_name[plots.KIND_NAMES[kind]] if kind else panels[0]
+        trace = by_name[layout.KIND_NAMES[kind]] if kind else panels[0]
         part = result.sel(kind=kind) if kind else result
         for y, row in zip(trace.y, _z(trace), strict=True):
             where = dict(zip(("layer", "head"), map(int, re.findall(r"\d+", y)), strict=False))
@@ -164,7 +164,7 @@ def test_panels_collapse_the_positions_that_agree():
         assert trace.x[0] == "position 0 '&lt;bos&gt;' to position 3 ' gave'"
         np.testing.assert_allclose(
             _z(trace)[:, 1:],
-            result.sel(kind={v: k for k, v in plots.KIND_NAMES.items()}[trace.name])[:, 4:],
+            result.sel(kind={v: k for k, v in layout.KIND_NAMES.items()}[trace.name])[:, 4:],
             rtol=1e-3,
         )
 
@@ -245,7 +245,7 @@ def test_figures_say_what_they_show(shape):
     if "position" in result.dims:
         assert top["position"].item() in first
     if "kind" in result.dims:
-        assert plots.KIND_NAMES[top["kind"].item()] in first
+        assert layout.KIND_NAMES[top["kind"].item()] in first
     given = plots.heatmap(result, title="My title", caption="My caption.")
     assert "My title" in given.layout.title.text and given.layout.meta["caption"] == "My caption."
 
