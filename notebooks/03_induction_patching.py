@@ -45,7 +45,16 @@ if importlib.util.find_spec("patching_demo") is None:
     # %pip install --quiet "patching-demo @ git+https://github.com/patching-demo/patching-demo"
 
 # %%
-from patching_demo import chapter_claims, induction_task, largest_cells, notebook, plots, sweep
+from patching_demo import (
+    chapter_claims,
+    combine,
+    induction_task,
+    largest_cells,
+    notebook,
+    plots,
+    sweep,
+)
+from patching_demo.results import sweep_metrics
 
 notebook.setup()
 
@@ -106,7 +115,7 @@ notebook.say(
 #   token, so its **pattern** is wrong, so its **output** is wrong. Patching any of the three
 #   should help.
 #
-# So expect output, query and pattern to matter, key and value not.
+# So **expect** output, query and pattern to matter, key and value not.
 
 # %%
 KINDS = ["out", "q", "k", "v", "pattern"]
@@ -162,8 +171,8 @@ plots.bars(
 # ## Head by head, position by position
 #
 # Patch one head at one position at a time. The score is a mean over the positions of the second
-# copy, and a patch at one position mends only the prediction made there. So expect the effect of
-# an induction head to fall apart into many small pieces, one for each token.
+# copy, and a patch at one position mends only the prediction made there. So **expect** the effect
+# of an induction head to fall apart into many small pieces, one for each token.
 #
 # The positions of the first copy are hatched: there the two inputs agree, and there is nothing to
 # patch.
@@ -205,12 +214,13 @@ notebook.say(
 # answer needs.
 #
 # `noising` makes the two inputs change places. The scale turns too: 0 is now the intact run, 1 is
-# the ruin. Expect the induction head to matter again, and one head of layer 0 with it.
+# the ruin. **Expect** the induction head to matter again, and one head of layer 0 with it.
 
 # %%
 noising = chapter_claims.noising(induction_task(model, corrupted="BA"))
 
 noised = sweep(model, noising, "out", by="all_pos")
+noised = noised.assign_attrs(corrupted_name="intact", clean_name="ruined")
 plots.heatmap(
     noised,
     title="Corrupted head outputs put into the clean run",
@@ -262,9 +272,15 @@ notebook.say(
 
 # %% [markdown]
 # ## Turn the knobs
+#
+# Choose the kind of activation and the score; the slider chooses the layer. A mean of probabilities
+# weighs the predictions of the second copy otherwise than a mean of their logarithms. Do the same
+# heads matter?
 
 # %%
-plots.explore(by_position)
+METRICS = ("log-probability", "probability")
+scored = {name: task.with_metric(model, name) for name in METRICS}
+plots.explore(combine(sweep_metrics(model, scored, KINDS, by="pos"), dim="metric"))
 
 # %% [markdown]
 # ## Can you say it?

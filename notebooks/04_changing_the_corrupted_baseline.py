@@ -142,7 +142,7 @@ plots.bars(
     "back; groups are kinds, colours are corrupted inputs.",
 )
 
-# %%
+# %% tags=["remove-input"]
 layer, head = chapter_claims.top_head(results["BC"].sel(kind="out"))
 shares = together.sel(layer=layer, head=head)
 
@@ -193,7 +193,20 @@ notebook.say(
 )
 
 # %% [markdown]
-# Both are the same lesson. **A number is only as good as the baselines beside it.** A share of
+# The heads of layer 0 can do the same damage, as keys are made from their outputs.
+
+# %% tags=["remove-input"]
+below = together.sel(corrupted="BA", kind="out", layer=0)
+early = int(below.argmin("head"))
+notebook.say(
+    f"The lowest output of layer 0 under BA is that of L0H{early}: {float(below[early]):+.0%} of "
+    "clean minus corrupted. Where it is far below zero, the reason is this: with its clean output, "
+    "tokens of B carry the notes that belong to A. The induction heads find the note they look "
+    "for, and copy B."
+)
+
+# %% [markdown]
+# All of this is one lesson. **A number is only as good as the baselines beside it.** A share of
 # clean minus corrupted says how far the score moved, not why.
 
 # %% [markdown]

@@ -160,9 +160,11 @@ def _attention(model: Any, tokens: torch.Tensor, offset: int, start: int) -> xr.
         },
         attrs={
             "metric": "mean attention",
-            "units": "share of a head's attention",
+            "units": "mean attention",
             "clean_baseline": 1.0,
             "corrupted_baseline": 0.0,
+            "clean_name": "all",
+            "corrupted_name": "none",
             "model": str(model.cfg.model_name),
         },
         name="value",

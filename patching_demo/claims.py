@@ -6,14 +6,13 @@ table; a prediction that fails fails the notebook, so no text can say what is no
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 from patching_demo.style import number
-from patching_demo.tables import Html
+from patching_demo.tables import Html, as_text, framed
 
 __all__ = ["Checks", "Claim", "ClaimFailed"]
 
@@ -218,16 +217,8 @@ class Checks:
     def _repr_html_(self) -> str:
         heads = ("claim", "expected", "measured", "required", "verdict")
         head = "".join(f'<th scope="col" style="{_CELL}">{text}</th>' for text in heads)
-        label = html.escape(self.caption, quote=True)
-        # Wide tables scroll inside their frame, and the keyboard can reach the frame to do so.
-        # Themes know pandas's tables by their class, and leave them readable in the dark.
-        return (
-            f'<div class="tex2jax_ignore mathjax_ignore" role="region" aria-label="{label}" '
-            f'tabindex="0" style="overflow-x:auto"><table class="dataframe">'
-            f'<caption style="text-align:left">{_text(self.caption)}</caption>'
-            f"<thead><tr>{head}</tr></thead>"
-            f"<tbody>{''.join(map(_row, self.claims))}</tbody></table></div>"
-        )
+        rows = "".join(map(_row, self.claims))
+        return framed(f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody>", self.caption)
 
     def __repr__(self) -> str:
         lines = [
@@ -240,17 +231,17 @@ class Checks:
 def _row(claim: Claim) -> str:
     # The word says it all; the sign helps to find a failure among many.
     sign = {True: "✓ ", False: "✗ ", None: ""}[claim.holds]
-    cells = (claim.written(claim.measured), claim.required, sign + claim.verdict)
-    name = f'<th scope="row" style="{_CELL};font-weight:600">{_text(claim.name)}</th>'
+    verdict = sign + as_text(claim.verdict)
     # On a telephone the table scrolls sideways; a sentence one word wide would be unreadable.
-    expected = f'<td style="{_CELL};min-width:13em">{_text(claim.expected)}</td>'
+    cells = (
+        ("min-width:13em", as_text(claim.expected)),
+        ("white-space:nowrap", as_text(claim.written(claim.measured))),
+        ("white-space:nowrap", as_text(claim.required)),
+        ("min-width:5em", verdict),
+    )
+    name = f'<th scope="row" style="{_CELL};font-weight:600">{as_text(claim.name)}</th>'
     return (
-        f"<tr>{name}{expected}"
-        + "".join(f'<td style="{_CELL}">{_text(cell)}</td>' for cell in cells)
+        f"<tr>{name}"
+        + "".join(f'<td style="{_CELL};{style}">{content}</td>' for style, content in cells)
         + "</tr>"
     )
-
-
-def _text(value: str) -> str:
-    # A dollar alone in its element opens no formula, in whichever version of MathJax the page has.
-    return html.escape(value).replace("$", "<span>$</span>")

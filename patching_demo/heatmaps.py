@@ -24,6 +24,7 @@ from patching_demo.layout import (
     Panel,
     Scale,
     axis_number,
+    baseline_names,
     baselines_of,
     column_axis,
     common_layout,
@@ -90,7 +91,7 @@ def heatmap(
             traces += _panel_traces(result, panel, rows, columns, view, visible=shown == 0)
     main, below = title_of(result, title)
     heading, heading_height = style.title(main, below)
-    scale = Scale(clean, centre, float(effect.max()))
+    scale = Scale(clean, centre, float(effect.max()), baseline_names(result))
     # From the plot upwards: names of panels, colour bar, menus, title.
     over_names = NAME_HEIGHT * grid.has_names
     over_bar = over_names + BAR_HEIGHT
@@ -115,11 +116,11 @@ def heatmap(
         ]
         menus.append(menu_above(buttons, over_bar + 8))
     if scale.small:
-        menus.append(menu_above(scale.buttons(), over_bar + 8 + MENU_HEIGHT * trimmed))
+        menus.append(scale.menu(over_bar + 8 + MENU_HEIGHT * trimmed))
     figure = go.Figure(traces)
     figure.update_layout(
         **common_layout(heading),
-        coloraxis={"colorscale": style.DIVERGING, **scale.wide()},
+        coloraxis={"colorscale": style.DIVERGING, **scale.opening()},
         margin={
             "l": grid.left,
             "r": 26,
@@ -134,7 +135,8 @@ def heatmap(
         shapes=grid.hatching(len(views[0])),
         meta={
             "alt": _alt(result, main, below, panels, rows, columns),
-            "caption": caption or _caption(result, panels, len(views[0]) if trimmed else 0),
+            "caption": caption
+            or _caption(result, panels, len(views[0]) if trimmed else 0, scale.note),
         },
     )
     figure.update_layout(layouts[0])
@@ -222,13 +224,14 @@ def _panel_traces(
     name = f"{escape(panel.name)}<br>" if panel.name else ""
     grouped = _grouped_heads(result, panel)
     template = f"{name}%{{y}}, %{{x}}{grouped}<br>{metric_words(result)}: %{{z:.3~g}}"
+    span = escape(" minus ".join(baseline_names(result)))
     more: dict[str, Any] = {}
     if clean == centre:
         pass
     elif (clean, centre) == (1.0, 0.0):
-        template += " (%{z:.0%} of clean minus corrupted)"
+        template += f" (%{{z:.0%}} of {span})"
     else:
-        template += " (%{customdata:.0%} of clean minus corrupted)"
+        template += f" (%{{customdata:.0%}} of {span})"
         more["customdata"] = compact((values - centre) / (clean - centre), digits=3)
     traces: list[Any] = [
         go.Heatmap(
@@ -265,7 +268,7 @@ def _grouped_heads(result: xr.DataArray, panel: Panel) -> str:
     return ""
 
 
-def _caption(result: xr.DataArray, panels: list[Panel], top: int) -> str:
+def _caption(result: xr.DataArray, panels: list[Panel], top: int, note: str) -> str:
     parts = [
         f"Each cell is the metric ({result.attrs.get('metric', 'unnamed')}) of the corrupted run "
         "after one patch: white means no change, blue a move towards the clean run, orange a move "
@@ -275,6 +278,8 @@ def _caption(result: xr.DataArray, panels: list[Panel], top: int) -> str:
         parts.append("hatched positions have nothing to patch, as both inputs agree up to there")
     if any(np.isnan(panel.values[:, panel.agree :]).any() for panel in panels):
         parts.append("grey cells do not exist in this model")
+    if note:
+        parts.append(note)
     if top:
         parts.append(f"rows are sorted by their largest effect, the first {top} shown")
     return "; ".join(parts) + "."
@@ -296,7 +301,8 @@ def _alt(
     text = f"Heatmap. {main} ({below}). {shape}"
     if names:
         text += f", in {len(names)} panels: {style.listed(names)}"
-    text += f". Corrupted baseline {number(centre)}, clean baseline {number(clean)}."
+    high, low = baseline_names(result)
+    text += f". Baselines: {low} {number(centre)}, {high} {number(clean)}."
     cells = largest_cells(result, 3)
     lead = [d for d in result.dims if d not in CELL_DIMS]
     said = []

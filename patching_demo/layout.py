@@ -35,6 +35,7 @@ __all__ = [
     "as_shown",
     "axis_number",
     "axis_title",
+    "baseline_names",
     "baselines_of",
     "column_axis",
     "common_layout",
@@ -110,6 +111,13 @@ def baselines_of(result: xr.DataArray) -> tuple[float, float]:
             f"the result has no attribute {error}: arithmetic on it may have dropped the "
             "attributes (xarray.set_options(keep_attrs=True) keeps them)"
         ) from None
+
+
+def baseline_names(result: xr.DataArray) -> tuple[str, str]:
+    """What the two baselines are called: clean and corrupted, unless the result says otherwise."""
+    names = (result.attrs.get(f"{which}_name", which) for which in ("clean", "corrupted"))
+    clean, corrupted = map(str, names)
+    return clean, corrupted
 
 
 def entry_name(dim: str, value: Any) -> str:
@@ -347,6 +355,12 @@ class Scale:
     clean: float
     centre: float
     largest: float
+    names: tuple[str, str] = ("clean", "corrupted")
+
+    @property
+    def tiny(self) -> bool:
+        """Whether the effects would be too pale to see: then the figure opens with less range."""
+        return 0 < self.largest < 0.2 * abs(self.clean - self.centre)
 
     @property
     def small(self) -> bool:
@@ -361,21 +375,37 @@ class Scale:
         """Colours that reach as far as the largest effect."""
         return self._part(self.largest)
 
-    def buttons(self) -> list[dict[str, Any]]:
-        """Buttons that choose how far the colours reach."""
+    def opening(self) -> dict[str, Any]:
+        """The colours with which the figure opens."""
+        return self.narrow() if self.tiny else self.wide()
+
+    def menu(self, bottom: int) -> dict[str, Any]:
+        """Buttons that choose how far the colours reach, ``bottom`` pixels above the plot."""
         choices = (
-            ("colours up to clean", self.wide()),
+            (f"colours up to {self.names[0]}", self.wide()),
             ("up to the largest effect", self.narrow()),
         )
-        return [
+        buttons = [
             {"label": name, "method": "relayout", "args": [flattened({"coloraxis": part})]}
             for name, part in choices
         ]
+        return {**menu_above(buttons, bottom), "active": int(self.tiny)}
+
+    @property
+    def note(self) -> str:
+        """For a caption: how far the colours reach where it is not to the clean baseline."""
+        if not self.tiny:
+            return ""
+        part = self.largest / abs(self.clean - self.centre)
+        return (
+            f"the darkest colour is the largest effect, {part:.1%} of {self.names[0]} minus "
+            f"{self.names[1]}"
+        )
 
     def _part(self, half: float) -> dict[str, Any]:
-        ticks = {self.centre: f"{number(self.centre)}<br>corrupted"}
+        ticks = {self.centre: f"{number(self.centre)}<br>{escape(self.names[1])}"}
         if abs(self.clean - self.centre) <= half * 1.0001 and self.clean != self.centre:
-            ticks[self.clean] = f"{number(self.clean)}<br>clean"
+            ticks[self.clean] = f"{number(self.clean)}<br>{escape(self.names[0])}"
         for fraction in (-1, -0.5, 0.5, 1):
             value = self.centre + fraction * half
             if all(abs(value - other) > 0.3 * half for other in ticks):

@@ -241,13 +241,16 @@ class _Explorer:
         scale = Scale(1.0, 0.0, largest)
         over_bar = BAR_HEIGHT + 8
         over_scale = over_bar + MENU_HEIGHT * scale.small
-        top = heading_height + over_scale + 56 * bool(choices)
+        # Two in a row, as more would not fit a telephone.
+        menu_rows = math.ceil(len(choices) / 2)
+        top = heading_height + over_scale + _CHOICE_HEIGHT * menu_rows
         menus, notes = [], []
         for i, (dim, buttons) in enumerate(choices):
-            x = i / max(len(choices), 1)
+            x = 0.5 * (i % 2)
+            over = over_scale + _CHOICE_HEIGHT * (menu_rows - 1 - i // 2)
             menus.append(
                 {
-                    **menu_above(buttons, over_scale),
+                    **menu_above(buttons, over),
                     "type": "dropdown",
                     "direction": "down",
                     "x": x,
@@ -264,7 +267,7 @@ class _Explorer:
                     "y": 1,
                     "xanchor": "left",
                     "yanchor": "bottom",
-                    "yshift": over_scale + 32,
+                    "yshift": over + 32,
                     "showarrow": False,
                     "font": {"size": 12},
                 }
@@ -303,7 +306,7 @@ class _Explorer:
         y_step = 2 if self.row_dim == "layer" and 16 < height <= 40 else math.ceil(height / 40)
         y_shown = [i for i, tick in enumerate(y_ticks) if tick and (i % (height + 1)) % y_step == 0]
         if scale.small:
-            menus.append(menu_above(scale.buttons(), over_bar))
+            menus.append(scale.menu(over_bar))
         bottom = grid.bottom + slider_height
         total = top + max(grid.height(height), 160) + bottom
         figure = go.Figure(traces)
@@ -319,7 +322,7 @@ class _Explorer:
                 "autoexpand": False,
             },
             plot_bgcolor=style.GAP,
-            coloraxis={"colorscale": style.DIVERGING, **scale.wide()},
+            coloraxis={"colorscale": style.DIVERGING, **scale.opening()},
             updatemenus=menus,
             sliders=sliders,
             annotations=notes,
@@ -340,18 +343,21 @@ class _Explorer:
             },
             meta={
                 "alt": self._alt(main, below, [str(d) for d, _ in choices]),
-                "caption": self.caption or self._caption(first),
+                "caption": self.caption or self._caption(first, scale),
             },
         )
         figure.update_coloraxes(colorbar={**BAR, "y": 1 - (top - BAR_HEIGHT) / total})
         return figure
 
-    def _caption(self, first: int) -> str:
+    def _caption(self, first: int, scale: Scale) -> str:
         text = (
             "Choose above what to patch; each cell is the share of clean minus corrupted that one "
-            "patch covers: 0 (white) changes nothing, 1 (dark blue) makes the corrupted run as "
-            "good as the clean one"
+            "patch covers: 0 (white) changes nothing, 1"
+            + (" " if scale.tiny else " (dark blue) ")
+            + "makes the corrupted run as good as the clean one"
         )
+        if scale.tiny:
+            text += f"; {scale.note}"
         if self.sliding:
             text += "; the slider chooses the layer"
         if bool(self.result.isnull().any()):
@@ -376,6 +382,8 @@ class _Explorer:
         return f"{text} Largest shares: {'; '.join(said)}." if said else text
 
 
+#: Pixels for a menu with its name above it.
+_CHOICE_HEIGHT = 56
 _MENU_NAMES = {"kind": "activation", "corrupted": "corrupted input", "metric": "metric"}
 
 

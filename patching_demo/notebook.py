@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import xarray as xr
 
-from patching_demo.layout import KIND_NAMES
+from patching_demo.layout import KIND_NAMES, baseline_names, baselines_of
 from patching_demo.models import Task as ModelTask
 from patching_demo.models import load_model, resolve_model
 from patching_demo.results import largest_cells
@@ -107,8 +107,13 @@ def largest(result: xr.DataArray, n: int = 5) -> Html:
     cells = largest_cells(result, n)
     if "kind" in cells:
         cells["kind"] = [KIND_NAMES.get(kind, kind) for kind in cells["kind"]]
+    clean, corrupted = baseline_names(result)
+    if baselines_of(result) == (1.0, 0.0):
+        # The value is the share: once is enough.
+        cells = cells.drop(columns="value")
+    cells = cells.rename(columns={"label": "head" if "head" in result.dims else "layer"})
     return table(
         cells,
         f"The {n} patches that move the {result.attrs.get('metric', 'metric')} furthest from its "
-        "corrupted baseline.",
+        f"{corrupted} baseline; shares are of {clean} minus {corrupted}.",
     )

@@ -12,10 +12,12 @@ import xarray as xr
 
 from patching_demo import style
 from patching_demo.layout import (
+    AGREE,
     OFF_CENTRE,
     Axis,
     as_shown,
     axis_title,
+    baseline_names,
     baselines_of,
     column_axis,
     common_layout,
@@ -115,7 +117,7 @@ def bars(
         for i, (name, values) in enumerate(series.items())
     ]
     how = caption or (
-        "Each bar runs from the corrupted baseline to the metric "
+        f"Each bar runs from the {baseline_names(result)[1]} baseline to the metric "
         f"({result.attrs.get('metric', '')}) after one patch"
     )
     return _value_figure(result, traces, words, main, below, how, caption is None)
@@ -137,14 +139,26 @@ def _series(result: xr.DataArray, along: str) -> tuple[Axis, dict[str, np.ndarra
         names = [escape(entry_name(along, v)) for v in entries_of(result, along)]
         words = Axis(names, names, along)
     if not others:
-        return words, {str(result.attrs.get("metric", "value")): result.values.astype(float)}
+        values = _measured(result).values.astype(float)
+        return words, {str(result.attrs.get("metric", "value")): values}
     entries = entries_of(result, others[0])
-    values = result.transpose(others[0], along).values.astype(float)
+    values = _measured(result).transpose(others[0], along).values.astype(float)
     if others[0] in ("layer", "head"):
         names = [f"{others[0]} {entry}" for entry in entries]
     else:
         names = [entry_name(others[0], entry) for entry in entries]
     return words, dict(zip(names, values, strict=True))
+
+
+def _agree(result: xr.DataArray, words: Axis) -> int:
+    """How many positions of the horizontal axis have nothing to patch, from the first on."""
+    along = words.title == "position" and result.coords.get("agrees") is not None
+    return int(result["agrees"].values.sum()) if along and result["agrees"].ndim == 1 else 0
+
+
+def _measured(result: xr.DataArray) -> xr.DataArray:
+    """The result without positions at which there is nothing to patch."""
+    return result.where(~result["agrees"]) if "agrees" in result.coords else result
 
 
 def _value_template(result: xr.DataArray, name: str, place: str, value: str) -> str:
@@ -163,6 +177,7 @@ def _value_figure(
     explain: bool,
 ) -> go.Figure:
     clean, centre = baselines_of(result)
+    high_name, low_name = baseline_names(result)
     heading, height = style.title(main, below)
     legend_rows = math.ceil(len(traces) / 3) if len(traces) > 1 else 0
     top = height + 24 * legend_rows + 8
@@ -172,7 +187,7 @@ def _value_figure(
     step = math.ceil(len(words.words) / 33)
     ticks = np.arange(len(words.words))[::step]
     lines, notes = [], []
-    for which, value in (("clean", clean), ("corrupted", centre)):
+    for which, value in ((high_name, clean), (low_name, centre)):
         lines.append(
             {
                 "type": "line",
@@ -187,7 +202,7 @@ def _value_figure(
         )
         notes.append(
             {
-                "text": f"{which}<br>{number(value)}",
+                "text": f"{escape(which)}<br>{number(value)}",
                 "xref": "paper",
                 "x": 1,
                 "xanchor": "left",
@@ -197,6 +212,31 @@ def _value_figure(
                 "yanchor": "middle",
                 "showarrow": False,
                 "font": {"size": 11},
+            }
+        )
+    agree = _agree(result, words)
+    if agree:
+        lines.append(
+            {
+                "type": "rect",
+                "yref": "paper",
+                "x0": -0.5,
+                "x1": agree - 0.5,
+                "y0": 0,
+                "y1": 1,
+                "fillcolor": style.BAND,
+                "line": {"width": 0},
+                "layer": "below",
+            }
+        )
+        notes.append(
+            {
+                "text": style.wrapped(AGREE, 21),
+                "yref": "paper",
+                "x": agree / 2 - 0.5,
+                "y": 0.5,
+                "showarrow": False,
+                "font": {"size": 12, "color": "#222222"},
             }
         )
     figure = go.Figure(traces)
@@ -241,12 +281,13 @@ def _value_figure(
             i = int(np.nanargmax(np.abs(y - centre)))
             best.append(f"{trace.name} {number(float(y[i]))} at {words.ticks[i]}")
     if explain:
-        caption += "; dashed lines mark the clean and the corrupted baseline."
+        caption += f"; dashed lines mark the {high_name} and the {low_name} baseline"
+        caption += "; in the grey band there is nothing to patch." if agree else "."
     figure.update_layout(
         meta={
             "alt": f"{'Bars' if isinstance(traces[0], go.Bar) else 'Curves'}. {main} ({below}). "
-            f"Corrupted baseline {number(centre)}, clean baseline {number(clean)}. "
-            f"Furthest from corrupted: {'; '.join(best)}.",
+            f"Baselines: {low_name} {number(centre)}, {high_name} {number(clean)}. "
+            f"Furthest from {low_name}: {'; '.join(best)}.",
             "caption": caption,
         }
     )

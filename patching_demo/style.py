@@ -127,11 +127,11 @@ def wrapped(text: str, width: int = 46) -> str:
 
 def title(main: str, below: str) -> tuple[str, int]:
     """A title with a smaller line below it, and the height of both in pixels."""
-    first = wrapped(main, 50)
+    first = wrapped(main, 42)
     lines = first.count("<br>") + 1
     text, height = f"<b>{first}</b>", 19 * lines
     if below:
-        second = wrapped(below, 62)
+        second = wrapped(below, 54)
         text += f'<br><span style="font-size:12px">{second}</span>'
         height += 17 * (second.count("<br>") + 1)
     return text, height + 20

@@ -11,7 +11,7 @@ import pandas as pd
 from patching_demo.style import number
 from patching_demo.tasks import Task
 
-__all__ = ["Html", "table", "tokens_table"]
+__all__ = ["Html", "as_text", "framed", "table", "tokens_table"]
 
 # Dark on light in every theme, as a marked word must be readable on both.
 _MARK = "background:#ffe08a;color:#1a1a1a;padding:0 2px;border-radius:2px"
@@ -49,12 +49,12 @@ def table(frame: pd.DataFrame, caption: str) -> Html:
             for column in frame.columns
         }
     )
-    head = "".join(f'<th scope="col" style="{_CELL}">{_text(c)}</th>' for c in shown.columns)
+    head = "".join(f'<th scope="col" style="{_CELL}">{as_text(c)}</th>' for c in shown.columns)
     body = "".join(
-        "<tr>" + "".join(f'<td style="{_CELL}">{_text(v)}</td>' for v in row) + "</tr>"
+        "<tr>" + "".join(f'<td style="{_CELL}">{as_text(v)}</td>' for v in row) + "</tr>"
         for row in shown.itertuples(index=False)
     )
-    markup = _framed(f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>", caption)
+    markup = framed(f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>", caption)
     return Html(markup, f"{caption}\n{shown.to_string(index=False)}")
 
 
@@ -96,7 +96,7 @@ def tokens_table(task: Task, rows: int | None = None, caption: str | None = None
             side = f'<th scope="row" style="{_CELL}">{which}</th>'
             body.append(f"<tr>{lead if which == 'clean' else ''}{side}{cells}</tr>")
             lines.append(f"{pair + 1} {which:<9} " + _line(tokens[:length], differs))
-    markup = _framed(f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody>", caption)
+    markup = framed(f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody>", caption)
     return Html(markup, "\n".join(lines))
 
 
@@ -105,11 +105,12 @@ def _line(tokens: Sequence[str], differs: Sequence[bool]) -> str:
 
 
 def _token(token: str, marked: bool) -> str:
-    text = f'<code style="white-space:pre">{_text(token)}</code>'
+    text = f'<code style="white-space:pre">{as_text(token)}</code>'
     return f'<mark style="{_MARK}">{text}</mark>' if marked else text
 
 
-def _text(value: Any) -> str:
+def as_text(value: Any) -> str:
+    """Markup that shows ``value`` as it is, on one line."""
     text = html.escape(str(value).replace("\n", "\\n").replace("\r", "\\r"))
     # A dollar alone in its element opens no formula, in whichever version of MathJax the page has.
     return text.replace("$", "<span>$</span>")
@@ -127,11 +128,13 @@ def _written(column: str, value: Any) -> str:
     return str(value)
 
 
-def _framed(content: str, caption: str) -> str:
+def framed(content: str, caption: str) -> str:
+    """The markup of a table below its caption, which stays in view when a wide table scrolls."""
     label = html.escape(caption, quote=True)
     # Wide tables scroll inside their frame, and the keyboard can reach the frame to do so.
+    # Themes know pandas's tables by their class, and leave them readable in the dark.
     return (
-        f'<div class="tex2jax_ignore mathjax_ignore" role="region" aria-label="{label}" '
-        'tabindex="0" style="overflow-x:auto"><table>'
-        f'<caption style="text-align:left">{_text(caption)}</caption>{content}</table></div>'
+        f'<div class="tex2jax_ignore mathjax_ignore"><p style="margin:0">{as_text(caption)}</p>'
+        f'<div role="region" aria-label="{label}" tabindex="0" style="overflow-x:auto">'
+        f'<table class="dataframe" style="margin-left:0">{content}</table></div></div>'
     )

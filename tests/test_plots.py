@@ -124,14 +124,44 @@ def test_colours_stay_symmetric_when_clean_is_below_corrupted():
     assert axis.cmin <= -4.0
 
 
-def test_small_effects_get_a_button_that_spreads_the_colours():
-    result = _made(("layer", "head"), clean=50.0)
-    figure = plots.heatmap(result)
-    wide, narrow = figure.layout.updatemenus[0].buttons
-    largest = float(np.abs(result + 1.0).max())
-    assert narrow.args[0]["coloraxis.cmax"] == pytest.approx(-1.0 + largest, rel=1e-5)
-    assert wide.args[0]["coloraxis.cmax"] == figure.layout.coloraxis.cmax == pytest.approx(50.0)
+@pytest.mark.parametrize(("times", "opens"), [(50.0, "narrow"), (3.0, "wide")])
+def test_small_effects_get_a_button_that_spreads_the_colours(times, opens):
+    largest = float(np.abs(_made(("layer", "head"), clean=1.0) + 1.0).max())
+    clean = -1.0 + times * largest
+    figure = plots.heatmap(_made(("layer", "head"), clean=clean))
+    (menu,) = figure.layout.updatemenus
+    reach = {"wide": clean, "narrow": -1.0 + largest}
+    for button, end in zip(menu.buttons, reach.values(), strict=True):
+        assert button.args[0]["coloraxis.cmax"] == pytest.approx(end, rel=1e-5)
+    # Cells that would be too pale to see open the figure with less range, and it says so.
+    assert list(reach)[menu.active] == opens
+    assert figure.layout.coloraxis.cmax == pytest.approx(reach[opens], rel=1e-5)
+    note = f"the largest effect, {1 / times:.1%} of clean minus corrupted"
+    assert (note in figure.layout.meta["caption"]) == (opens == "narrow")
     assert not plots.heatmap(_made(("layer", "head"), clean=0.0)).layout.updatemenus
+
+
+def test_baselines_are_called_what_the_result_calls_them():
+    named = _made(("layer", "head"), clean=2.0).assign_attrs(
+        clean_name="ruined", corrupted_name="intact"
+    )
+    figure = plots.heatmap(named)
+    assert figure.layout.coloraxis.colorbar.ticktext[:2] == ("−1<br>intact", "2<br>ruined")
+    assert "of ruined minus intact" in figure.data[0].hovertemplate
+    bars = plots.bars(named.isel(layer=0))
+    assert [note.text for note in bars.layout.annotations] == ["ruined<br>2", "intact<br>−1"]
+    for shown in (figure, bars):
+        assert "intact −1, ruined 2" in shown.layout.meta["alt"]
+
+
+def test_curves_mark_positions_that_agree_and_draw_no_value_there():
+    result = _made(("layer", "position"), agree=5).isel(layer=0)
+    figure = plots.curves(result, along="position")
+    drawn = np.asarray(figure.data[0].y, float)
+    assert np.isnan(drawn[:5]).all() and np.isfinite(drawn[5:]).all()
+    (band,) = [shape for shape in figure.layout.shapes if shape.type == "rect"]
+    assert (band.x0, band.x1) == (-0.5, 4.5)
+    assert "nothing to patch" in figure.layout.meta["caption"]
 
 
 def test_positions_that_agree_are_marked_and_not_drawn_as_zero():
@@ -542,7 +572,8 @@ def test_tokens_table_marks_exactly_what_differs():
     assert html.count("<mark") == 4
     marked = re.findall(r"<mark[^>]*><code[^>]*>([^<]*)</code></mark>", html)
     assert marked == [" John", " Mary", " Mary", " John"]
-    assert html.count("<tr>") == 5 and "<caption" in html and 'tabindex="0"' in html
+    assert html.count("<tr>") == 5 and 'tabindex="0"' in html
+    assert "tokens that differ are marked" in html.split("<table")[0]
     assert "* John*" in repr(shown) and repr(shown).count("\n") == 4
     assert plots.tokens_table(task)._repr_html_().count("<tr>") == 17
     with pytest.raises(ValueError, match="rows"):

@@ -33,13 +33,12 @@
         update[key + ".zerolinecolor"] = line;
       }
     }
-    for (const kind of ["updatemenus", "sliders"]) {
-      (layout[kind] || []).forEach((_, index) => {
-        update[kind + "[" + index + "].bgcolor"] = surface;
-        update[kind + "[" + index + "].bordercolor"] = line;
-        update[kind + "[" + index + "].font.color"] = text;
-      });
-    }
+    // Menus and buttons keep the figure's dark on light: the chosen one is light in any theme.
+    (layout.sliders || []).forEach((_, index) => {
+      update["sliders[" + index + "].bgcolor"] = surface;
+      update["sliders[" + index + "].bordercolor"] = line;
+      update["sliders[" + index + "].font.color"] = text;
+    });
     return update;
   }
 
