@@ -223,14 +223,14 @@ from patching_demo import sweep
 
 result = sweep(model, task.normalised(), "resid_pre")
 print(dict(result.sizes))
-print(result.attrs["metric"], "of", result.attrs["what"])
+print(f"{result.attrs['what']}: {result.attrs['metric']}")
 
 # %% [markdown]
 # The result is a labelled array of [xarray](https://docs.xarray.dev). It knows its layers, its
 # positions and what was measured, so a figure needs no further arguments.
 
 # %%
-two_places = result.isel(position=[S2, END])
+two_places = result.isel(position=[S2, END]).assign_coords(position=["S2", "END"])
 plots.curves(two_places.transpose("position", "layer"), along="layer")
 
 # %%

@@ -192,7 +192,7 @@ plots.curves(
     along="position",
     title=f"Output of L{layer}H{head}, one position at a time",
     caption="Each point is the log-probability after patching this head at one position; dashed "
-    "lines mark the baselines.",
+    "lines mark the baselines, and in the grey band both inputs agree.",
 )
 
 # %% tags=["remove-input"]
@@ -206,8 +206,9 @@ notebook.say(
 # %% [markdown]
 # ## Where is the previous-token head?
 #
-# The sweeps above show nothing in layer 0. Does layer 0 do nothing? No: its work is done in the
-# first copy, and **the first copy is the same in both inputs**. A patch only shows what differs.
+# The sweeps above show next to nothing in layer 0. Does layer 0 do nothing? No: its work is done in
+# the first copy, and **the first copy is the same in both inputs**. A patch only shows what
+# differs.
 #
 # To see it, corrupt the *first* half: BA. And turn the direction around. Put activations of the
 # corrupted run into the clean one, and see what *breaks*. That is noising: it finds what the

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from collections.abc import Sequence
 from typing import Any
 
@@ -172,7 +173,8 @@ def _panels(result: xr.DataArray) -> tuple[list[Panel], Axis, Axis]:
         names = [entry_name(d, part[d].item() if d in part.coords else i) for d, i in at.items()]
         kind = str(part["kind"].item()) if "kind" in part.coords else result.attrs.get("kind", "")
         spot = where if len(lead) == 2 else (0, where[0] if where else 0)
-        panels.append(Panel(" · ".join(names), kind, spot[0], spot[1], values, agree))
+        sides = tuple(names) if len(names) == 2 else ("", "")
+        panels.append(Panel(" · ".join(names), kind, *spot, values, agree, *sides))
     return panels, rows, columns
 
 
@@ -184,12 +186,7 @@ def _collapsed(panels: list[Panel], columns: Axis) -> tuple[list[Panel], Axis]:
     first, last = columns.words[0], columns.words[agree - 1]
     words = [f"{first} to {last}", *columns.words[agree:]]
     ticks = [f"0–{agree - 1}", *columns.ticks[agree:]]
-    kept = [
-        Panel(
-            p.name, p.kind, p.grid_row, p.grid_column, p.values[:, agree - 1 :], p.agree - agree + 1
-        )
-        for p in panels
-    ]
+    kept = [replace(p, values=p.values[:, agree - 1 :], agree=p.agree - agree + 1) for p in panels]
     return kept, Axis(words, ticks, columns.title)
 
 

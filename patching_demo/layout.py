@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -93,6 +93,8 @@ class Panel:
     grid_column: int
     values: np.ndarray  # [row, column]
     agree: int  # the first `agree` columns have nothing to patch
+    row_name: str = ""  # where panels stand in rows and columns that each have a name
+    column_name: str = ""
 
 
 def baselines_of(result: xr.DataArray) -> tuple[float, float]:
@@ -180,12 +182,15 @@ class Grid:
             fit = max(1, min(across, _MAX_COLUMNS // width))
             down = math.ceil(across / fit)
             across = math.ceil(across / down)
-            panels = [_replaced(p, i // across, i % across) for i, p in enumerate(panels)]
+            panels = [
+                replace(p, grid_row=i // across, grid_column=i % across)
+                for i, p in enumerate(panels)
+            ]
         self.panels, self.across, self.down = panels, across, down
         self.axes = [axis_number(p) for p in panels]
         self.has_names = any(p.name for p in panels)
         longest = max(len(as_shown(t)) for t in rows.ticks)
-        self.left = 22 + 7 * longest
+        self.left = 22 + 7 * longest + 16 * any(p.row_name for p in panels)
         label = max(len(as_shown(t)) for t in columns.ticks)
         self.turned = columns.title == "position"
         self.bottom = int(6.0 * label + 12) if self.turned else 46
@@ -241,20 +246,25 @@ class Grid:
                 "tickvals": (y_ticks + OFF_CENTRE).tolist(),
                 "ticktext": [self.rows.ticks[view[i]] for i in y_ticks],
                 "showticklabels": column == 0,
-                "title": axis_title(
-                    self.rows.title if column == 0 and self.rows.title == "layer" else ""
-                ),
+                "title": axis_title(self._left_title(panel)),
             }
         return layout
+
+    def _left_title(self, panel: Panel) -> str:
+        if panel.grid_column:
+            return ""
+        own = self.rows.title if self.rows.title == "layer" else ""
+        return "\n".join(filter(None, [panel.row_name, own]))
 
     def annotations(self) -> list[dict[str, Any]]:
         """Names over the panels, and what the hatching means where there is room to say so."""
         notes = []
         for panel, axis in zip(self.panels, self.axes, strict=True):
-            if panel.name:
+            name = panel.column_name or panel.name
+            if name and not (panel.column_name and panel.grid_row):
                 notes.append(
                     {
-                        "text": escape(panel.name),
+                        "text": escape(name),
                         "xref": f"x{axis} domain",
                         "yref": f"y{axis} domain",
                         "x": 0.5,
@@ -334,11 +344,8 @@ AXIS = {
 
 def axis_title(text: str) -> dict[str, Any]:
     """The title of an axis."""
-    return {"text": escape(text), "standoff": 4, "font": {"size": 12}}
-
-
-def _replaced(panel: Panel, row: int, column: int) -> Panel:
-    return Panel(panel.name, panel.kind, row, column, panel.values, panel.agree)
+    lines = map(escape, text.split("\n"))
+    return {"text": "<br>".join(lines), "standoff": 4, "font": {"size": 12}}
 
 
 def as_shown(text: str) -> str:
@@ -398,8 +405,8 @@ class Scale:
             return ""
         part = self.largest / abs(self.clean - self.centre)
         return (
-            f"the darkest colour is the largest effect, {part:.1%} of {self.names[0]} minus "
-            f"{self.names[1]}"
+            f"the darkest colour is the largest effect, {100 * part:.1f} % of {self.names[0]} "
+            f"minus {self.names[1]}"
         )
 
     def _part(self, half: float) -> dict[str, Any]:

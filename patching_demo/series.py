@@ -12,7 +12,6 @@ import xarray as xr
 
 from patching_demo import style
 from patching_demo.layout import (
-    AGREE,
     OFF_CENTRE,
     Axis,
     as_shown,
@@ -224,19 +223,19 @@ def _value_figure(
                 "x1": agree - 0.5,
                 "y0": 0,
                 "y1": 1,
-                "fillcolor": style.BAND,
+                "fillcolor": style.GAP,
                 "line": {"width": 0},
                 "layer": "below",
             }
         )
         notes.append(
             {
-                "text": style.wrapped(AGREE, 21),
+                "text": "nothing<br>to patch",
                 "yref": "paper",
                 "x": agree / 2 - 0.5,
                 "y": 0.5,
                 "showarrow": False,
-                "font": {"size": 12, "color": "#222222"},
+                "font": {"size": 12},
             }
         )
     figure = go.Figure(traces)

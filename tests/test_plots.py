@@ -136,7 +136,7 @@ def test_small_effects_get_a_button_that_spreads_the_colours(times, opens):
     # Cells that would be too pale to see open the figure with less range, and it says so.
     assert list(reach)[menu.active] == opens
     assert figure.layout.coloraxis.cmax == pytest.approx(reach[opens], rel=1e-5)
-    note = f"the largest effect, {1 / times:.1%} of clean minus corrupted"
+    note = f"the largest effect, {100 / times:.1f} % of clean minus corrupted"
     assert (note in figure.layout.meta["caption"]) == (opens == "narrow")
     assert not plots.heatmap(_made(("layer", "head"), clean=0.0)).layout.updatemenus
 
