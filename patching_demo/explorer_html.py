@@ -19,7 +19,7 @@ import xarray as xr
 from plotly.colors import sample_colorscale
 
 from patching_demo import style
-from patching_demo.plots import KIND_NAMES
+from patching_demo.layout import KIND_NAMES
 from patching_demo.results import largest_cells
 from patching_demo.style import number
 from patching_demo.tables import table, tokens_table
