@@ -95,6 +95,9 @@ def checked_tokens(model: Any, tokens: Any) -> Tensor:
         )
     if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
         raise TypeError(f"corrupted_tokens must be whole numbers, got {tokens.dtype}")
+    if tokens.is_meta or tokens.layout is not torch.strided:
+        where = "on the meta device" if tokens.is_meta else f"in the layout {tokens.layout}"
+        raise TypeError(f"corrupted_tokens must hold their numbers, got a tensor {where}")
     tokens = tokens.to(device=next(model.parameters()).device, dtype=torch.int64)
     lowest, highest, size = int(tokens.min()), int(tokens.max()), model.cfg.d_vocab
     if lowest < 0 or highest >= size:

@@ -222,6 +222,8 @@ def test_whole_numbers_in_any_form_are_tokens(convert: Any) -> None:
             ValueError,
             "token id 128 is not in the model's vocabulary of 128",
         ),
+        (torch.full((2, 6), 5, device="meta"), TypeError, "got a tensor on the meta device"),
+        (torch.full((2, 6), 5).to_sparse(), TypeError, "in the layout torch.sparse_coo"),
         (torch.full((2, 6), -1), ValueError, "token id -1 is not in the model's vocabulary"),
         (torch.full((2, 65), 5), ValueError, "have 65 tokens, the model takes at most 64"),
     ],
