@@ -450,6 +450,17 @@ def test_a_metric_that_misstates_where_it_reads_gets_all_logits() -> None:
     )
 
 
+@pytest.mark.parametrize("read", [3.0, b"", None, torch.zeros(2, 3), torch.zeros(5)])
+def test_a_metric_whose_parts_are_of_the_wrong_kind_gets_all_logits(read: Any) -> None:
+    class Odd:
+        positions, tokens = [[0], [0]], None
+        read = staticmethod(lambda logits: logits)
+        from_read = staticmethod(lambda logits: read)
+        __call__ = staticmethod(oracle.all_logits)
+
+    assert torch.equal(sweep(patching_metric=Odd()), sweep(patching_metric=oracle.all_logits))
+
+
 def test_a_metric_on_a_device_without_numbers_is_refused() -> None:
     """A tensor of another device is copied over; one of the meta device holds nothing to copy."""
     with pytest.raises(TypeError, match="'metric' must return a number or a tensor"):
