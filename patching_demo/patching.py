@@ -20,6 +20,7 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 from transformer_lens.patching import (
     PatchingResult,
     layer_head_dest_src_pos_pattern_patch_setter,
@@ -313,6 +314,38 @@ def get_act_patch_direct_path(
             f"L{src_layer}H{src_head} to L{layer}H{head} patched: a metric must be finite"
         )
     return values
+
+
+def get_act_patch_direct_path_all_sources(
+    model: Any,
+    corrupted_tokens: Tensor,
+    clean_cache: Mapping[str, Tensor],
+    corrupted_cache: Mapping[str, Tensor],
+    patching_metric: Callable[[Tensor], Any],
+    component: str = "q",
+    verbose: bool = True,
+) -> Tensor:
+    """Patch the path from each head into each later head alone.
+
+    One forward pass per pair of heads: meant for small models.
+
+    Args, Raises: as for :func:`get_act_patch_direct_path`.
+
+    Returns:
+        ``[source layer, source head, layer, head]`` in the metric's units, NaN where there is no
+        path.
+
+    Source: ``transformer_lens.patching.get_act_patch_direct_path_all_sources``.
+    """
+    checks.checked_model(model)
+    n_layers, n_heads = model.cfg.n_layers, model.cfg.n_heads
+    inputs = (model, corrupted_tokens, clean_cache, corrupted_cache, patching_metric)
+    sources = [(layer, head) for layer in range(n_layers) for head in range(n_heads)]
+    paths = [
+        get_act_patch_direct_path(*inputs, layer, head, component, verbose=False)
+        for layer, head in tqdm(sources, disable=not verbose, leave=False, unit="head")
+    ]
+    return torch.stack(paths).view(n_layers, n_heads, n_layers, n_heads)
 
 
 class _Plan:

@@ -169,6 +169,7 @@ def _run_fast(
     passenger = True
     while left:
         portion = _portion(left, end, budget, len(run.tokens), store.most_cells(len(cells)))
+        size = len(portion)
         try:
             part = engine.sweep_cells(
                 model,
@@ -178,10 +179,10 @@ def _run_fast(
                 scorer,
                 call_tokens=min(call_tokens, budget),
                 passenger=passenger,
-                advance=lambda share, n=len(portion): bar.within(share * n),
+                advance=lambda share, size=size: bar.within(share * size),
             )
         except torch.OutOfMemoryError:
-            if len(portion) == 1 and budget <= 1:
+            if size == 1 and budget <= 1:
                 raise
             budget = max(1, min(budget, sum(end - cell.start for cell in portion)) // 2)
             if run.tokens.is_cuda:
@@ -190,8 +191,8 @@ def _run_fast(
         _refuse_not_finite(scorer, part, portion)
         values[:, [cell.row for cell in portion]] = part
         store.finish(values, portion)
-        bar.advance(len(portion))
-        left, passenger = left[len(portion) :], False
+        bar.advance(size)
+        left, passenger = left[size:], False
     return []
 
 

@@ -249,11 +249,7 @@ def test_patch_setters_and_helpers_have_their_names() -> None:
 
 
 def test_no_sweep_of_the_plain_loop_is_missing() -> None:
-    theirs = {
-        name
-        for name in vars(plain_patching)
-        if name.startswith("get_act_patch_") and name != "get_act_patch_direct_path_all_sources"
-    }
+    theirs = {name for name in vars(plain_patching) if name.startswith("get_act_patch_")}
     assert theirs <= set(vars(patching))
     assert set(patching.SWEEPS) - {"resid_post"} == {
         name.removeprefix("get_act_patch_")

@@ -281,6 +281,20 @@ def test_direct_paths_agree_and_are_nan_where_there_is_no_path(name: str, compon
     assert not found.requires_grad
 
 
+def test_direct_paths_from_all_sources_agree_and_are_nan_where_there_is_no_path() -> None:
+    model, data = tiny.model("gpt2"), pair("gpt2")
+    with torch.no_grad():
+        _, corrupted_cache = model.run_with_cache(data.corrupted)
+    inputs = (model, data.corrupted, data.cache, corrupted_cache, data.metrics["difference"])
+    with torch.no_grad(), oracle.quiet():
+        wanted = plain_patching.get_act_patch_direct_path_all_sources(*inputs, verbose=False)
+    found = patching.get_act_patch_direct_path_all_sources(*inputs, verbose=False)
+    later = torch.arange(2)[:, None] < torch.arange(2)
+    exists = later[:, None, :, None].expand_as(found)
+    assert torch.allclose(found[exists], wanted[exists], atol=1e-6)
+    assert found[~exists].isnan().all()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
