@@ -21,8 +21,15 @@ from packaging.requirements import Requirement
 pytestmark = pytest.mark.colab
 
 ROOT = Path(__file__).resolve().parents[1]
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-PACKAGE = ["patching_demo", "pyproject.toml", "README.md", "LICENSE", "CITATION.cff"]
+CHAPTERS = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
+CHECKOUT = [
+    "patching_demo",
+    "notebooks",
+    "pyproject.toml",
+    "README.md",
+    "LICENSE",
+    "CITATION.cff",
+]
 STAND_IN = '''
 """What notebooks may ask of Colab's own module, outside Colab."""
 
@@ -47,12 +54,10 @@ def installed() -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def colab(tmp_path_factory) -> dict[str, str]:
-    """The settings of a machine that looks like Colab and has the checkout as its repository."""
-    folder = tmp_path_factory.mktemp("colab")
-    repository = folder / "repository"
-    repository.mkdir()
-    for name in PACKAGE:
+def repository(tmp_path_factory) -> Path:
+    """The checkout as a repository that stays as it is while the notebooks run."""
+    repository = tmp_path_factory.mktemp("repository")
+    for name in CHECKOUT:
         source = ROOT / name
         if source.is_dir():
             ignore = shutil.ignore_patterns("__pycache__")
@@ -63,8 +68,13 @@ def colab(tmp_path_factory) -> dict[str, str]:
     subprocess.run([*git, "init", "--quiet", "--initial-branch=main"], check=True)
     subprocess.run([*git, "add", "."], check=True)
     subprocess.run([*git, "commit", "--quiet", "--message=checkout"], check=True)
+    return repository
 
-    module = folder / "modules" / "google" / "colab"
+
+@pytest.fixture(scope="module")
+def colab(repository, tmp_path_factory) -> dict[str, str]:
+    """The settings of a machine that looks like Colab and finds the package in the repository."""
+    module = tmp_path_factory.mktemp("colab") / "modules" / "google" / "colab"
     module.mkdir(parents=True)
     (module / "__init__.py").write_text(STAND_IN, encoding="utf-8")
     # Colab has loaded its module before the first cell runs.
@@ -91,11 +101,12 @@ def test_environment_has_colabs_versions_and_not_the_package():
         importlib.metadata.version("patching-demo")
 
 
-def test_notebooks_install_the_package_and_run(colab, tmp_path):
+def test_notebooks_install_the_package_and_run(colab, repository, tmp_path):
     from nbclient import NotebookClient
 
     # One after another: the first installs the package, as in one Colab runtime.
-    for path in NOTEBOOKS:
+    notebooks = [repository / "notebooks" / f"{stem}.ipynb" for stem in CHAPTERS]
+    for path in notebooks:
         begun = time.monotonic()
         notebook = nbformat.read(path, as_version=4)
         client = NotebookClient(
@@ -116,7 +127,7 @@ def test_notebooks_install_the_package_and_run(colab, tmp_path):
             output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", [])
         )
         assert "Runtime: Google Colab" in text
-        assert ("Installing patching-demo" in text) == (path == NOTEBOOKS[0])
+        assert ("Installing patching-demo" in text) == (path == notebooks[0])
         print(f"{path.stem}: {time.monotonic() - begun:.0f} s")
     assert importlib.metadata.version("patching-demo")
     assert installed() == wanted(), "the install cell changed what Colab ships"

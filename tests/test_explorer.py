@@ -16,6 +16,7 @@ import torch
 from patching_demo import explorer, explorer_html, load_model, plots, prompt_task, sweep
 from patching_demo.bridge import attached_hooks
 from patching_demo.explorer import explore
+from patching_demo.style import number
 
 PATIENCE = 60
 HEADS = ("out", "q", "k", "v", "pattern")
@@ -176,10 +177,10 @@ def test_selection_shows_the_numbers_of_the_cell(panel):
         text = Markup(panel.cell.value).text
         assert f"Layer {at[0]}" in text and panel.result["position"].values[at[1]] in text
         for shown in (value, value - corrupted, clean, corrupted):
-            assert plots.number(shown) in text
+            assert number(shown) in text
         assert panel.picture.value.count('aria-current="true"') == 1
         marked = re.search(r'title="([^"]*)" aria-current', panel.picture.value)[1]
-        assert marked.endswith(plots.number(value)) and f"layer {at[0]}," in marked
+        assert marked.endswith(number(value)) and f"layer {at[0]}," in marked
     assert "' John'" in text and "' Mary'" in text
     # A click in the list goes to that cell.
     panel.largest.index = 3

@@ -21,7 +21,8 @@ import pytest
 import tiny
 import xarray as xr
 
-from patching_demo import plots, prompt_task, sweep
+from patching_demo import prompt_task, sweep
+from patching_demo.style import number
 
 pytestmark = pytest.mark.browser
 
@@ -195,7 +196,7 @@ def test_prompts_are_typed_run_and_read(page):
         if agree:
             assert words.endswith("nothing to patch")
         else:
-            assert words.endswith(f": {plots.number(float(value))}"), words
+            assert words.endswith(f": {number(float(value))}"), words
             assert re.fullmatch(r"rgb\(.*\)", colour)
     assert len({colour for _, colour in read}) > 3
     assert "<b>" not in table.inner_html() and page.locator(".jp-OutputArea script").count() == 0
