@@ -476,6 +476,17 @@ class Scorer:
         """
         return torch.stack([self.baseline, self._on_a_copy(self.run.logits.flip(-1))])
 
+    def rounding(self) -> Tensor:
+        """How far each metric moves when the corrupted logits change in their last bits.
+
+        Little, as a rule; but a metric that cancels to 0 (the mean of logits that are centred,
+        for instance) is made of nothing else.
+        """
+        logits = self.run.logits
+        place = torch.arange(logits.numel(), device=logits.device, dtype=torch.float64)
+        bits = 16 * torch.finfo(logits.dtype).eps * torch.cos(place**2).view(logits.shape)
+        return (self._on_a_copy(logits * (1 + bits).to(logits.dtype)) - self.baseline).abs()
+
     def _on_a_copy(self, logits: Tensor) -> Tensor:
         """All metrics: ``[metric, (batch)]``; one that writes into its logits harms nobody."""
         return torch.stack([self.full(name, logits.clone()) for name in self.metrics])

@@ -450,6 +450,16 @@ def test_a_metric_that_misstates_where_it_reads_gets_all_logits() -> None:
     )
 
 
+def test_a_metric_that_is_all_rounding_is_no_mismatch() -> None:
+    """The logits are centred, so their mean is 0 but for the last bits."""
+    found = sweep(
+        kind="attn_head_pattern_dest_src_pos",
+        patching_metric=lambda logits: logits.mean(),
+        check=60,
+    )
+    assert found.abs().max() < 1e-6
+
+
 @pytest.mark.parametrize("read", [3.0, b"", None, torch.zeros(2, 3), torch.zeros(5)])
 def test_a_metric_whose_parts_are_of_the_wrong_kind_gets_all_logits(read: Any) -> None:
     class Odd:
