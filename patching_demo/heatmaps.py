@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -136,6 +136,7 @@ def heatmap(
         shapes=grid.hatching(len(views[0])),
         meta={
             "alt": _alt(result, main, below, panels, rows, columns),
+            "min_width": grid.min_width(),
             "caption": caption
             or _caption(result, panels, len(views[0]) if trimmed else 0, scale.note),
         },

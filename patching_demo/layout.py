@@ -206,6 +206,15 @@ class Grid:
         panel = max(n_rows * self.cell_height(n_rows), 44)
         return self.down * panel + (self.down - 1) * self.between
 
+    def _step(self) -> int:
+        """Every how many columns there is a label."""
+        return math.ceil(len(self.columns.words) * self.across / 33)
+
+    def min_width(self) -> int:
+        """Pixels below which labels would overlap."""
+        labels = self.across * math.ceil(len(self.columns.words) / self._step())
+        return self.left + 26 + labels * (11 if self.turned else 6)
+
     def layout(self, view: np.ndarray, sorted_rows: bool) -> dict[str, Any]:
         """The axes of every panel for the rows in view."""
         n = len(view)
@@ -213,7 +222,7 @@ class Grid:
         panel_height = (total - (self.down - 1) * self.between) / self.down
         gap = 0.025 if self.across > 1 else 0.0
         panel_width = (1 - gap * (self.across - 1)) / self.across
-        step = math.ceil(len(self.columns.words) * self.across / 33)
+        step = self._step()
         x_ticks = np.arange(len(self.columns.words))
         x_ticks = x_ticks[x_ticks % step == 0] if step > 1 else x_ticks
         y_step = 1 if self.cell_height(n) >= 12 and n <= 300 else math.ceil(n / 100)

@@ -141,6 +141,17 @@ def test_small_effects_get_a_button_that_spreads_the_colours(times, opens):
     assert not plots.heatmap(_made(("layer", "head"), clean=0.0)).layout.updatemenus
 
 
+def test_labels_of_many_panels_have_the_room_that_they_need():
+    kinds = ("out", "q", "k", "v", "pattern")
+    several = plots.heatmap(_made(("kind", "layer", "position"), kinds=kinds)).layout
+    single = plots.heatmap(_made(("layer", "position"))).layout
+    axes = [name for name in several.to_plotly_json() if name.startswith("xaxis")]
+    labels = sum(len(several[name].ticktext) for name in axes)
+    assert len(axes) == len(kinds)
+    assert several.meta["min_width"] >= several.margin.l + several.margin.r + 10 * labels
+    assert single.meta["min_width"] < 340  # a telephone's column
+
+
 def test_baselines_are_called_what_the_result_calls_them():
     named = _made(("layer", "head"), clean=2.0).assign_attrs(
         clean_name="ruined", corrupted_name="intact"
