@@ -15,6 +15,8 @@ __all__ = ["Html", "as_text", "framed", "table", "tokens_table"]
 
 # Dark on light in every theme, as a marked word must be readable on both.
 _MARK = "background:#ffe08a;color:#1a1a1a;padding:0 2px;border-radius:2px"
+# In the colour of the text around it: a theme's colour for code is not made for table rows.
+_TOKEN = "white-space:pre;color:inherit;background:none;border:0"
 _CELL = "padding:2px 6px;white-space:nowrap;text-align:left"
 
 
@@ -105,7 +107,7 @@ def _line(tokens: Sequence[str], differs: Sequence[bool]) -> str:
 
 
 def _token(token: str, marked: bool) -> str:
-    text = f'<code style="white-space:pre">{as_text(token)}</code>'
+    text = f'<code style="{_TOKEN}">{as_text(token)}</code>'
     return f'<mark style="{_MARK}">{text}</mark>' if marked else text
 
 
