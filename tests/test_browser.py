@@ -108,6 +108,8 @@ def check_accessible(page) -> None:
     """The axe rules find nothing serious."""
     from axe_core_python.sync_playwright import Axe
 
+    # Colours that are still on their way into the dark are not the page's.
+    page.evaluate("Promise.all(document.getAnimations().map(motion => motion.finished))")
     serious = {
         f"{rule['id']}: {rule['help']}": [node["html"][:160] for node in rule["nodes"][:3]]
         for rule in Axe().run(page)["violations"]
