@@ -175,9 +175,12 @@ class Checks:
 
     @property
     def caption(self) -> str:
-        """The title, and how many claims were not checked if any were not."""
-        open_ = sum(claim.holds is None for claim in self.claims)
-        return f"{self.title} ({open_} of {len(self)} not checked here)" if open_ else self.title
+        """The title, and how many claims were not checked and why, if any were not."""
+        open_ = [claim.not_checked for claim in self.claims if claim.holds is None]
+        if not open_:
+            return self.title
+        reasons = "; ".join(dict.fromkeys(reason for reason in open_ if reason))
+        return f"{self.title} ({len(open_)} of {len(self)} not checked here: {reasons})"
 
     @property
     def failed(self) -> list[Claim]:
@@ -230,8 +233,8 @@ class Checks:
 
 def _row(claim: Claim) -> str:
     # The word says it all; the sign helps to find a failure among many.
-    sign = {True: "✓ ", False: "✗ ", None: ""}[claim.holds]
-    verdict = sign + as_text(claim.verdict)
+    # Why a claim was not checked stands in the caption, once for all that share the reason.
+    verdict = {True: "✓ holds", False: "✗ fails", None: "not checked"}[claim.holds]
     # On a telephone the table scrolls sideways; a sentence one word wide would be unreadable.
     cells = (
         ("min-width:13em", as_text(claim.expected)),

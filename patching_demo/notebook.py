@@ -112,8 +112,9 @@ def largest(result: xr.DataArray, n: int = 5) -> Html:
         # The value is the share: once is enough.
         cells = cells.drop(columns="value")
     cells = cells.rename(columns={"label": "head" if "head" in result.dims else "layer"})
+    metric = str(result.attrs.get("metric", "metric")).removesuffix(", normalised")
     return table(
         cells,
-        f"The {n} patches that move the {result.attrs.get('metric', 'metric')} furthest from its "
-        f"{corrupted} baseline; shares are of {clean} minus {corrupted}.",
+        f"The {n} patches that move the {metric} furthest from its {corrupted} baseline; shares "
+        f"are of {clean} minus {corrupted}.",
     )
