@@ -16,6 +16,7 @@ import numpy as np
 import xarray as xr
 
 from patching_demo import style
+from patching_demo.results import baselines
 from patching_demo.style import escape, number
 
 __all__ = [
@@ -106,13 +107,7 @@ def baselines_of(result: xr.DataArray) -> tuple[float, float]:
     """
     if not isinstance(result, xr.DataArray):
         raise TypeError(f"a figure needs a labelled result (xarray), got {type(result).__name__}")
-    try:
-        return float(result.attrs["clean_baseline"]), float(result.attrs["corrupted_baseline"])
-    except KeyError as error:
-        raise ValueError(
-            f"the result has no attribute {error}: arithmetic on it may have dropped the "
-            "attributes (xarray.set_options(keep_attrs=True) keeps them)"
-        ) from None
+    return baselines(result)
 
 
 def baseline_names(result: xr.DataArray) -> tuple[str, str]:

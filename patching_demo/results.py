@@ -149,7 +149,7 @@ def share(result: xr.DataArray) -> xr.DataArray:
     Raises:
         ValueError: if the baselines are equal or missing.
     """
-    clean, corrupted = _baselines(result)
+    clean, corrupted = baselines(result)
     if clean == corrupted:
         raise ValueError(
             f"clean and corrupted baseline are both {clean}: a share of their difference does "
@@ -191,8 +191,8 @@ def combine(results: Mapping[str, xr.DataArray], dim: str = "corrupted") -> xr.D
                 f"{dict(first.sizes)}, or other labels: only results of the same sweep can be "
                 "combined"
             )
-    baselines = [_baselines(array) for array in arrays]
-    if len(set(baselines)) > 1:
+    pairs = [baselines(array) for array in arrays]
+    if len(set(pairs)) > 1:
         arrays = [share(array) for array in arrays]
     coords: dict[str, Any] = {dim: names}
     for key, coord in first.coords.items():
@@ -200,8 +200,8 @@ def combine(results: Mapping[str, xr.DataArray], dim: str = "corrupted") -> xr.D
         values = np.stack([a[key].values for a in arrays]) if varies else coord.values
         coords[str(key)] = ((dim, *coord.dims) if varies else coord.dims, values)
     # What was combined before has its measured baselines as coordinates already.
-    coords.setdefault("clean_baseline", (dim, [clean for clean, _ in baselines]))
-    coords.setdefault("corrupted_baseline", (dim, [corrupted for _, corrupted in baselines]))
+    coords.setdefault("clean_baseline", (dim, [clean for clean, _ in pairs]))
+    coords.setdefault("corrupted_baseline", (dim, [corrupted for _, corrupted in pairs]))
     out = xr.DataArray(
         np.stack([a.values for a in arrays]),
         dims=(dim, *first.dims),
@@ -237,7 +237,7 @@ def largest_cells(result: xr.DataArray, n: int = 5) -> pd.DataFrame:
         raise ValueError(f"n must be at least 1, got {n}")
     if "layer" not in result.dims and "layer" not in result.coords:
         raise ValueError(f"the result has no layer, only {list(result.dims)}")
-    clean, corrupted = _baselines(result)
+    clean, corrupted = baselines(result)
     values = result.values.astype(float)
     if "agrees" in result.coords:
         values = result.where(~result["agrees"]).transpose(*result.dims).values.astype(float)
@@ -442,7 +442,8 @@ def _each(names: Sequence[str], by: str) -> str:
     return "one layer and position at a time"
 
 
-def _baselines(result: xr.DataArray) -> tuple[float, float]:
+def baselines(result: xr.DataArray) -> tuple[float, float]:
+    """(clean, corrupted) of a result; ValueError if it lacks one."""
     try:
         return float(result.attrs["clean_baseline"]), float(result.attrs["corrupted_baseline"])
     except KeyError as error:
