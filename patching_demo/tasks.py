@@ -50,7 +50,7 @@ IOI_PROMPTS = tuple(
     for subject in subjects
 )
 
-#: (right, wrong) name for each of :data:`IOI_PROMPTS`: the indirect object, then the subject.
+#: The indirect object and the subject of each of :data:`IOI_PROMPTS`, so the right and wrong name.
 IOI_ANSWERS = tuple(
     (names[1 - subject], names[subject])
     for _, names, subjects in _IOI_PAIRS
