@@ -16,7 +16,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -228,8 +228,17 @@ def _native_with_cache(
 
 def _named_arguments(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Positional arguments under the names the wrapped block gives them."""
-    names = list(inspect.signature(block.original_component.forward).parameters)
+    forward = block.original_component.forward
+    if (method := getattr(forward, "__func__", None)) is None:
+        names = tuple(inspect.signature(forward).parameters)
+    else:
+        names = _parameter_names(method)[1:]
     return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+@cache
+def _parameter_names(method: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(method).parameters)
 
 
 def _tensor_of(output: Any) -> Tensor:

@@ -272,16 +272,18 @@ class Survey:
         run, not for one that was edited (averaged over prompts, for instance). So it is believed
         only where the activations themselves agree.
         """
+        known: dict[tuple[str, tuple[int, ...]], tuple[int, ...]] = {}
         out = []
         for cell in cells:
-            if cell.site is not None:
+            key = cell.hook_name, cell.positions
+            if cell.site is not None and key not in known:
                 claimed = engine.changed_positions(cell.site, cell.layer, cell.positions, differing)
                 moved, far = self.moved[cell.hook_name], self.far[cell.hook_name]
-                positions = tuple(
+                known[key] = tuple(
                     p for p in cell.positions if moved[p] and (p in claimed or far[p])
                 )
-                cell = replace(cell, positions=positions)
-            out.append(cell)
+            positions = known.get(key, cell.positions)
+            out.append(cell if positions == cell.positions else replace(cell, positions=positions))
         return out
 
     def warn_if_nothing_moves(self, differing: Sequence[int]) -> None:
@@ -304,7 +306,6 @@ def refuse_dead_hooks(model: Any, tokens: Tensor, run: Run | None, cells: Sequen
     Raises:
         ValueError: if the output does not depend on what the hook returns.
     """
-    unpatched: dict[int, Tensor] = {}
     tried: set[Any] = set()
     for name, cell in {cell.hook_name: cell for cell in cells}.items():
         if run is not None and cell.site is not None and cell.site.enters != "hook":
@@ -313,12 +314,11 @@ def refuse_dead_hooks(model: Any, tokens: Tensor, run: Run | None, cells: Sequen
         if kind in tried:
             continue
         tried.add(kind)
-        layer = cell.layer if run is not None else -1
-        if layer not in unpatched:
-            unpatched[layer] = _output(model, tokens, run, layer)
         with hooked(model, name, _not_a_number):
-            patched = _output(model, tokens, run, layer)
-        if torch.equal(patched, unpatched[layer]):
+            patched = _output(model, tokens, run, cell.layer)
+        if patched.isnan().any():
+            continue
+        if torch.equal(patched, _output(model, tokens, run, cell.layer)):
             raise ValueError(
                 f"hook {name!r} is not live on this model: it is called, but what it returns "
                 "changes nothing (the attention is computed elsewhere), so it would read as zero "

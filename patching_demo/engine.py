@@ -172,9 +172,11 @@ class Pack:
     def _place(self, members: Sequence[tuple[Cell, Sequence[int]]]) -> None:
         """Give each token of each new member a slot, filling group after group."""
         group, slot = self._cursor
+        # All groups are as wide as the longest run needs: filling that width costs nothing more.
+        width = max([SLOTS, *(len(positions) for _, positions in members)])
         for cell, positions in members:
             owner = len(self.cells)
-            if slot and slot + len(positions) > SLOTS:
+            if slot and slot + len(positions) > width:
                 group, slot = group + 1, 0
             start = positions[0]
             for position in positions:

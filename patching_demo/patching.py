@@ -494,21 +494,18 @@ def _indices(
             f"{setter.__name__} takes {len(SETTERS[setter])} indices "
             f"({', '.join(SETTERS[setter])}), got {list(whole.columns)}"
         )
+    counted = whole.to_numpy(copy=True)
     for place, column in enumerate(whole.columns):
         kind = meaning[place] if meaning else column
         size = sizes.get("src_pos" if kind == "source" else kind)
         if size is None:
             continue
-        given = whole.iloc[:, place]
-        counted = given.where(given >= 0, given + size)
-        outside = given[(counted < 0) | (counted >= size)]
+        outside = counted[(counted[:, place] < -size) | (counted[:, place] >= size), place]
         if len(outside):
             what = "index_df" if index_df is not None else "the index"
-            raise ValueError(
-                f"{what} has {column} {outside.iloc[0]}, but there are only {size} of them"
-            )
-        whole.isetitem(place, counted)
-    return axes, whole
+            raise ValueError(f"{what} has {column} {outside[0]}, but there are only {size} of them")
+        counted[counted[:, place] < 0, place] += size
+    return axes, pd.DataFrame(counted, index=whole.index, columns=whole.columns)
 
 
 def _whole_numbers(index_df: Any) -> pd.DataFrame:
