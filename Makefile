@@ -9,7 +9,8 @@ EXTRAS ?= dev
 PYTEST := $(PY) -m pytest
 NBMAKE_TIMEOUT ?= 1800
 
-# A checkout that cannot be written is worked on in a copy, which is kept for the next time.
+# A checkout that cannot be written is worked on in a copy, which is kept for the next time. What
+# lacks the permission to be written gets it there.
 WRITABLE := $(shell test -w . && echo yes)
 ifneq ($(WRITABLE),yes)
   COPY := $(or $(TMPDIR),/tmp)/patching_demo-checkout-$(shell id -u)
@@ -20,6 +21,7 @@ $(GOALS):
 	@mkdir -p -m 700 "$(COPY)" && test -O "$(COPY)"
 	@find "$(COPY)" -mindepth 1 -maxdepth 1 ! -name .venv ! -name .home ! -name book -exec rm -rf {} +
 	@tar -cf - --exclude=./.venv --exclude=./.git . | tar -xf - -C "$(COPY)"
+	@find "$(COPY)" -name .venv -prune -o ! -type l -exec chmod u+w {} +
 	@$(MAKE) -C "$(COPY)" WRITABLE=yes $@
 else
 

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import textwrap
+import venv
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+import nbformat
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -170,3 +176,117 @@ def test_make_works_in_a_copy_of_a_checkout_that_cannot_be_written(
     make(checkout, "WRITABLE=no", "help", **env)
     assert (copy / "scripts" / "new.py").exists() and (copy / ".venv" / ".complete").exists()
     assert (copy / "book" / "notebooks").exists() and not (copy / "notebooks").exists()
+
+
+# ---- a checkout that really cannot be written
+
+MOUNT = 'mount --bind "$0" "$0" && mount -o remount,ro,bind "$0" && exec "$@"'
+
+
+def works(*command: str) -> bool:
+    try:
+        return subprocess.run(command, capture_output=True).returncode == 0
+    except FileNotFoundError:
+        return False
+
+
+@dataclass
+class ReadOnly:
+    """A checkout that cannot be written by what `before` is put before."""
+
+    folder: Path
+    before: list[str]
+    scratch: Path
+    copy: Path
+
+    def make(self, goal: str, pytest_options: str = "") -> tuple[int, str]:
+        """Exit status and output of a target, which must have been made in the copy."""
+        env = {"PATH": os.environ["PATH"], "TMPDIR": str(self.scratch)}
+        done = subprocess.run(
+            [*self.before, "make", "--no-print-directory", "-C", str(self.folder), goal],
+            env={**env, "PYTEST_ADDOPTS": pytest_options},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        assert f"{self.folder} cannot be written: working in {self.copy}" in done.stdout
+        assert "pip install" not in done.stdout
+        return done.returncode, done.stdout
+
+
+@pytest.fixture(params=["mount", "permissions"])
+def read_only(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ReadOnly]:
+    """A copy of the checkout that cannot be written, in which one notebook lacks its pair.
+
+    It is mounted read-only, or lacks the permission. That one does not stop root, unless root is
+    in a user namespace, where it counts as the owner of its files and no more.
+    """
+    folder, scratch = tmp_path / "a chäckout", tmp_path / "scratch"
+    made = (".*", "__pycache__", "_build", "generated")
+    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*made))
+    shutil.rmtree(folder / "book" / "notebooks", ignore_errors=True)
+    (folder / "notebooks" / "01_setup.ipynb").unlink()
+    inside = [folder, *folder.rglob("*")]
+    if request.param == "mount":
+        before = ["unshare", "-rm", "sh", "-c", MOUNT, str(folder)]
+    else:
+        as_other = ["unshare", "--map-user=1000", "--map-group=1000"]
+        before = as_other if os.geteuid() == 0 else []
+        for path in inside:
+            path.chmod(path.stat().st_mode & ~0o222)
+    if not works(*before, "true"):
+        pytest.skip(f"this machine allows no such namespace: {' '.join(before[:2])}")
+    assert not works(*before, "touch", str(folder / "new")), "the checkout can be written"
+    user = subprocess.check_output([*before, "id", "-u"], text=True).strip()
+    copy = scratch / f"patching_demo-checkout-{user}"
+    copy.mkdir(parents=True, mode=0o700)
+    lend_environment(copy)
+    was = all_of(folder)
+    yield ReadOnly(folder, before, scratch, copy)
+    assert all_of(folder) == was, "the checkout was changed"
+    for path in inside:
+        path.chmod(path.stat().st_mode | 0o200)
+
+
+def all_of(folder: Path) -> dict[str, tuple[int, int, bytes]]:
+    """Mode, time of change and content of all that lies in a folder."""
+    return {
+        path.relative_to(folder).as_posix(): (
+            path.stat().st_mode,
+            path.stat().st_mtime_ns,
+            path.read_bytes() if path.is_file() else b"",
+        )
+        for path in folder.rglob("*")
+    }
+
+
+def lend_environment(copy: Path) -> None:
+    """Make the copy's `.venv` out of the environment that runs the tests, without installing."""
+    venv.create(copy / ".venv", symlinks=True)
+    (site,) = (copy / ".venv").glob("lib/python*/site-packages")
+    # The copy comes first: an editable install of this checkout would hide it.
+    (site / "lent.pth").write_text(f"{copy}\n{sysconfig.get_path('purelib')}\n", encoding="utf-8")
+    (copy / ".venv" / ".complete").write_text(f"{copy}\n", encoding="utf-8")
+
+
+@needs_make
+def test_make_works_from_a_checkout_that_cannot_be_written(read_only: ReadOnly) -> None:
+    """What is wrong with the checkout is found, and mended in the copy alone, time and again."""
+    status, shown = read_only.make("pairs")
+    assert status and "01_setup.py has no 01_setup.ipynb beside it" in shown, shown
+    for _ in range(2):
+        status, shown = read_only.make("sync")
+        assert not status, shown
+        written = (read_only.copy / "notebooks" / "01_setup.ipynb").read_text(encoding="utf-8")
+        assert nbformat.reads(written, as_version=4).cells
+
+
+@needs_make
+@pytest.mark.slow
+def test_tests_pass_from_a_checkout_that_cannot_be_written(read_only: ReadOnly) -> None:
+    # The doctests of a module fail where another copy of it was imported.
+    files = "tests/test_notebook_helpers.py patching_demo/notebook.py"
+    status, shown = read_only.make("unit", f"--no-cov {files}")
+    assert not status and re.search(r"^=+ \d+ passed", shown, re.MULTILINE), shown
+    assert f"rootdir: {read_only.copy}" in shown
+    assert (read_only.copy / ".pytest_cache").is_dir()
