@@ -41,7 +41,7 @@ $(STAMP): moved
 endif
 
 .DEFAULT_GOAL := venv
-.PHONY: help venv moved sync book test unit pairs notebooks slow hub browser colab bench \
+.PHONY: help venv moved sync book test offline unit pairs notebooks slow hub browser colab bench \
 	picture lint format lock clean
 .NOTPARALLEL:
 
@@ -71,6 +71,9 @@ test: pairs unit notebooks ## unit tests, wheel, pairs, every notebook, and the 
 	$(PY) scripts/build_book.py
 	$(PYTEST) tests/test_book.py
 	@echo "make test: everything passed"
+
+offline: venv ## test again with the network cut (Linux); the first make test fetches the model
+	$(PY) scripts/offline.py $(MAKE) --no-print-directory test
 
 unit: venv ## unit tests, doctests, the wheel, and what of the package they run
 	$(PYTEST) --ignore=tests/test_book.py --cov --cov-report=term-missing:skip-covered

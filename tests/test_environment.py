@@ -290,3 +290,52 @@ def test_tests_pass_from_a_checkout_that_cannot_be_written(read_only: ReadOnly) 
     assert not status and re.search(r"^=+ \d+ passed", shown, re.MULTILINE), shown
     assert f"rootdir: {read_only.copy}" in shown
     assert (read_only.copy / ".pytest_cache").is_dir()
+
+
+# ---- the network cut
+
+WITHOUT_NETWORK = """
+    import socket
+    print([name for _, name in socket.if_nameindex()])
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        socket.create_connection(server.getsockname()).close()
+    try:
+        socket.create_connection(("192.0.2.1", 80), timeout=5)
+    except OSError as error:
+        raise SystemExit(f"as it should be: {error.strerror}")
+"""
+
+
+def offline(*command: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "offline.py"), *command],
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.skipif(
+    not works("unshare", "--map-root-user", "--net", "true"), reason="namespaces are not allowed"
+)
+def test_offline_leaves_the_loopback_and_nothing_else() -> None:
+    done = offline(sys.executable, "-c", textwrap.dedent(WITHOUT_NETWORK))
+    assert done.stdout == "['lo']\n"
+    assert done.stderr == "as it should be: Network is unreachable\n" and done.returncode == 1
+
+
+def test_offline_says_where_it_cannot_cut_the_network(tmp_path: Path) -> None:
+    done = offline("true", PATH=str(tmp_path))
+    assert "the network cannot be cut on this machine (" in done.stderr
+    assert "unshare" in done.stderr and done.returncode == 1
+
+
+@needs_make
+def test_make_offline_runs_make_test_that_way(checkout: Path, tmp_path: Path) -> None:
+    python = checkout / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\necho "$@"\n')
+    python.chmod(0o755)
+    (checkout / ".venv" / ".complete").write_text(f"{checkout}\n", encoding="utf-8")
+    last = make(checkout, "offline", HOME=str(tmp_path)).splitlines()[-1]
+    assert re.fullmatch(r"scripts/offline.py \S*make --no-print-directory test", last)
