@@ -551,9 +551,12 @@ class Scorer:
         computed = logits_from_resid(self.model, pack.states.reshape(-1, slots, d_model))
         computed = computed.view(groups, batch, slots, -1)
         for index in range(len(pack.cells)):
-            positions = (pack.slot_of[index] >= 0).nonzero()[:, 0]
-            flat = pack.slot_of[index, positions]
-            logits[:, positions] = computed[flat // slots, :, flat % slots].transpose(0, 1)
+            # A run's positions follow each other, and so do their slots: slices copy fastest.
+            flat = pack.slot_of[index, pack.slot_of[index] >= 0]
+            group, slot = divmod(int(flat[0]), slots)
+            start = pack.cells[index].start
+            positions = slice(start, start + len(flat))
+            logits[:, positions] = computed[group, :, slot : slot + len(flat)]
             version = logits._version
             for name in self.plain:
                 values[name].append(self.full(name, logits).clone())
