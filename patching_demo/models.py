@@ -28,6 +28,7 @@ from patching_demo.fetch import (
     say,
     verified_folder,
 )
+from patching_demo.tensor_file import read_tensors
 
 MODEL_ENV = "PATCHING_DEMO_MODEL"
 #: The token that begins every sequence of `attn-only-2l-demo`, which has no tokenizer.
@@ -154,8 +155,8 @@ def load_model(name: str = "auto", *, device: str | torch.device | None = None) 
     """Return a `TransformerBridge` in compatibility mode and eval mode, ready for patching.
 
     Weights come from safetensors (or, converted once, from a GGUF file) and are checked by sha256.
-    The one exception is TransformerLens's own older hub format, which `attn-only-2l` has: a state
-    dict read by PyTorch's restricted loader, which builds tensors and runs nothing.
+    Nothing is ever unpickled. TransformerLens's own older repositories, of which `attn-only-2l` is
+    one, have nothing but a `.pth` file; `tensor_file` reads that as data, once its sum is right.
 
     Args:
         name: a name of `MODELS`; `auto` for GPT-2 small where it is cached or the hub delivers it,
@@ -280,9 +281,8 @@ def _boot_legacy(folder: Path, repo: str, device: Any) -> Any:
         architecture="TransformerLensNative",
     )
     weights = hub.weight_files(folder)[0]
-    # weights_only: PyTorch's restricted unpickler makes tensors and containers, and calls nothing.
-    state = torch.load(weights, map_location="cpu", weights_only=True)
-    state = convert_tl_checkpoint({key: value.float() for key, value in state.items()}, cfg)
+    state = {key: value.float() for key, value in read_tensors(weights).items()}
+    state = convert_tl_checkpoint(state, cfg)
     # Some of these models were trained without a bias there; absent means zero.
     state.setdefault("unembed.bias", torch.zeros(cfg.d_vocab))
     tokenizer = AutoTokenizer.from_pretrained(

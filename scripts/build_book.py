@@ -68,6 +68,7 @@ INTERNAL = {
     "runner",
     "series",
     "style",
+    "tensor_file",
 }
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import pickle
 import subprocess
 import sys
 import textwrap
@@ -216,6 +217,18 @@ def test_weights_in_pickles_only_are_refused(repositories, connect):
         assert not any(".bin" in line for line in hub.requests)
 
 
+def test_no_model_is_unpickled(repositories, connect, monkeypatch):
+    def refuse(*_, **__):
+        pytest.fail("something is unpickled")
+
+    with serve(repositories["repos"]) as hub:
+        connect(hub.address)
+        for module, name in ((torch, "load"), (pickle, "load"), (pickle, "Unpickler")):
+            monkeypatch.setattr(module, name, refuse)
+        for name in ("gpt2-small", "attn-only-2l"):
+            assert torch.isfinite(logits_of(load_model(name))).all()
+
+
 def test_a_pickle_that_runs_code_is_refused(repositories, connect, tmp_path):
     sprung = tmp_path / "sprung"
 
@@ -229,7 +242,7 @@ def test_a_pickle_that_runs_code_is_refused(repositories, connect, tmp_path):
     repos[LEGACY] = {**repos[LEGACY], "model_final.pth": packed.getvalue()}
     with serve(repos) as hub:
         connect(hub.address)
-        with pytest.raises(ModelUnavailable, match="attn-only-2l-demo"):
+        with pytest.raises(ModelUnavailable, match="GLOBAL .*open .*attn-only-2l-demo"):
             load_model("attn-only-2l")
     assert not sprung.exists()
     # The trap does work, on a reader who lets it.
