@@ -140,7 +140,9 @@ def refuse_reading_pads(
         for name, metric in metrics.items():
             changed = logits.clone()
             changed[row, padded[row]] = 1 - 2 * logits[row, padded[row]].flip(-1)
-            if not torch.equal(metric(changed), metric(logits.clone())):
+            usual = metric(logits.clone())
+            # NaN in both is another mistake, and has its own message.
+            if not torch.allclose(metric(changed), usual, rtol=0, atol=0, equal_nan=True):
                 raise ValueError(
                     f"prompt {row} is padded on the right with the pad token {pad}, and metric "
                     f"{name!r} reads there: read each prompt's own last token "
@@ -167,9 +169,9 @@ def _pads(model: Any, tokens: Tensor, side: str) -> tuple[int | None, Tensor]:
 
 
 def checked_activation(
-    model: Any, clean_cache: Mapping[str, Tensor], name: str, tokens: Tensor
+    model: Any, cache: Mapping[str, Tensor], name: str, tokens: Tensor, which: str = "clean"
 ) -> Tensor:
-    """One activation of the clean cache, checked against the corrupted tokens.
+    """One activation of the clean (or the corrupted) cache, checked against the corrupted tokens.
 
     Raises:
         ValueError: if the model has no such hook, the cache has no such entry, or its shape
@@ -181,30 +183,30 @@ def checked_activation(
             "(a parallel block has no resid_mid, an attention-only block no mlp_out)"
         )
     ending = name.split(".", 2)[-1]
-    activation = _entry(clean_cache, name)
+    activation = _entry(cache, name)
     if activation is None:
         raise ValueError(
-            f"the clean cache has no {name!r}: make it with model.run_with_cache(clean_tokens), or "
-            f"with a names_filter that keeps names ending in {ending!r}"
+            f"the {which} cache has no {name!r}: make it with model.run_with_cache({which}_tokens)"
+            f", or with a names_filter that keeps names ending in {ending!r}"
         )
     if not isinstance(activation, Tensor):
-        raise ValueError(f"{name!r} in the clean cache is a {type(activation).__name__}")
+        raise ValueError(f"{name!r} in the {which} cache is a {type(activation).__name__}")
     beyond = f"blocks.{model.cfg.n_layers}.{ending}"
-    if _entry(clean_cache, beyond) is not None:
+    if _entry(cache, beyond) is not None:
         raise ValueError(
-            f"the clean cache has {beyond!r}, but this model has only {model.cfg.n_layers} blocks: "
-            "the cache must come from this model"
+            f"the {which} cache has {beyond!r}, but this model has only {model.cfg.n_layers} blocks"
+            ": the cache must come from this model"
         )
     expected = _expected_shape(model, name, tokens)
     shape = tuple(activation.shape)
     if not _fits(shape, expected):
         raise ValueError(
-            f"{name!r} in the clean cache has shape {shape}, the corrupted tokens need "
+            f"{name!r} in the {which} cache has shape {shape}, the corrupted tokens need "
             f"{_shape_in_words(expected)}: clean and corrupted prompts must have the same number "
             "of prompts and of tokens, and the cache must come from this model"
         )
     if not torch.isfinite(activation).all():
-        raise ValueError(f"{name!r} in the clean cache holds NaN or infinity")
+        raise ValueError(f"{name!r} in the {which} cache holds NaN or infinity")
     return activation
 
 
@@ -249,21 +251,26 @@ class Survey:
                 )
 
     def _listener(self, name: str) -> Callable[..., None]:
-        def listen(activation: Tensor, hook: Any = None) -> None:
-            clean = self.clean[name].to(activation.device)
-            if clean.shape != activation.shape:
-                raise ValueError(
-                    f"{name!r} in the clean cache has shape {tuple(clean.shape)}, in the corrupted "
-                    f"run it has {tuple(activation.shape)}: the cache must come from this model"
-                )
-            position = 2 if name.endswith("hook_pattern") else 1
-            others = [axis for axis in range(clean.ndim) if axis != position]
-            apart = (clean - activation).abs()
-            allowed = 0.1 * engine.tolerance(clean.dtype) * clean.abs().max()
-            self.moved[name] = (clean != activation).amax(dim=others).cpu()
-            self.far[name] = (apart > allowed).amax(dim=others).cpu()
+        return lambda activation, hook=None: self.compare(name, activation)
 
-        return listen
+    def compare(self, name: str, activation: Tensor) -> None:
+        """Note where a corrupted activation differs from the clean one.
+
+        Raises:
+            ValueError: if it has another shape.
+        """
+        clean = self.clean[name].to(activation.device)
+        if clean.shape != activation.shape:
+            raise ValueError(
+                f"{name!r} in the clean cache has shape {tuple(clean.shape)}, in the corrupted "
+                f"run it has {tuple(activation.shape)}: the cache must come from this model"
+            )
+        position = 2 if name.endswith("hook_pattern") else 1
+        others = [axis for axis in range(clean.ndim) if axis != position]
+        apart = (clean - activation).abs()
+        allowed = 0.1 * engine.tolerance(clean.dtype) * clean.abs().max()
+        self.moved[name] = (clean != activation).amax(dim=others).cpu()
+        self.far[name] = (apart > allowed).amax(dim=others).cpu()
 
     def narrowed(self, cells: Sequence[Cell], differing: Sequence[int]) -> list[Cell]:
         """Cells with only the positions that the patch can change (idea 3 of the engine).

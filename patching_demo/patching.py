@@ -269,7 +269,8 @@ def get_act_patch_direct_path(
 
     Returns:
         ``[layer, head]`` in the metric's units. At or before the source layer there is no path,
-        and the value is NaN.
+        and the value is NaN. Where the two caches agree there is nothing to patch, which is said
+        once, in a warning.
 
     Raises:
         TypeError, ValueError: for inputs as in :func:`generic_activation_patch`, a source head or
@@ -287,33 +288,9 @@ def get_act_patch_direct_path(
     ):
         if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < size:
             raise ValueError(f"{what} must be a whole number from 0 to {size - 1}, got {value!r}")
-    if component not in ("q", "k", "v"):
-        raise ValueError(f"component must be 'q', 'k' or 'v', got {component!r}")
-    source = get_act_name("z", src_layer)
-    caches = [
-        {source: checks.checked_activation(model, cache, source, tokens)}
-        for cache in (clean_cache, corrupted_cache)
-    ]
-    metrics, several = _metrics(patching_metric)
-    if several:
-        raise TypeError("direct path patching takes one metric, got a mapping: give one function")
-
-    def metric(logits: Tensor) -> Tensor:
-        return engine.measured("metric", metrics["metric"], logits, per_example=False)
-
-    with torch.no_grad():
-        values = _direct_path(
-            model, tokens, *caches, metric, src_layer, src_head, component, verbose
-        )
-    values[: src_layer + 1] = float("nan")
-    bad = (~torch.isfinite(values[src_layer + 1 :])).nonzero()
-    if len(bad):
-        layer, head = (bad[0] + torch.tensor([src_layer + 1, 0])).tolist()
-        raise ValueError(
-            f"the metric is {values[layer, head].item()} with the path from "
-            f"L{src_layer}H{src_head} to L{layer}H{head} patched: a metric must be finite"
-        )
-    return values
+    _check_component(component)
+    paths = _Paths(model, tokens, clean_cache, corrupted_cache, patching_metric, [src_layer])
+    return paths.of(src_layer, src_head, component, verbose)
 
 
 def get_act_patch_direct_path_all_sources(
@@ -338,14 +315,80 @@ def get_act_patch_direct_path_all_sources(
     Source: ``transformer_lens.patching.get_act_patch_direct_path_all_sources``.
     """
     checks.checked_model(model)
+    tokens = checks.checked_tokens(model, corrupted_tokens)
+    _check_component(component)
     n_layers, n_heads = model.cfg.n_layers, model.cfg.n_heads
-    inputs = (model, corrupted_tokens, clean_cache, corrupted_cache, patching_metric)
+    paths = _Paths(
+        model, tokens, clean_cache, corrupted_cache, patching_metric, list(range(n_layers))
+    )
     sources = [(layer, head) for layer in range(n_layers) for head in range(n_heads)]
-    paths = [
-        get_act_patch_direct_path(*inputs, layer, head, component, verbose=False)
+    found = [
+        paths.of(layer, head, component, verbose=False)
         for layer, head in tqdm(sources, disable=not verbose, leave=False, unit="head")
     ]
-    return torch.stack(paths).view(n_layers, n_heads, n_layers, n_heads)
+    return torch.stack(found).view(n_layers, n_heads, n_layers, n_heads)
+
+
+def _check_component(component: Any) -> None:
+    if component not in ("q", "k", "v"):
+        raise ValueError(f"component must be 'q', 'k' or 'v', got {component!r}")
+
+
+class _Paths:
+    """Direct paths from heads of some layers, with the inputs checked as those of a sweep."""
+
+    def __init__(
+        self,
+        model: Any,
+        tokens: Tensor,
+        clean_cache: Mapping[str, Tensor],
+        corrupted_cache: Mapping[str, Tensor],
+        patching_metric: Callable[[Tensor], Any],
+        layers: Sequence[int],
+    ) -> None:
+        self.model, self.tokens = model, tokens
+        names = [get_act_name("z", layer) for layer in layers]
+        self.clean, self.corrupted = (
+            {name: checks.checked_activation(model, cache, name, tokens, which) for name in names}
+            for which, cache in (("clean", clean_cache), ("corrupted", corrupted_cache))
+        )
+        metrics, several = _metrics(patching_metric)
+        if several:
+            raise TypeError(
+                "direct path patching takes one metric, got a mapping: give one function"
+            )
+        self.metric = partial(engine.measured, "metric", metrics["metric"], per_example=False)
+        survey = checks.Survey(self.clean)
+        for name, activation in self.corrupted.items():
+            survey.compare(name, activation)
+        survey.warn_if_nothing_moves(_Plan(model, tokens, clean_cache).differing)
+        with torch.no_grad():
+            logits = model(tokens, return_type="logits")
+            checks.refuse_reading_pads(model, tokens, logits, {"metric": self.metric})
+
+    def of(self, src_layer: int, src_head: int, component: str, verbose: bool) -> Tensor:
+        """``[layer, head]``: the path from one head into each later one."""
+        caches = (self.clean, self.corrupted)
+        with torch.no_grad():
+            values = _direct_path(
+                self.model,
+                self.tokens,
+                *caches,
+                self.metric,
+                src_layer,
+                src_head,
+                component,
+                verbose,
+            )
+        values[: src_layer + 1] = float("nan")
+        bad = (~torch.isfinite(values[src_layer + 1 :])).nonzero()
+        if len(bad):
+            layer, head = (bad[0] + torch.tensor([src_layer + 1, 0])).tolist()
+            raise ValueError(
+                f"the metric is {values[layer, head].item()} with the path from "
+                f"L{src_layer}H{src_head} to L{layer}H{head} patched: a metric must be finite"
+            )
+        return values
 
 
 class _Plan:

@@ -95,6 +95,13 @@ def pair(name: str) -> Pair:
     return make_pair(model(name))
 
 
+@lru_cache(None)
+def corrupted_cache(name: str) -> Any:
+    """The cache of the corrupted run of the shared pair of prompts."""
+    with torch.no_grad():
+        return model(name).run_with_cache(pair(name).corrupted)[1]
+
+
 def quiet() -> Any:
     """The plain loop has no switch for its progress bar."""
     return mock.patch.object(plain_patching, "tqdm", lambda rows, **_: rows)

@@ -177,10 +177,9 @@ def test_an_exception_in_a_direct_path_passes_through() -> None:
         return oracle.all_logits(logits)
 
     split = model.cfg.use_split_qkv_input
+    inputs = (model, data.corrupted, data.cache, oracle.corrupted_cache("gpt2"))
     with all_as_before(), torch.enable_grad(), pytest.raises(KeyboardInterrupt):
-        patching.get_act_patch_direct_path(
-            model, data.corrupted, data.cache, data.cache, metric, 0, 1, verbose=False
-        )
+        patching.get_act_patch_direct_path(*inputs, metric, 0, 1, verbose=False)
     assert model.cfg.use_split_qkv_input == split
 
 

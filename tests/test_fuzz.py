@@ -328,6 +328,12 @@ def the_task() -> Any:
     return the_task.made
 
 
+@lru_cache(None)
+def the_corrupted_cache() -> Any:
+    with torch.no_grad():
+        return tiny.model("gpt2").run_with_cache(the_pair().corrupted)[1]
+
+
 def check_direct(layer: Any, head: Any, component: Any, tokens: Any, metric: Any) -> None:
     data = the_pair()
     try:
@@ -336,7 +342,7 @@ def check_direct(layer: Any, head: Any, component: Any, tokens: Any, metric: Any
                 tiny.model("gpt2"),
                 tokens,
                 data.cache,
-                data.cache,
+                the_corrupted_cache(),
                 metric,
                 layer,
                 head,

@@ -311,6 +311,17 @@ def test_a_metric_that_reads_a_pad_is_refused(metric: str, pad: str) -> None:
         )
 
 
+def test_a_metric_that_is_nan_on_padded_prompts_is_named_as_that() -> None:
+    """What it reads cannot be told from it."""
+    _, corrupted, cache, _ = padded_pair()
+    with pytest.raises(ValueError, match="metric 'metric' is nan at the corrupted run"):
+        sweep(
+            corrupted_tokens=corrupted,
+            clean_cache=cache,
+            patching_metric=lambda logits: logits.sum() * float("nan"),
+        )
+
+
 @pytest.mark.parametrize("declared", [True, False])
 @pytest.mark.parametrize("kind", ["resid_pre", "attn_head_out_by_pos", "attn_head_pattern_by_pos"])
 def test_padded_prompts_get_the_values_they_get_alone(kind: str, declared: bool) -> None:
@@ -630,7 +641,7 @@ def test_a_truth_value_is_no_head(where: str) -> None:
             tiny.model("gpt2"),
             data.corrupted,
             data.cache,
-            data.cache,
+            oracle.corrupted_cache("gpt2"),
             oracle.all_logits,
             **{**place, where: True},
             verbose=False,

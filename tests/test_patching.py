@@ -26,6 +26,7 @@ from oracle import (
 from torch import Tensor
 
 from patching_demo import bridge, checks, patching, runner
+from patching_demo.metrics import LogitDifference
 
 QUIET = {"progress": False}
 
@@ -265,9 +266,7 @@ def test_resid_post_is_the_next_blocks_resid_pre() -> None:
 @pytest.mark.parametrize("component", ["q", "k", "v"])
 def test_direct_paths_agree_and_are_nan_where_there_is_no_path(name: str, component: str) -> None:
     model, data = tiny.model(name), pair(name)
-    metric = data.metrics["difference"]
-    with torch.no_grad():
-        _, corrupted_cache = model.run_with_cache(data.corrupted)
+    metric, corrupted_cache = data.metrics["difference"], oracle.corrupted_cache(name)
     arguments = (model, data.corrupted, data.cache, corrupted_cache, metric, 0, 1, component)
     if name == "llama-gqa" and component != "q":
         with pytest.raises(ValueError, match="GQA"):
@@ -283,9 +282,8 @@ def test_direct_paths_agree_and_are_nan_where_there_is_no_path(name: str, compon
 
 def test_direct_paths_from_all_sources_agree_and_are_nan_where_there_is_no_path() -> None:
     model, data = tiny.model("gpt2"), pair("gpt2")
-    with torch.no_grad():
-        _, corrupted_cache = model.run_with_cache(data.corrupted)
-    inputs = (model, data.corrupted, data.cache, corrupted_cache, data.metrics["difference"])
+    caches = (data.cache, oracle.corrupted_cache("gpt2"))
+    inputs = (model, data.corrupted, *caches, data.metrics["difference"])
     with torch.no_grad(), oracle.quiet():
         wanted = plain_patching.get_act_patch_direct_path_all_sources(*inputs, verbose=False)
     found = patching.get_act_patch_direct_path_all_sources(*inputs, verbose=False)
@@ -305,7 +303,11 @@ def test_direct_paths_from_all_sources_agree_and_are_nan_where_there_is_no_path(
         ({"patching_metric": {"a": oracle.all_logits}}, "takes one metric, got a mapping"),
         ({"patching_metric": lambda logits: logits.sum() * float("nan")}, "L0H1 to L1H0 patched"),
         ({"patching_metric": lambda logits: "high"}, "must return a number"),
-        ({"corrupted_cache": {}}, "the clean cache has no 'blocks.0.attn.hook_z'"),
+        (
+            {"corrupted_cache": {}},
+            r"the corrupted cache has no 'blocks.0.attn.hook_z': .*corrupted_",
+        ),
+        ({"clean_cache": {}}, r"the clean cache has no 'blocks.0.attn.hook_z': .*clean_tokens"),
     ],
 )
 def test_direct_paths_refuse(change: dict[str, Any], message: str) -> None:
@@ -314,7 +316,7 @@ def test_direct_paths_refuse(change: dict[str, Any], message: str) -> None:
         model=model,
         corrupted_tokens=data.corrupted,
         clean_cache=data.cache,
-        corrupted_cache=data.cache,
+        corrupted_cache=oracle.corrupted_cache("gpt2"),
         patching_metric=data.metrics["difference"],
         src_layer=0,
         src_head=1,
@@ -322,6 +324,47 @@ def test_direct_paths_refuse(change: dict[str, Any], message: str) -> None:
     )
     with pytest.raises((ValueError, TypeError), match=message):
         patching.get_act_patch_direct_path(**{**arguments, **change})
+
+
+def direct_paths(every: bool, *inputs: Any) -> Tensor:
+    if every:
+        return patching.get_act_patch_direct_path_all_sources(*inputs, verbose=False)
+    return patching.get_act_patch_direct_path(*inputs, 0, 1, verbose=False)
+
+
+@pytest.mark.parametrize("every", [False, True])
+@pytest.mark.parametrize("same", ["prompts", "caches"])
+def test_direct_paths_of_identical_runs_warn_once_and_give_the_baseline(
+    every: bool, same: str
+) -> None:
+    model, data = tiny.model("gpt2"), pair("gpt2")
+    tokens = data.clean if same == "prompts" else data.corrupted
+    metric = data.metrics["difference"]
+    checks._warned.clear()
+    with pytest.warns(UserWarning, match="there is nothing to patch") as caught:
+        for _ in range(2):
+            found = direct_paths(every, model, tokens, data.cache, data.cache, metric)
+    assert len(caught) == 1
+    with torch.no_grad():
+        base = metric(model(tokens))
+    there = found[~found.isnan()]
+    assert len(there) and torch.allclose(there, base.expand_as(there), atol=1e-6)
+
+
+@pytest.mark.parametrize("every", [False, True])
+def test_direct_paths_refuse_a_metric_that_reads_a_pad(every: bool) -> None:
+    model, data = tiny.model("gpt2"), pair("gpt2")
+    runs = [data.clean.clone(), data.corrupted.clone()]
+    for tokens in runs:
+        tokens[1, 4:] = tiny.tokenizer().pad_token_id
+    with torch.no_grad():
+        caches = [model.run_with_cache(tokens)[1] for tokens in runs]
+    inputs = (model, runs[1], *caches)
+    answers = [[9, 11], [12, 30]]
+    with pytest.raises(ValueError, match="prompt 1 is padded on the right .* metric 'metric'"):
+        direct_paths(every, *inputs, LogitDifference(answers, positions=[5, 4]))
+    found = direct_paths(every, *inputs, LogitDifference(answers, positions=[5, 3]))
+    assert found[~found.isnan()].std() > 0
 
 
 # ---- arguments and results
