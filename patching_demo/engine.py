@@ -320,8 +320,14 @@ class Front:
                     )
 
     def step(self, layer: int, read: frozenset[int] | None = None) -> None:
+        """Move all runs through one block, those that are patched inside it included."""
         for pack in self.packs:
-            pack.step(self.model, layer, read)
+            with _patch_hooks(self.model, pack, self.clean, layer):
+                pack.step(self.model, layer, read)
+
+    def changed_inside(self, cell: Cell) -> range:
+        """The positions at which a patch inside a block changes what the block gives."""
+        return range(cell.start, self.end if cell.site.spreads else cell.positions[-1] + 1)
 
     def patched_outputs(self, layer: int, cells: Sequence[Cell]) -> dict[int, Any]:
         """Run block ``layer`` on the tokens that a patch inside it changes.
@@ -329,15 +335,12 @@ class Front:
         Gives, per cell row, the positions and the residual stream after the block
         ``[batch, position, d_model]``.
         """
-        members = [
-            (cell, range(cell.start, self.end if cell.site.spreads else cell.positions[-1] + 1))
-            for cell in cells
-        ]
+        members = [(cell, self.changed_inside(cell)) for cell in cells]
         outputs: dict[int, Any] = {}
         for chunk in chunked(members, len(self.run.tokens), self.call_tokens):
             pack = Pack(self.run, chunk)
             pack.fill(self.run.resid[layer])
-            with _patch_hooks(self.model, pack, self.clean):
+            with _patch_hooks(self.model, pack, self.clean, layer):
                 pack.step(self.model, layer)
             for index, (cell, positions) in enumerate(chunk):
                 flat = pack.slot_of[index, torch.as_tensor(positions)]
@@ -346,15 +349,16 @@ class Front:
 
 
 class _patch_hooks:  # noqa: N801 (used as a context manager, like a function)
-    """Patch every cell of an entry pack: one hook per hook name, all rows at once."""
+    """Patch the cells of a pack inside one block: one hook per hook name, all rows at once."""
 
-    def __init__(self, model: Any, pack: Pack, clean: Mapping[str, Tensor]) -> None:
-        self.model, self.pack, self.clean = model, pack, clean
+    def __init__(self, model: Any, pack: Pack, clean: Mapping[str, Tensor], layer: int) -> None:
+        self.model, self.pack, self.clean, self.layer = model, pack, clean, layer
 
     def __enter__(self) -> None:
         by_name: dict[str, list[int]] = {}
         for index, cell in enumerate(self.pack.cells):
-            by_name.setdefault(cell.hook_name, []).append(index)
+            if cell.layer == self.layer and cell.site and cell.site.enters == "hook":
+                by_name.setdefault(cell.hook_name, []).append(index)
         self.hooks = [
             hooked(self.model, name, self._setter(name, members))
             for name, members in by_name.items()
@@ -605,10 +609,16 @@ def sweep_cells(
     for layer in range(0 if passenger else min(by_layer), n_layers):
         here = by_layer.get(layer, [])
         front.enter(layer, [c for c in here if c.site.enters == "input"], clean_stream)
-        front.step(layer, scorer.read if layer == n_layers - 1 else None)
         inside = [c for c in here if c.site.enters == "hook"]
-        outputs = front.patched_outputs(layer, inside)
-        front.enter(layer + 1, inside, lambda cell, found=outputs: found[cell.row])
+        last = layer == n_layers - 1
+        # A patch that changes all later positions joins before its block, except in the last, of
+        # which the front runs the positions that are read only. Any other costs less on its own.
+        aboard = [] if last else [c for c in inside if front.changed_inside(c).stop == end]
+        apart = inside if last else [c for c in inside if front.changed_inside(c).stop < end]
+        front.enter(layer, aboard, lambda cell: nothing)
+        front.step(layer, scorer.read if last else None)
+        outputs = front.patched_outputs(layer, apart)
+        front.enter(layer + 1, apart, lambda cell, found=outputs: found[cell.row])
         front.enter(layer + 1, [c for c in here if c.site.enters == "output"], clean_stream)
         done = sum(end - c.start for done in range(layer + 1) for c in by_layer.get(done, []))
         advance(done / work if work else 1.0)
