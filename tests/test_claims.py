@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+import tiny
 import xarray as xr
 
-from patching_demo import chapter_claims, induction_task, load_model, sweep
+from patching_demo import chapter_claims, induction_task, ioi_task, load_model, sweep
 from patching_demo.claims import Checks, Claim, ClaimFailed
 from patching_demo.tasks import CORRUPTIONS, Task
 
@@ -150,6 +151,14 @@ def ioi_blocks() -> xr.DataArray:
 
 def ioi_heads(model: str) -> tuple[xr.DataArray, xr.DataArray]:
     """The published circuit of GPT-2 small, over all positions and by position."""
+    values = planted_circuit()
+    positions = labelled(values, ("kind", "layer", "position", "head"), HEAD_KINDS, model)
+    heads = labelled(values.sum(2), ("kind", "layer", "head"), HEAD_KINDS, model)
+    return heads, positions
+
+
+def planted_circuit() -> np.ndarray:
+    """Effects [kind, layer, position, head] at the published heads and nearly none elsewhere."""
     values = noise((5, 12, 15, 12), seed=2)
     values[:, :, :10] = 0.0
     for group, place, by, size in (
@@ -163,9 +172,7 @@ def ioi_heads(model: str) -> tuple[xr.DataArray, xr.DataArray]:
             values[HEAD_KINDS.index(by), layer, place, head] = size
             if by == "pattern":  # made by the query
                 values[HEAD_KINDS.index("q"), layer, place, head] = size
-    positions = labelled(values, ("kind", "layer", "position", "head"), HEAD_KINDS, model)
-    heads = labelled(values.sum(2), ("kind", "layer", "head"), HEAD_KINDS, model)
-    return heads, positions
+    return values
 
 
 def shuffled(result: xr.DataArray, seed: int) -> xr.DataArray:
@@ -319,6 +326,31 @@ def test_published_heads_are_not_checked_on_another_model():
     checks.verify()
     assert len(checks) > 5
     assert all(claim.holds is None and "smollm2-135m" in claim.verdict for claim in checks)
+
+
+def test_published_heads_are_checked_on_gpt2_small_under_each_of_its_names(monkeypatch):
+    """Sweeps of a model with GPT-2 small's layers and heads: random weights, then the circuit."""
+    model = tiny.model("gpt2-12x12")
+    monkeypatch.setattr(model.cfg, "model_name", "gpt2-small")
+    task = ioi_task(model).normalised()
+    heads, by_position = (
+        sweep(model, task, HEAD_KINDS, by=by, progress=False) for by in ("all_pos", "pos")
+    )
+    assert by_position.dims == ("kind", "layer", "position", "head")
+    assert heads.attrs["model"] == by_position.attrs["model"] == "gpt2-small"
+    values = planted_circuit()
+    for name in chapter_claims.GPT2_SMALL:
+        heads, by_position = (r.assign_attrs(model=name) for r in (heads, by_position))
+        checks = chapter_claims.gpt2_small_heads(heads, by_position)
+        assert all(claim.holds is not None for claim in checks)
+        assert {f"{group} heads" for group in chapter_claims.IOI_CIRCUIT} < {c.name for c in checks}
+        with pytest.raises(ClaimFailed):
+            checks.verify()
+        planted, over_all = by_position.copy(data=values), heads.copy(data=values.sum(2))
+        assert all(claim.holds for claim in chapter_claims.gpt2_small_heads(over_all, planted))
+        for seed in range(5):
+            wrong = shuffled(over_all, seed), shuffled(planted, seed)
+            assert chapter_claims.gpt2_small_heads(*wrong).failed
 
 
 def test_missing_cells_do_not_pass_as_zeros(chapters):

@@ -70,9 +70,16 @@ def _hf(name: str) -> tuple[str, Any]:
     """(a hub name whose architecture the bridge knows, a random model of it)."""
     shared = {"vocab_size": D_VOCAB, "attn_implementation": "eager"}
     # Large initial weights: with the usual 0.02, two layers hardly change a logit.
-    if name == "gpt2":
+    if name.startswith("gpt2"):
+        # The second has the layers and heads of GPT-2 small, so that they can be named.
+        width, depth, heads = {"gpt2": (32, 2, 4), "gpt2-12x12": (24, 12, 12)}[name]
         config = GPT2Config(
-            n_embd=32, n_layer=2, n_head=4, n_positions=N_CTX, initializer_range=0.2, **shared
+            n_embd=width,
+            n_layer=depth,
+            n_head=heads,
+            n_positions=N_CTX,
+            initializer_range=0.2,
+            **shared,
         )
         return "gpt2", GPT2LMHeadModel(config)
     if name.startswith("neox"):
