@@ -103,6 +103,11 @@ notebook.say(
 # The **output** is not in the table, as the answer is always yes. It is what the rest of the model
 # reads, whatever went wrong before it. For that reason it tells you least about *how* the head
 # works.
+#
+# Two of the *no* can do worse than nothing. Under BA, a clean key or pattern makes the head look to
+# the right place. B stands there, and the head copies it. So **expect** some of these patches to
+# *lower* the score. **Expect** the same of an output in layer 0. The keys are made from it, so with
+# a clean one the tokens of B are found where tokens of A are looked for.
 
 # %% [markdown]
 # ## What the runs show
@@ -165,7 +170,7 @@ notebook.say(
 )
 
 # %% [markdown]
-# ## Two numbers that need a second look
+# ## Numbers that need a second look
 #
 # **Queries and keys under BB.** A patch of either may raise the score. Does it bring the copying
 # of A back? Compare with guessing.
@@ -181,8 +186,8 @@ notebook.say(
 )
 
 # %% [markdown]
-# **Keys and patterns under BA.** A patch may even *lower* the score. A clean pattern looks to the
-# right place, and B stands there. So this head now copies B, as it does under BB.
+# **Keys and patterns under BA.** Here are patches that lower the score, as foreseen. The head now
+# copies B, as it does under BB.
 
 # %% tags=["remove-input"]
 level = float(results["BA"].sel(layer=layer, head=head, kind="pattern"))
@@ -193,16 +198,14 @@ notebook.say(
 )
 
 # %% [markdown]
-# The heads of layer 0 can do the same damage, as keys are made from their outputs.
+# A head of layer 0 does the same harm by its output.
 
 # %% tags=["remove-input"]
 below = together.sel(corrupted="BA", kind="out", layer=0)
 early = int(below.argmin("head"))
 notebook.say(
     f"The lowest output of layer 0 under BA is that of L0H{early}: {float(below[early]):+.0%} of "
-    "clean minus corrupted. Where it is far below zero, the reason is this: with its clean output, "
-    "tokens of B carry the notes that belong to A. The induction heads find the note they look "
-    "for, and copy B."
+    "clean minus corrupted."
 )
 
 # %% [markdown]
@@ -261,5 +264,11 @@ plots.explore(
 #
 # </details>
 #
-# In chapter 2 the corrupted prompt had another name at S2, and the same template. What did the two
-# prompts share there, and what could therefore not be found?
+# <details><summary>In chapter 2 the corrupted prompt had another name at S2, and the same template.
+# What did the two prompts share there, and what could therefore not be found?</summary>
+#
+# They shared everything up to S2, both names among it, and every word after S2. So patching could
+# not find what reads the first names, or what knows that a name has to come. It found what tells
+# the two names apart.
+#
+# </details>

@@ -1,8 +1,9 @@
 """The predictions of each chapter, as functions of labelled results.
 
-Every threshold is a share of clean minus corrupted, or one such share as a part of another, so
-that it means the same on each model a chapter may run on. Claims about single heads of GPT-2 small
-(Wang et al., 2022, "Interpretability in the Wild") are checked on that model only.
+Every threshold on a patch is a share of clean minus corrupted, or one such share as a part of
+another, so that it means the same on each model a chapter may run on. Where a claim is about
+attention or depth, it is a share of a head's attention or of the layers. Claims about single heads
+of GPT-2 small (Wang et al., 2022, "Interpretability in the Wild") are checked on that model only.
 """
 
 from __future__ import annotations
@@ -34,7 +35,6 @@ __all__ = [
     "noising",
     "positions_of",
     "previous_token_attention",
-    "rank_of",
     "strong_heads",
     "top_head",
 ]
@@ -106,9 +106,12 @@ def heads_to_look_at(heads: xr.DataArray, n: int = 3) -> list[tuple[int, int]]:
     return list(dict.fromkeys(pair for place in zip(*found, strict=True) for pair in place))
 
 
-def rank_of(values: xr.DataArray, layer: int, head: int) -> int:
-    """The place of a head when heads are ordered by value, 1 for the largest."""
-    return int((values > values.sel(layer=layer, head=head)).sum()) + 1
+def _at(place: tuple[int, int]) -> dict[str, int]:
+    return dict(zip(("layer", "head"), place, strict=True))
+
+
+def _label(result: xr.DataArray, place: dict[str, int]) -> str:
+    return str(result["head_label"].sel(place).item())
 
 
 def _kind(result: xr.DataArray, kind: str) -> xr.DataArray:
@@ -320,7 +323,7 @@ def induction(
     whole = float(out.max())
     layer, head = top_head(out)
     broken = share(noised)
-    label = str(out["head_label"].sel(layer=layer, head=head).item())
+    label = _label(out, _at((layer, head)))
     checks = Checks("Induction: expected and measured")
     checks.at_least(
         "one head stands out",
@@ -365,12 +368,13 @@ def induction(
         float(repeated.sel(layer=layer, head=head)),
         0.3,
     )
-    checks.at_most(
+    looking = _at(top_head(repeated))
+    checks.at_least(
         "patches and attention agree on it",
-        f"{label} is among the two heads that do so most.",
-        rank_of(repeated, layer, head),
-        2,
-        units="(place)",
+        f"The other way round, the head that does so most ({_label(out, looking)}) brings back a "
+        "good part of what the best output does.",
+        _ratio(float(out.sel(looking)), whole),
+        0.5,
     )
     checks.at_least(
         "what brings it back is needed too",
@@ -393,12 +397,13 @@ def induction(
         float(previous.sel(layer=0, head=early)),
         0.3,
     )
-    checks.at_most(
+    looking = _at(top_head(previous.sel(layer=[0])))
+    checks.at_least(
         "patches and attention agree on that too",
-        f"{label} is among the two heads that do so most.",
-        rank_of(previous, 0, early),
-        2,
-        units="(place)",
+        "The other way round, of what is lost with one head of layer 0, a good part is lost with "
+        f"the one that does so most ({_label(first, looking)}).",
+        _ratio(float(first.sel(looking)), float(first.max())),
+        0.5,
     )
     return checks
 
@@ -481,6 +486,21 @@ def baselines(
             else:
                 text = f"They do not bring it back: {_WHY[name][kind]}."
                 checks.at_most(f"{name}: {_WORDS[kind]}", text, part, 0.5)
+    lowest = {kind: _kind(results["BA"], kind).min() for kind in ("k", "pattern")}
+    checks.at_most(
+        "BA: a clean key or pattern can do harm",
+        "It points to the right place, and there B stands, so that head copies B; the lowest of "
+        "each kind, as a share of clean minus corrupted.",
+        float(max(lowest.values())),
+        -0.02,
+    )
+    checks.at_most(
+        "BA: a clean output of layer 0 can do harm",
+        "With it tokens of B carry the notes that belong to A, so the heads that look for such a "
+        "note copy B; the lowest, as a share of clean minus corrupted.",
+        float(_kind(results["BA"], "out").sel(layer=0).min()),
+        -0.05,
+    )
     clean = float(results["BB"].attrs["clean_baseline"])
     checks.at_most(
         "BB is worse than guessing",
@@ -716,7 +736,7 @@ def gpt2_small_heads(heads: xr.DataArray, by_position: xr.DataArray) -> Checks:
             "output, against theirs).",
             lambda group=group: against_others(group),
             factor,
-            "times",
+            "×",
         )
     for group, place, where in (
         ("name mover", end, "END"),
@@ -735,13 +755,13 @@ def gpt2_small_heads(heads: xr.DataArray, by_position: xr.DataArray) -> Checks:
         "Their patterns matter more than their values (total effects).",
         lambda: _ratio(total("pattern", "name mover"), total("v", "name mover")),
         1.0,
-        "times",
+        "×",
     )
     add(
         "S-inhibition heads carry something else",
         "Their values matter more than their patterns (total effects).",
         lambda: _ratio(total("v", "S-inhibition"), total("pattern", "S-inhibition")),
         1.0,
-        "times",
+        "×",
     )
     return checks
