@@ -99,7 +99,8 @@ notebook.say(
 # %% [markdown]
 # The model is wrapped by [TransformerLens](https://github.com/TransformerLensOrg/TransformerLens),
 # which gives every activation a name. `blocks.0.hook_resid_pre`, for instance, is the residual
-# stream as it enters the first layer.
+# stream as it enters the first layer. The *residual stream* is one vector for each position. It
+# begins as the token's embedding, and every layer reads it and adds to it.
 
 # %% [markdown]
 # ## The prompts, token by token
@@ -231,7 +232,11 @@ print(f"{result.attrs['what']}: {result.attrs['metric']}")
 
 # %%
 two_places = result.isel(position=[S2, END]).assign_coords(position=["S2", "END"])
-plots.curves(two_places.transpose("position", "layer"), along="layer")
+plots.curves(
+    two_places.transpose("position", "layer"),
+    along="layer",
+    title="Clean residual stream patched into the corrupted run",
+)
 
 # %%
 notebook.largest(result)

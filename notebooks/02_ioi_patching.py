@@ -186,12 +186,14 @@ notebook.largest(blocks.sel(kind="mlp_out"))
 # %% tags=["remove-input"]
 notebook.say(
     "At S2, the MLP of the very first layer brings back "
-    f"{float(blocks.sel(kind='mlp_out', layer=0).isel(position=S2)):.0%}. It works on the bare "
-    "token, before anything has been moved."
+    f"{float(blocks.sel(kind='mlp_out', layer=0).isel(position=S2)):.0%}. Only one attention "
+    "stands before it, so it reads little more than the token itself."
 )
 
 # %% [markdown]
-# All of them side by side, with one colour scale.
+# All of them side by side, with one colour scale: the stream before a layer (`resid_pre`), what its
+# attention adds (`attn_out`), the stream between (`resid_mid`), what its MLP adds (`mlp_out`), and
+# the stream after the layer (`resid_post`), which is the stream before the next one.
 
 # %%
 plots.heatmap(blocks, title="Clean activations of every block kind patched into the corrupted run")

@@ -132,10 +132,10 @@ best = largest_cells(heads.sel(kind="out"), 1).iloc[0]
 
 # %% tags=["remove-input"]
 notebook.say(
-    f"On {task.model_name}, of {heads.sizes['layer'] * heads.sizes['head']} heads few stand out by "
-    f"their output: **{', '.join(strong)}**. The clean output of **L{layer}H{head}** alone moves "
-    f"the score from {corrupted:.2f} to {best['value']:.2f} nats, {best['share']:.0%} of the way "
-    "to the clean baseline."
+    f"On {task.model_name}, of {heads.sizes['layer'] * heads.sizes['head']} heads these bring back "
+    f"at least half as much by their output as the best: **{', '.join(strong)}**. The clean output "
+    f"of **L{layer}H{head}** alone moves the score from {corrupted:.2f} to {best['value']:.2f} "
+    f"nats, {best['share']:.0%} of the way to the clean baseline."
 )
 
 # %% [markdown]
