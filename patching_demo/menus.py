@@ -275,7 +275,7 @@ class _Explorer:
         sliders = []
         slider_height = start = 0
         if self.sliding:
-            slider_height = 72
+            slider_height = 86
             # Open where the first choice of every menu has most to show.
             opening = self.result.isel({d: 0 for d in self.result.dims if d not in CELL_DIMS})
             effect = np.abs(np.nan_to_num(opening.transpose("layer", ...).values))
@@ -284,7 +284,7 @@ class _Explorer:
                 {
                     "active": start,
                     "currentvalue": {"prefix": "layer ", "font": {"size": 13}},
-                    "pad": {"t": grid.bottom - 18, "b": 6},
+                    "pad": {"t": grid.bottom - 4, "b": 6},
                     "len": 1,
                     "steps": [
                         {

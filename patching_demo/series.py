@@ -34,6 +34,10 @@ __all__ = [
 ]
 
 
+# Pixels that a telephone of 390 pixels leaves the horizontal axis.
+_NARROW = 238
+
+
 def curves(
     result: xr.DataArray,
     *,
@@ -183,8 +187,11 @@ def _value_figure(
     turned = words.title == "position"
     label = max(len(as_shown(t)) for t in words.ticks)
     bottom = int((6.4 * label + 12) if turned else 44)
-    step = math.ceil(len(words.words) / 33)
-    ticks = np.arange(len(words.words))[::step]
+    ticks = np.arange(len(words.words))
+    if words.title in ("layer", "head", "position"):
+        # As many numbers as fit beside each other on a telephone; names are never left out.
+        each = 11.5 if turned else 6.6 * label + 6
+        ticks = ticks[:: math.ceil(len(ticks) * each / _NARROW)]
     lines, notes = [], []
     for which, value in ((high_name, clean), (low_name, centre)):
         lines.append(

@@ -68,9 +68,10 @@ LINES = ["#2f7fc1", "#d9731a", "#2a9d7c", "#b66fb5", "#8a8a1e", "#c44e4e"]
 DASHES = ["solid", "dash", "dot", "dashdot", "longdash", "longdashdot"]
 SYMBOLS = ["circle", "square", "diamond", "triangle-up", "x", "cross"]
 
-#: Buttons and menus keep dark on light in every theme: plotly's highlight is always light.
+#: Buttons and menus keep dark on light in every theme: plotly's highlight, which marks the chosen
+#: button, is always nearly white. The others are darker than that, so that the choice can be seen.
 MENU = {
-    "bgcolor": "#f2f2f2",
+    "bgcolor": "#cfcfcf",
     "bordercolor": "#8c8c8c",
     "font": {"color": "#222222", "size": 12},
 }

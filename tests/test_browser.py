@@ -104,6 +104,19 @@ def check_cells(page) -> None:
             assert trace["points"] > 0, trace
 
 
+# Pairs of labels of one figure that cover a good part of each other. The box of a line of text is
+# higher than its letters, so boxes of neat lines may overlap by less.
+COVERED = """() => [...document.querySelectorAll('.plotly-figure-plot')].flatMap((plot, number) => {
+    const texts = [...plot.querySelectorAll('.main-svg text')].filter(t => t.textContent.trim())
+        .map(t => [t.textContent, t.getBoundingClientRect()]).filter(([_, b]) => b.width);
+    const part = (a, b, from, to, size) =>
+        (Math.min(a[to], b[to]) - Math.max(a[from], b[from])) / Math.min(a[size], b[size]);
+    return texts.flatMap(([one, a], i) => texts.slice(i + 1).filter(([_, b]) =>
+        part(a, b, 'left', 'right', 'width') > 0.42 && part(a, b, 'top', 'bottom', 'height') > 0.42
+    ).map(([other]) => [number, one, other]));
+})"""
+
+
 def check_accessible(page) -> None:
     """The axe rules find nothing serious."""
     from axe_core_python.sync_playwright import Axe
@@ -138,6 +151,7 @@ def check_theme(page, scheme: str) -> None:
 def test_page(browser, name, scheme):
     with Visit(browser, name, scheme) as visit:
         check_cells(visit.page)
+        assert visit.page.evaluate(COVERED) == []
         check_theme(visit.page, scheme)
         check_accessible(visit.page)
         assert visit.errors == []
@@ -146,6 +160,7 @@ def test_page(browser, name, scheme):
         visit.page.set_viewport_size(NARROW)
         visit.page.wait_for_timeout(500)
         assert visit.page.evaluate("document.documentElement.scrollWidth") <= NARROW["width"]
+        assert visit.page.evaluate(COVERED) == []
         assert visit.errors == []
 
 

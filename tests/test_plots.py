@@ -13,6 +13,7 @@ import pytest
 import tiny
 import torch
 import xarray as xr
+from plotly.offline import get_plotlyjs
 
 from patching_demo import layout, plots, style
 from patching_demo.results import BLOCK_KINDS, HEAD_KINDS, combine, share
@@ -519,6 +520,17 @@ def test_curves_are_the_numbers_with_both_baselines():
         plots.curves(result)
 
 
+def test_curves_leave_out_numbers_that_would_overlap_and_no_names():
+    layers = _made(("layer", "head"), layers=30).isel(head=0)
+    shown = plots.curves(layers, along="layer").layout.xaxis.ticktext
+    # A telephone leaves the axis some 238 pixels, and a digit takes some 6.
+    assert shown[0] == "0" and 5 < len(shown) <= 238 / (2 * 6 + 6)
+    kinds = xr.concat([layers.isel(layer=0)] * 12, "kind").assign_coords(
+        kind=[f"a long name {i}" for i in range(12)]
+    )
+    assert len(plots.bars(kinds, along="kind").layout.xaxis.ticktext) == 12
+
+
 def test_bars_start_at_the_corrupted_baseline():
     result = _made(("kind", "layer", "head"), kinds=("out", "v")).isel(layer=1)
     figure = plots.bars(result)
@@ -684,6 +696,11 @@ def test_text_reads_on_white_and_on_dark_paper():
     assert _contrast(style.INK, "#ffffff") >= 4.5
     assert _contrast(style.INK, "#121212") >= 4.0
     assert _contrast(style.MENU["font"]["color"], style.MENU["bgcolor"]) >= 4.5
+    # What plotly paints the chosen button with, whichever colour the others have.
+    chosen = "#F4FAFF"
+    assert chosen in get_plotlyjs()
+    assert _contrast(chosen, style.MENU["bgcolor"]) >= 1.4
+    assert _contrast(style.MENU["font"]["color"], chosen) >= 4.5
     for colour in style.LINES:
         assert _contrast(colour, "#ffffff") >= 3 and _contrast(colour, "#14181e") >= 3
 
