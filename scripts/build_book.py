@@ -131,14 +131,29 @@ def execute(notebook: Path) -> None:
             f"{notebook.name}, cell {error.cell_index + 1} failed: {error.ename}: {error.evalue}\n"
             f"--- the cell\n{error.source}\n--- the traceback\n" + "\n".join(error.traceback)
         ) from None
-    except Exception as error:  # a kernel that dies or cannot start names no cell
-        raise BookError(f"{notebook.name} failed: {type(error).__name__}: {error}") from error
+    except Exception as error:  # a kernel that dies, hangs or cannot start
+        place = f"{notebook.name}{cell_under_way(unfinished)}"
+        raise BookError(f"{place} failed: {type(error).__name__}: {error}") from error
     else:
         clean(unfinished, key)
         unfinished.replace(run)
         print(f"{notebook.name}: {time.monotonic() - start:.0f} s", flush=True)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def cell_under_way(run: Path) -> str:
+    """The last cell that an unfinished run began, in words; none where it did not begin.
+
+    An exception that is not the cell's own does not name it, but papermill notes in the copy when
+    it began each.
+    """
+    try:
+        cells = nbformat.read(run, as_version=4).cells
+    except (OSError, ValueError, nbformat.reader.NotJSONError):
+        return ""
+    begun = [bool(cell.metadata.get("papermill", {}).get("start_time")) for cell in cells]
+    return f", cell {sum(begun)}" if any(begun) else ""
 
 
 def clean(run: Path, key: str) -> None:

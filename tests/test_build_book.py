@@ -60,6 +60,24 @@ def test_failing_cell_is_named_and_leaves_no_book(project, capfd):
     assert [path.name for path in (project / "book/notebooks").glob("*")] == ["01_good.ipynb"]
 
 
+@pytest.mark.parametrize("how", ["dies", "hangs", "cannot start"])
+def test_cell_in_which_the_kernel_ends_is_named(project, capfd, monkeypatch, how):
+    source = "import os, time; os._exit(1)" if how == "dies" else "import time; time.sleep(60)"
+    bad = write(project / "notebooks/01_bad.ipynb", "1 + 1", "2 + 2", source, "3 + 3")
+    monkeypatch.setattr(build_book, "CELL_TIMEOUT", 1)
+    if how == "cannot start":
+        bad.write_text('{"cut": "short')
+    assert build_book.main() == 1
+    shown = capfd.readouterr().err
+    if how == "cannot start":
+        assert "01_bad.ipynb failed: " in shown
+    else:
+        assert f"01_bad.ipynb, cell 3 failed: {'DeadKernel' if how == 'dies' else ''}" in shown
+    assert "no book: 01_bad.ipynb failed" in shown
+    assert not (project / "book/_build").exists()
+    assert not list((project / "book/notebooks").glob("*"))
+
+
 def test_run_is_repeated_only_when_something_changed(project):
     counter = project / "count.txt"
     source = f"with open({str(counter)!r}, 'a') as file: print('run', file=file)"
