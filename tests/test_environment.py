@@ -14,8 +14,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import namespaces
 import nbformat
 import pytest
+from namespaces import works
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -180,15 +182,6 @@ def test_make_works_in_a_copy_of_a_checkout_that_cannot_be_written(
 
 # ---- a checkout that really cannot be written
 
-MOUNT = 'mount --bind "$0" "$0" && mount -o remount,ro,bind "$0" && exec "$@"'
-
-
-def works(*command: str) -> bool:
-    try:
-        return subprocess.run(command, capture_output=True).returncode == 0
-    except FileNotFoundError:
-        return False
-
 
 @dataclass
 class ReadOnly:
@@ -228,7 +221,7 @@ def read_only(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ReadOn
     (folder / "notebooks" / "01_setup.ipynb").unlink()
     inside = [folder, *folder.rglob("*")]
     if request.param == "mount":
-        before = ["unshare", "-rm", "sh", "-c", MOUNT, str(folder)]
+        before = namespaces.read_only(folder)
     else:
         as_other = ["unshare", "--map-user=1000", "--map-group=1000"]
         before = as_other if os.geteuid() == 0 else []

@@ -19,7 +19,7 @@ from oracle import assert_close, make_pair, pair
 from torch import Tensor
 from transformer_lens import ActivationCache
 
-from patching_demo import checks, patching
+from patching_demo import checks, engine, patching
 from patching_demo.metrics import LogitDifference
 
 PACKAGE = Path(checks.__file__).parent
@@ -482,6 +482,13 @@ def test_a_metric_whose_parts_are_of_the_wrong_kind_gets_all_logits(read: Any) -
     assert torch.equal(sweep(patching_metric=Odd()), sweep(patching_metric=oracle.all_logits))
 
 
+def test_a_value_on_another_device_is_brought_to_that_of_the_logits() -> None:
+    """The meta device stands for the other one: it has no numbers, but it is there everywhere."""
+    logits = torch.zeros(2, 6, tiny.D_VOCAB, device="meta")
+    value = engine.measured("m", lambda logits: torch.tensor(3.0), logits, per_example=False)
+    assert value.device == logits.device
+
+
 def test_a_metric_on_a_device_without_numbers_is_refused() -> None:
     """A tensor of another device is copied over; one of the meta device holds nothing to copy."""
     with pytest.raises(TypeError, match="'metric' must return a number or a tensor"):
@@ -677,6 +684,12 @@ def test_a_filter_for_the_package_finds_its_warnings(words: str) -> None:
         warnings.filterwarnings("error", module=r"patching_demo\Z")
         with pytest.raises(UserWarning, match=words):
             call()
+
+
+def test_a_warning_that_no_test_asked_for_fails_it() -> None:
+    """By the settings of this very run, which `make test` has too."""
+    with pytest.raises(UserWarning, match="nobody asked"):
+        checks.warn_once("nobody asked")
 
 
 def test_every_warning_is_among_them() -> None:

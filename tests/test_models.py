@@ -23,6 +23,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import gguf
+import namespaces
 import numpy as np
 import pytest
 import torch
@@ -440,6 +441,43 @@ def test_a_disk_that_fills_up_meanwhile(writer, own_cache):
     assert f"The cache folder {own_cache} can't be used" in run.stdout, run.stderr
     assert CACHE_ENV in run.stdout
     assert left_in(own_cache) == []
+
+
+@namespaces.needs_mounts
+@pytest.mark.parametrize("trouble", ["read-only", "full"])
+def test_a_cache_on_a_disk_that_takes_nothing_more(trouble, own_cache):
+    """What is in the cache is loaded from there; what is not is refused, and leaves nothing."""
+    own_cache.mkdir()
+    if trouble == "read-only":
+        verified_folder("there", lambda staged: (staged / "weights").write_bytes(b"all"))
+        before, reason = namespaces.read_only(own_cache), "Read-only file system"
+    else:
+        before, reason = namespaces.small_disk(own_cache, 300), "No space left on device"
+    code = """
+        import sys
+        from pathlib import Path
+        from patching_demo.fetch import ModelUnavailable, cache_dir, verified_folder
+
+        def build(size):
+            return lambda staged: (staged / "weights").write_bytes(bytes(size))
+
+        print((verified_folder("there", build(3)) / "weights").stat().st_size)
+        try:
+            verified_folder("not there", build(1_000_000))
+        except ModelUnavailable as error:
+            print(error)
+        print([p.name for p in cache_dir().iterdir() if p.suffix != ".lock"])
+    """
+    run = subprocess.run(
+        [*before, sys.executable, "-c", textwrap.dedent(code)],
+        env=child_env(),
+        capture_output=True,
+        text=True,
+    )
+    size, message, left = run.stdout.splitlines()
+    assert (size, left) == ("3", "['there']"), run.stderr
+    assert message.startswith(f"The cache folder {own_cache} can't be used ({reason}).")
+    assert CACHE_ENV in message
 
 
 def test_the_cache_folder_needs_no_home(monkeypatch):

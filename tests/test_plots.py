@@ -368,9 +368,29 @@ def test_html_and_latex_in_tokens_are_text(shape):
     if "kind" in result.dims:
         figures.append(plots.explore(result, title="<script>$z$"))
     for figure in figures:
-        for text in _shown(_json(figure)):
-            assert not TEXTS.search(text.replace("<extra></extra>", "")), text
-            assert "script>" not in text
+        assert_draws_text_alone(figure)
+
+
+@pytest.mark.parametrize("make", ["heatmap", "curves", "bars"])
+def test_html_and_latex_in_names_are_text(make):
+    """Metrics, units, kinds and what a result was combined over may be called anything."""
+    one = _made(("layer", "position"), nasty=True)
+    one = one.assign_attrs(metric="<script>metric</script> $m$", units="<i>u</i> $u$")
+    result = combine({name: one for name in NASTY[:3]}, "<script>corrupted</script>")
+    part = result.isel(layer=0) if make == "bars" else result.isel(position=2)
+    figures = [getattr(plots, make)(one if make == "heatmap" else part)]
+    if make == "curves":
+        figures.append(plots.curves(one, along="position", title="<script>$z$"))
+    for figure in figures:
+        assert_draws_text_alone(figure)
+
+
+def assert_draws_text_alone(figure):
+    texts = _shown(_json(figure))
+    assert len(texts) > 5
+    for text in texts:
+        assert not TEXTS.search(text.replace("<extra></extra>", "")), text
+        assert "script>" not in text
 
 
 def _shown(content):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import namespaces
 import oracle
 import pytest
 import tiny
@@ -262,6 +264,45 @@ def test_a_full_disk_is_named_and_leaves_the_last_complete_state(tmp_path: Path)
             sweep(path)
         assert [p.name for p in tmp_path.iterdir() if "part" in p.name] == []
     assert torch.allclose(sweep(path), sweep(None), rtol=1e-5)
+
+
+@namespaces.needs_mounts
+def test_a_disk_that_is_really_full_is_named_and_leaves_the_last_complete_state(
+    tmp_path: Path,
+) -> None:
+    script = f"""
+        import contextlib, sys
+        from pathlib import Path
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        import torch
+        torch.set_num_threads(1)
+        from patching_demo import store
+        import test_store
+        store.CellStore.most_cells = lambda self, total: 8
+        path = Path("cells.safetensors")
+        with contextlib.suppress(test_store.Interrupt):
+            test_store.sweep(path, test_store.interrupting(20))
+        before = path.read_bytes()
+        with contextlib.suppress(OSError), open("filler", "wb", buffering=0) as filler:
+            while True:
+                filler.write(bytes(1024))
+        try:
+            test_store.sweep(path)
+        except OSError as error:
+            print(error)
+        assert path.read_bytes() == before
+        assert {{p.name for p in Path().iterdir()}} <= {{"filler", path.name, path.name + ".lock"}}
+        Path("filler").unlink()
+        assert torch.allclose(test_store.sweep(path), test_store.sweep(None), rtol=1e-5)
+    """
+    done = subprocess.run(
+        [*namespaces.small_disk(tmp_path, 64), "sh", "-c", 'cd "$0" && exec "$@"', str(tmp_path)]
+        + [sys.executable, "-c", textwrap.dedent(script)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.match(r"cannot write 'cells.safetensors' \(.*No space left.*intact$", done.stdout)
 
 
 def test_a_write_that_fails_half_way_leaves_the_last_complete_state(
