@@ -19,7 +19,7 @@ from oracle import assert_close, make_pair, pair
 from torch import Tensor
 from transformer_lens import ActivationCache
 
-from patching_demo import checks, engine, patching
+from patching_demo import checks, engine, patching, runner
 from patching_demo.metrics import LogitDifference
 
 PACKAGE = Path(checks.__file__).parent
@@ -369,7 +369,11 @@ def test_a_metric_that_is_not_finite_names_the_run(value: str) -> None:
         sweep(patching_metric={"m": lambda logits: logits.sum() * 0 + float(value)})
 
 
-def test_nan_names_the_cell() -> None:
+@pytest.mark.filterwarnings("ignore:this sweep takes the plain loop")
+@pytest.mark.parametrize("plain", [False, True])
+def test_nan_names_the_cell(plain: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if plain:
+        monkeypatch.setattr(runner, "_reasons_for_plain_loop", lambda model, cells: ["a test"])
     with pytest.raises(
         ValueError, match=r"metric 'metric' is nan at blocks.0.hook_resid_pre, index"
     ):

@@ -279,6 +279,7 @@ def test_an_index_that_goes_away_in_the_middle(then, index, llama, own_cache, mo
             load_model("smollm2-135m")
         assert time.monotonic() - begun < 60
     assert "\n" not in str(caught.value)
+    assert 'load_model("attn-only-2l-demo") needs no index' in str(caught.value)
     assert ("no data came" in str(caught.value)) == (then == "hangs")
     assert left_in(own_cache) == []
 
