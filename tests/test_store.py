@@ -16,6 +16,7 @@ from typing import Any
 
 import namespaces
 import oracle
+import pandas as pd
 import pytest
 import tiny
 import torch
@@ -190,6 +191,31 @@ def test_a_file_of_other_inputs_is_refused(tmp_path: Path, what: str) -> None:
     sweep(path)
     with unchanged(path), pytest.raises(ValueError, match="belongs to a sweep of another|shape"):
         sweep(path, **other_inputs()[what])
+
+
+def test_a_file_of_as_many_other_cells_is_refused(tmp_path: Path) -> None:
+    """Of the same activations, so that nothing but their indices tells them apart."""
+    path, data = tmp_path / "cells.safetensors", pair("gpt2")
+    activation, setter, axes = patching.SWEEPS["resid_pre"]
+    cells = pd.DataFrame([[layer, pos] for layer in (0, 1) for pos in range(1, 5)], columns=axes)
+
+    def sweep_of(index: pd.DataFrame) -> Tensor:
+        return patching.generic_activation_patch(
+            tiny.model("gpt2"),
+            data.corrupted,
+            data.cache,
+            oracle.all_logits,
+            setter,
+            activation,
+            index_df=index,
+            store=path,
+            progress=False,
+        )
+
+    values = sweep_of(cells)
+    with unchanged(path), pytest.raises(ValueError, match="belongs to a sweep of another"):
+        sweep_of(cells[::-1].reset_index(drop=True))
+    assert values.std() > 0 and torch.equal(sweep_of(cells), values)
 
 
 def test_a_file_serves_the_same_inputs_from_another_place(tmp_path: Path) -> None:
