@@ -268,6 +268,18 @@ def test_two_processes_do_not_share_a_file(tmp_path: Path) -> None:
     assert bool(load_file(path)["done"].all())
 
 
+def test_a_store_is_replaced_whole(tmp_path: Path) -> None:
+    """Who has the earlier state open keeps it: nothing is written into a finished file."""
+    path = tmp_path / "cells.safetensors"
+    with pytest.raises(Interrupt):
+        sweep(path, interrupting(20))
+    with open(path, "rb") as earlier:
+        before = earlier.read()
+        sweep(path)
+        earlier.seek(0)
+        assert earlier.read() == before != path.read_bytes()
+
+
 @contextmanager
 def file_size_limit(limit: int) -> Iterator[None]:
     """What a full disk does, as a process without other rights can have it: writes fail."""
