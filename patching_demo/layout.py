@@ -393,7 +393,7 @@ class Scale:
     def menu(self, bottom: int) -> dict[str, Any]:
         """Buttons that choose how far the colours reach, ``bottom`` pixels above the plot."""
         choices = (
-            (f"colours up to {self.names[0]}", self.wide()),
+            (f"colours up to {escape(self.names[0])}", self.wide()),
             ("up to the largest effect", self.narrow()),
         )
         buttons = [

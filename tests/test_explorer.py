@@ -248,6 +248,19 @@ def test_html_and_latex_are_shown_as_text(model):
     assert text.count("$") == text.count("<span>$</span>") > 0
 
 
+def test_quotes_in_tokens_end_no_attribute(panel):
+    """The tiny tokenizer has none, but a typed prompt may."""
+    finished(panel)
+    hostile = ['"onmouseover="alert(1)', "'onclick='alert(2)", '"><script>alert(3)</script>']
+    names = [f"{hostile[i % 3]} {i}" for i in range(panel.result.sizes["position"])]
+    result = panel.result.assign_coords(position=names)
+    shown = Markup(explorer_html.heatmap_table(result, (1, 12)))
+    plain = Markup(explorer_html.heatmap_table(panel.result, (1, 12)))
+    assert shown.tags == plain.tags
+    assert [name for name, _ in shown.attributes] == [name for name, _ in plain.attributes]
+    assert names[1] in [value for _, value in shown.attributes]
+
+
 def test_stop_ends_a_sweep_and_leaves_everything_as_it_was(monkeypatch):
     monkeypatch.setattr(explorer, "_PORTION_TOKENS", 1)
     model = tiny.fresh("gpt2")

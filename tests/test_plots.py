@@ -371,17 +371,26 @@ def test_html_and_latex_in_tokens_are_text(shape):
         assert_draws_text_alone(figure)
 
 
-@pytest.mark.parametrize("make", ["heatmap", "curves", "bars"])
-def test_html_and_latex_in_names_are_text(make):
-    """Metrics, units, kinds and what a result was combined over may be called anything."""
-    one = _made(("layer", "position"), nasty=True)
-    one = one.assign_attrs(metric="<script>metric</script> $m$", units="<i>u</i> $u$")
-    result = combine({name: one for name in NASTY[:3]}, "<script>corrupted</script>")
-    part = result.isel(layer=0) if make == "bars" else result.isel(position=2)
-    figures = [getattr(plots, make)(one if make == "heatmap" else part)]
-    if make == "curves":
-        figures.append(plots.curves(one, along="position", title="<script>$z$"))
-    for figure in figures:
+def test_html_and_latex_in_names_are_text():
+    """Metrics, units, baselines, and what a result was combined over, may be called anything."""
+    one = _made(("kind", "layer", "position"), kinds=tuple(BLOCK_KINDS), nasty=True).assign_attrs(
+        metric="<script>metric</script> $m$",
+        units="<i>u</i> $u$",
+        clean_name="<i>clean</i> $a$",
+        corrupted_name="<i>corrupted</i> $b$",
+    )
+    over = "<script>over</script>"
+    result = combine({name: one for name in NASTY[:3]}, over).isel(kind=slice(2))
+    line, row = result.isel(kind=0, position=2), result.isel(kind=0, layer=0)
+    for figure in (
+        plots.heatmap(result),
+        plots.heatmap(one.isel(kind=0)),
+        plots.explore(result),
+        plots.curves(line),
+        plots.curves(line, along=over),
+        plots.bars(row),
+        plots.bars(row, along=over),
+    ):
         assert_draws_text_alone(figure)
 
 
