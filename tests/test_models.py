@@ -284,6 +284,30 @@ def test_an_index_that_goes_away_in_the_middle(then, index, llama, own_cache, mo
     assert left_in(own_cache) == []
 
 
+@pytest.mark.parametrize("trouble", ["stall", "interrupt"])
+def test_a_child_that_hangs_is_stopped(trouble, tmp_path, monkeypatch):
+    """It says nothing and brings nothing; or the reader interrupts the kernel meanwhile."""
+    sizes = iter([0])
+
+    def size(folder):
+        if trouble == "interrupt" and next(sizes, None) is None:
+            raise KeyboardInterrupt
+        return 0
+
+    monkeypatch.setattr(fetch, "bytes_under", size)
+    monkeypatch.setattr(fetch, "STALL_S", 0.5)
+    begun = time.monotonic()
+    with pytest.raises((ModelUnavailable, KeyboardInterrupt)) as caught:
+        fetch.run_watched(
+            [sys.executable, "-c", "import time; time.sleep(100)"],
+            watch=tmp_path,
+            expected_bytes=None,
+            label="a file",
+        )
+    assert time.monotonic() - begun < 50
+    assert str(caught.value) == ("no data came for 0 s" if trouble == "stall" else "")
+
+
 # The cache --------------------------------------------------------------------------------------
 
 
