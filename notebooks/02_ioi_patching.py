@@ -368,8 +368,8 @@ plots.explore(combine(position_sweeps, dim="metric"))
 #
 # In Jupyter or Colab, the cell below opens a panel. Type a clean and a corrupted prompt, and a
 # right and a wrong answer. The panel says what does not fit as you type. **Run** starts the sweep
-# and **Stop** ends it. A click on a cell shows its numbers. **copy as code** gives the lines that
-# repeat the sweep.
+# and **Stop** ends it. Click one of the largest effects, or choose a layer and a position, and the
+# numbers of that cell appear. **copy as code** gives the lines that repeat the sweep.
 
 # %%
 from patching_demo.explorer import explore

@@ -46,6 +46,15 @@ NEWS = "user-settings/@jupyterlab/apputils-extension/notification.jupyterlab-set
 PROMPTS = [f"When <b> gave $x$ to {name} the bag <script> to" for name in ("John", "Mary")]
 ANSWERS = (" Mary", " John")
 PATCHED = 12  # a position after the name that differs
+# Keeps, in `said`, what the panel says of its run from now on.
+WATCH_STATUS = """() => {
+    window.said = [];
+    window.watch?.disconnect();
+    window.watch = new MutationObserver(
+        () => said.push(document.querySelector('.jp-OutputArea [role=status]').textContent.trim())
+    );
+    watch.observe(document.body, {subtree: true, childList: true, characterData: true});
+}"""
 ATTACK = "<img src=x onerror=window.executed=1>"
 
 
@@ -175,14 +184,22 @@ def run_prompts(page) -> xr.DataArray:
         fill(page, name, text)
     page.get_by_text("Ready:").wait_for()
     assert run_button(page).is_enabled()
+    # The words of the run before may still stand there: what counts is that they go and come back.
+    page.evaluate(WATCH_STATUS)
     run_button(page).click()
-    page.get_by_text("Done in").wait_for()
+    page.wait_for_function(
+        "() => said.some(words => !words.startsWith('Done')) && said.at(-1).startsWith('Done')"
+    )
     model = tiny.model("gpt2")
     return sweep(model, prompt_task(model, *PROMPTS, ANSWERS), "resid_pre", progress=False)
 
 
-def test_prompts_are_typed_run_and_read(page):
+def test_prompts_are_typed_run_and_read(page, tmp_path):
     expected = run_prompts(page)
+    # For a person to look at: pytest keeps the folders of its last runs.
+    page.locator(".jp-OutputArea-output .widget-vbox").first.screenshot(
+        path=tmp_path / "explorer.png"
+    )
     table = page.locator("table.patching-heatmap")
     assert table.count() == 1 and table.locator("td").count() == expected.size
     # Drawn, not merely there: cells have room, and those that were measured have colours.
