@@ -9,6 +9,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import chapters
+import nbformat
 import pytest
 import yaml
 from plotly.offline import get_plotlyjs
@@ -167,6 +169,19 @@ def test_chapter_shows_what_its_notebook_drew(pages, chapter):
     assert not [o for o in outputs if o["output_type"] == "error"]
     assert "Traceback (most recent call last)" not in page.text
     assert "injected-parameters" not in page.text
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_chapter_shows_its_claims_and_each_holds(pages, chapter):
+    """On the model that the run names, and in the page as in the run."""
+    path = ROOT / "book/notebooks" / f"{chapter}.ipynb"
+    run = nbformat.read(path, as_version=4)
+    model = re.search(r"^Model: (\S+) \(", chapters.printed(run), re.MULTILINE)[1]
+    tables = chapters.check_claims(run, chapter[:2], model)
+    shown = chapters.tables(pages[f"notebooks/{chapter}.html"].text)
+    assert list(tables.values()) == [
+        [chapters.Shown(*row) for row in table[1:]] for table in shown if table[0] == chapters.HEADS
+    ]
 
 
 def test_figures_have_text_for_screen_readers(pages):

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import ast
 import importlib.util
-import inspect
 import re
+from functools import cache
 from pathlib import Path
 
+import chapters
 import jupytext
 import pytest
+import tiny
+from chapters import ROOT, SCRIPTS
+from loopback_hub import serve, tiny_repositories
 from test_claims import CHECKED
+from test_hub import LEGACY_CONFIG
 
-from patching_demo import chapter_claims, notebook
-from patching_demo.claims import Checks
+from patching_demo import notebook
 from patching_demo.diagram import patching_diagram
 
 try:
@@ -21,8 +25,6 @@ try:
 except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
 
-ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = sorted((ROOT / "notebooks").glob("*.py"))
 URLS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]
 LONGEST_CELL = 30
 by_chapter = pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
@@ -132,6 +134,21 @@ def test_every_sweep_is_drawn_with_its_largest_cells(script):
 
 
 @by_chapter
+def test_head_sweeps_lead_to_the_attention_patterns_of_their_heads(script):
+    sources = "\n".join(cell.source for cell in cells(script, "code"))
+    text = "\n".join(cell.source for cell in cells(script, "markdown"))
+    if "KINDS = [" not in sources:
+        assert script.stem == "01_setup"
+        return
+    if "plots.attention_patterns(" in sources:
+        return
+    linked = [ROOT / "notebooks" / name for name in re.findall(r"\]\((\w+)\.ipynb\)", text)]
+    assert any(
+        "plots.attention_patterns(" in path.with_suffix(".py").read_text("utf-8") for path in linked
+    )
+
+
+@by_chapter
 def test_chapter_states_what_it_expects_and_checks_it(script):
     text = " ".join(cell.source for cell in cells(script, "markdown"))
     assert re.search(r"\b[Ee]xpect", text)
@@ -141,14 +158,8 @@ def test_chapter_states_what_it_expects_and_checks_it(script):
 
 
 def test_every_claim_of_a_chapter_is_shown_to_be_able_to_fail():
-    offered = {
-        name
-        for name, function in inspect.getmembers(chapter_claims, inspect.isfunction)
-        if inspect.signature(function).return_annotation in (Checks, "Checks")
-    }
-    source = "\n".join(c.source for script in SCRIPTS for c in cells(script, "code"))
-    used = set(re.findall(r"chapter_claims\.(\w+)\(", source)) & offered
-    assert used == offered == CHECKED
+    used = [name for script in SCRIPTS for name in chapters.claimed(script)]
+    assert sorted(used) == sorted(chapters.offered()) == sorted(CHECKED)
 
 
 @by_chapter
@@ -190,12 +201,72 @@ def test_diagram_speaks_to_screen_readers():
     assert "http" not in markup.replace("http://www.w3.org/2000/svg", "")
 
 
-def outputs_of(script: Path) -> list:
-    """What a fresh run of the notebook shows, without progress bars and version lines."""
-    from nbclient import NotebookClient
+@cache
+def ran(chapter: str, model: str):
+    """One run of a chapter on a model, for every test that reads it."""
+    return chapters.run(chapter, model)
 
-    book = jupytext.read(script)
-    NotebookClient(book, kernel_name="python3", timeout=900).execute(cwd=str(script.parent))
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("chapter", "model"),
+    [("01", "smollm2-135m"), ("03", "attn-only-2l-demo"), ("04", "attn-only-2l-demo")],
+)
+def test_claims_hold_on_offline_models(chapter, model):
+    """The built book holds chapter 2 to its claims, which takes minutes; see test_book.py."""
+    chapters.check_claims(ran(chapter, model), chapter, model)
+
+
+@pytest.mark.hub
+@pytest.mark.parametrize(
+    ("chapter", "model"),
+    [("01", "gpt2-small"), ("02", "gpt2-small"), ("03", "attn-only-2l"), ("04", "attn-only-2l")],
+)
+def test_claims_hold_on_the_hubs_models(chapter, model):
+    """With those about the published heads of GPT-2 small, which are open on every other model."""
+    tables = chapters.check_claims(ran(chapter, model), chapter, model)
+    assert chapters.published(tables) == (chapter == "02")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("chapter", "model"), [("02", "gpt2-small"), ("03", "attn-only-2l")])
+def test_claims_are_decided_on_the_hubs_models_and_fail_on_random_weights(chapter, model, tmp_path):
+    """What the test above does, against a hub of this machine that has random weights."""
+    gpt2 = tiny._hf("gpt2-12x12")[1]
+    repos = tiny_repositories(tmp_path / "repos", tiny.tokenizer(), gpt2, LEGACY_CONFIG)
+    with serve(repos) as hub:
+        settings = {
+            "HF_ENDPOINT": hub.address,
+            "HF_HOME": str(tmp_path / "hf"),
+            "HF_HUB_CACHE": str(tmp_path / "hf" / "hub"),
+            "HF_HUB_OFFLINE": "0",
+            "PATCHING_DEMO_CACHE": str(tmp_path / "own"),
+        }
+        book = chapters.run(chapter, model, go_on=True, **settings)
+    tables = chapters.claims(book)
+    assert chapters.published(tables) == (chapter == "02")
+    verdicts = {row.verdict for rows in tables.values() for row in rows}
+    assert verdicts == {"✓ holds", "✗ fails"}
+    assert "ClaimFailed" in {
+        output.ename
+        for cell in book.cells
+        for output in cell.get("outputs", [])
+        if output.output_type == "error"
+    }
+    with pytest.raises(AssertionError, match="✗ fails"):
+        chapters.check_claims(book, chapter, model)
+
+
+@pytest.mark.slow
+def test_claims_of_another_model_than_asked_for_do_not_count():
+    """As where the hub is out of reach, and the notebook falls back on the offline model."""
+    book = ran("03", "attn-only-2l-demo")
+    with pytest.raises(AssertionError, match="attn-only-2l was asked for"):
+        chapters.check_claims(book, "03", "attn-only-2l")
+
+
+def outputs_of(book) -> list:
+    """What a run of a notebook shows, without progress bars and version lines."""
     shown = []
     for cell in book.cells:
         for output in cell.get("outputs", []):
@@ -209,9 +280,8 @@ def outputs_of(script: Path) -> list:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stem", ["03", "04"])
-def test_two_runs_show_the_same(stem, monkeypatch):
+@pytest.mark.parametrize("chapter", ["03", "04"])
+def test_two_runs_show_the_same(chapter):
     """The induction chapters on the shipped model; the others use the same seeds and sweeps."""
-    monkeypatch.setenv("PATCHING_DEMO_MODEL", "attn-only-2l-demo")
-    (script,) = [path for path in SCRIPTS if path.stem.startswith(stem)]
-    assert outputs_of(script) == outputs_of(script)
+    model = "attn-only-2l-demo"
+    assert outputs_of(ran(chapter, model)) == outputs_of(chapters.run(chapter, model))
