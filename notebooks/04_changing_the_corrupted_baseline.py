@@ -136,6 +136,8 @@ plots.heatmap(
 notebook.largest(together, 12)
 
 # %% [markdown]
+# Where these heads look is shown in [the last chapter](03_induction_patching.ipynb).
+#
 # The same in one line per input: the best that any head does with a patch of each kind.
 
 # %%

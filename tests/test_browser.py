@@ -175,8 +175,11 @@ def test_figures_follow_a_change_of_theme(browser):
 
 @pytest.mark.parametrize("name", [name for name in PAGES if name.startswith("notebooks/")])
 def test_buttons_and_sliders_change_what_is_drawn(browser, name):
-    state = """plot => JSON.stringify([plot._fullData.map(t => [t.visible, t.opacity]),
-        plot.layout.coloraxis?.cmax, plot.layout.xaxis?.range, plot.layout.yaxis?.range])"""
+    # What is painted: the picture that each heatmap became, and how much of it shows.
+    state = """plot => JSON.stringify([...plot.querySelectorAll('.hm')].map(map => [
+        getComputedStyle(map).opacity,
+        [...map.querySelectorAll('image')].map(i => i.href.baseVal + i.getAttribute('height')),
+    ]))"""
     with Visit(browser, name) as visit:
         for plot in visit.page.locator(".plotly-figure-plot").element_handles():
             plot.scroll_into_view_if_needed()

@@ -140,6 +140,15 @@ def test_repository_address_stands_in_one_place():
     assert ADDRESS in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+def test_readme_opens_with_the_headline_figure():
+    """The landing page shows the same one, live; `make picture` redraws this from a run."""
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## ")[0]
+    (picture,) = re.findall(r"!\[[^\]]{20,}\]\(([^)]+\.png)\)", lines)
+    assert (ROOT / picture).read_bytes().startswith(b"\x89PNG")
+    assert picture in (ROOT / "scripts/picture.py").read_text("utf-8").replace('" / "', "/")
+    assert "figures/headline.json" in (ROOT / "book/index.md").read_text("utf-8")
+
+
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_opens_in_colab_by_itself(notebook):
     cells = nbformat.read(notebook, as_version=4).cells
