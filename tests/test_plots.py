@@ -384,8 +384,10 @@ def test_html_and_latex_in_names_are_text():
     line, row = result.isel(kind=0, position=2), result.isel(kind=0, layer=0)
     for figure in (
         plots.heatmap(result),
+        plots.heatmap(result.isel(kind=0)),
         plots.heatmap(one.isel(kind=0)),
         plots.explore(result),
+        plots.explore(result.isel(kind=0)),
         plots.curves(line),
         plots.curves(line, along=over),
         plots.bars(row),
