@@ -32,7 +32,8 @@ def main(command: list[str]) -> None:
     except (OSError, subprocess.CalledProcessError) as error:
         reason = getattr(error, "stderr", None) or error
         sys.exit(
-            f"the network cannot be cut on this machine ({str(reason).strip()}): pull the plug"
+            f"the network cannot be cut on this machine ({str(reason).strip()}): disconnect the "
+            "machine and run make test"
         )
     os.execvp(ALONE[0], [*ALONE, sys.executable, __file__, "--inside", *command])
 
