@@ -46,6 +46,7 @@ from patching_demo.bridge import (
 # A block call is most efficient with a thousand tokens or more; a sequence longer than this spends
 # its time on attention between runs that may not see each other.
 SLOTS = 16
+GROUPS_TRIED = 16  # Groups in which a run looks for room, the newest ones: more find little.
 CALL_TOKENS = {"cpu": 2048, "cuda": 16384}
 
 
@@ -166,34 +167,33 @@ class Pack:
         self.run = run
         self.cells: list[Cell] = []
         self._tokens: list[tuple[int, int, int, int, int]] = []
-        self._cursor = (0, 0)
+        self._filled: list[int] = []
         self._place(members)
 
     def _place(self, members: Sequence[tuple[Cell, Sequence[int]]]) -> None:
-        """Give each token of each new member a slot, filling group after group."""
-        group, slot = self._cursor
+        """Give each token of each new member a slot, in a group with room for the whole run."""
         # All groups are as wide as the longest run needs: filling that width costs nothing more.
         width = max([SLOTS, *(len(positions) for _, positions in members)])
         for cell, positions in members:
-            owner = len(self.cells)
-            if slot and slot + len(positions) > width:
-                group, slot = group + 1, 0
-            start = positions[0]
-            for position in positions:
-                self._tokens.append((owner, group, slot, position, start))
-                slot += 1
+            groups, room = len(self._filled), width - len(positions)
+            tried = range(max(0, groups - GROUPS_TRIED), groups)
+            group = next((g for g in tried if self._filled[g] <= room), groups)
+            if group == groups:
+                self._filled.append(0)
+            for slot, position in enumerate(positions, start=self._filled[group]):
+                self._tokens.append((len(self.cells), group, slot, position, positions[0]))
+            self._filled[group] += len(positions)
             self.cells.append(cell)
-        self._cursor = (group, slot)
         device = self.run.tokens.device
         placed = torch.tensor(self._tokens, dtype=torch.int64).T
-        owner, groups, slots, positions, start = placed
-        shape = (group + 1, int(slots.max()) + 1)
-        self.flat = (groups * shape[1] + slots).to(device)
+        owner, group_of, slots, positions, start = placed
+        shape = (len(self._filled), max(self._filled))
+        self.flat = (group_of * shape[1] + slots).to(device)
         self.owner, self.position = owner.to(device), positions.to(device)
 
         def spread(value: Tensor, empty: int) -> Tensor:
             grid = torch.full(shape, empty, dtype=torch.int64)
-            grid[groups, slots] = value
+            grid[group_of, slots] = value
             return grid.to(device)
 
         self.layout = Layout(
@@ -203,7 +203,7 @@ class Pack:
             prefix=int(start.max()),
         )
         slot_of = torch.full((len(self.cells), self.run.tokens.shape[1]), -1, dtype=torch.int64)
-        slot_of[owner, positions] = groups * shape[1] + slots
+        slot_of[owner, positions] = group_of * shape[1] + slots
         self.slot_of = slot_of.to(device)
 
     @property
