@@ -71,7 +71,7 @@ class _Recorder:
 
 
 class _Prefix:
-    """Stands in for a key-value cache that holds a fixed prefix.
+    """Stands in for a key-value cache that holds a fixed prefix, one for all groups of a pack.
 
     A Hugging Face cache grows when it is used, so one object cannot serve several runs. This one
     never changes.
@@ -81,10 +81,22 @@ class _Prefix:
         self.keys, self.values = keys, values
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        return torch.cat([self.keys, keys], dim=2), torch.cat([self.values, values], dim=2)
+        return _behind(self.keys, keys), _behind(self.values, values)
 
     def get_seq_length(self, *_: Any) -> int:
         return self.keys.shape[2]
+
+
+def _behind(prefix: Tensor, own: Tensor) -> Tensor:
+    """``own`` [group * batch, kv_head, slot, d_head] behind a prefix [batch, kv_head, pos, d_head].
+
+    As repeating the prefix for every group and joining the two would give, in one copy less.
+    """
+    length = prefix.shape[2]
+    joined = own.new_empty(*own.shape[:2], length + own.shape[2], own.shape[3])
+    joined.unflatten(0, (-1, len(prefix)))[..., :length, :] = prefix
+    joined[:, :, length:] = own
+    return joined
 
 
 class _KeysComputed(Exception):
@@ -331,8 +343,8 @@ def run_block_rows(
 
     The other tokens are run no further than their keys and values.
     """
-    groups, batch, _, d_model = states.shape
-    cache = _prefix_cache(run, layer, layout, groups, _KeysOnly)
+    batch, d_model = states.shape[1], states.shape[3]
+    cache = _prefix_cache(run, layer, layout, _KeysOnly)
     try:
         _call_block(model, run, layer, layout, states.flatten(0, 1), cache)
         raise Unsupported(f"block {layer} does not use the key-value cache it is given")
@@ -344,18 +356,9 @@ def run_block_rows(
     return output.reshape(rows.shape)
 
 
-def _prefix_cache(
-    run: Run, layer: int, layout: Layout, groups: int, kind: type[_Prefix]
-) -> _Prefix:
-    """The corrupted run's keys and values before the pack, once for each group."""
-    return kind(
-        *(
-            part[:, :, : layout.prefix]
-            .expand(groups, *(-1,) * part.ndim)
-            .reshape(groups * len(part), part.shape[1], layout.prefix, part.shape[3])
-            for part in (run.keys[layer], run.values[layer])
-        )
-    )
+def _prefix_cache(run: Run, layer: int, layout: Layout, kind: type[_Prefix]) -> _Prefix:
+    """The corrupted run's keys and values before the pack."""
+    return kind(*(part[:, :, : layout.prefix] for part in (run.keys[layer], run.values[layer])))
 
 
 def _call_block(
@@ -386,7 +389,7 @@ def run_block(model: Any, run: Run, layer: int, layout: Layout, states: Tensor) 
     Raises:
         Unsupported: if the block takes an argument that we do not know how to slice.
     """
-    cache = _prefix_cache(run, layer, layout, len(states), _Prefix)
+    cache = _prefix_cache(run, layer, layout, _Prefix)
     return _call_block(model, run, layer, layout, states.flatten(0, 1), cache).reshape(states.shape)
 
 

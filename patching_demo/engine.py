@@ -230,11 +230,14 @@ class Pack:
         return self.states[flat // slots, :, flat % slots]
 
     def add(self, members: Sequence[tuple[Cell, Sequence[int]]], resid: Tensor) -> None:
-        """Take in more runs, which start from ``resid``; those aboard keep their states."""
-        states, old = self.at(self.flat), len(self._tokens)
+        """Take in more runs, which start from ``resid``; those aboard keep slots and states."""
+        aboard, states = len(self._tokens), self.states
         self._place(members)
-        self.fill(resid)
-        self.write(torch.arange(old), states.transpose(0, 1))
+        groups, slots = self.layout.positions.shape
+        self.states = states.new_zeros(groups, states.shape[1], slots, states.shape[3])
+        self.states[: states.shape[0], :, : states.shape[2]] = states
+        joined = torch.arange(aboard, len(self._tokens), device=self.flat.device)
+        self.write(joined, resid[:, self.position[joined]])
 
     def step(self, model: Any, layer: int, read: frozenset[int] | None = None) -> None:
         """Move every run through one block; in the last, only the positions that are read."""
