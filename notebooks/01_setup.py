@@ -48,7 +48,7 @@ if importlib.util.find_spec("patching_demo") is None:
     # %pip install --quiet "patching-demo @ git+https://github.com/patching-demo/patching-demo"
 
 # %% tags=["remove-input"]
-from patching_demo.diagram import patching_diagram
+from patching_demo.plots.diagram import patching_diagram
 
 patching_diagram()
 

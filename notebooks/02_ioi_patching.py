@@ -45,7 +45,7 @@ if importlib.util.find_spec("patching_demo") is None:
 from IPython.display import display
 
 from patching_demo import chapter_claims, combine, ioi_task, notebook, plots
-from patching_demo.results import sweep_metrics
+from patching_demo.sweeps import sweep_metrics
 
 notebook.setup()
 

@@ -54,7 +54,7 @@ from patching_demo import (
     plots,
     sweep,
 )
-from patching_demo.results import sweep_metrics
+from patching_demo.sweeps import sweep_metrics
 
 notebook.setup()
 

@@ -40,7 +40,7 @@ if importlib.util.find_spec("patching_demo") is None:
 import pandas as pd
 
 from patching_demo import chapter_claims, combine, induction_task, notebook, plots
-from patching_demo.results import sweep_metrics
+from patching_demo.sweeps import sweep_metrics
 
 notebook.setup()
 

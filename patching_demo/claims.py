@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from patching_demo.style import number
-from patching_demo.tables import Html, as_text, framed
+from patching_demo.plots.tables import Html, as_text, framed
+from patching_demo.plots.theme import number
 
 __all__ = ["Checks", "Claim", "ClaimFailed"]
 

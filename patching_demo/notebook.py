@@ -14,11 +14,12 @@ import numpy as np
 import torch
 import xarray as xr
 
-from patching_demo.layout import KIND_NAMES, baseline_names, baselines_of
+from patching_demo.engine.kinds import kind_label
 from patching_demo.models import Task as ModelTask
 from patching_demo.models import load_model, resolve_model
+from patching_demo.plots.layout import baseline_names, baselines_of
+from patching_demo.plots.tables import Html, table
 from patching_demo.results import largest_cells
-from patching_demo.tables import Html, table
 
 __all__ = ["in_colab", "largest", "model", "runtime", "say", "setup", "typeset"]
 
@@ -106,7 +107,7 @@ def largest(result: xr.DataArray, n: int = 5) -> Html:
     """The n largest effects of a sweep as a table with a caption; errors as `largest_cells`."""
     cells = largest_cells(result, n)
     if "kind" in cells:
-        cells["kind"] = [KIND_NAMES.get(kind, kind) for kind in cells["kind"]]
+        cells["kind"] = [kind_label(kind) for kind in cells["kind"]]
     clean, corrupted = baseline_names(result)
     if baselines_of(result) == (1.0, 0.0):
         # The value is the share: once is enough.

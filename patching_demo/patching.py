@@ -36,9 +36,11 @@ from transformer_lens.patching import (
 )
 from transformer_lens.utilities import get_act_name
 
-from patching_demo import checks, engine, runner
-from patching_demo.bridge import embedding
-from patching_demo.engine import SITES, Cell
+from patching_demo.engine import checks, runner
+from patching_demo.engine.bridge import embedding
+from patching_demo.engine.cells import Cell, differing_positions
+from patching_demo.engine.kinds import HEAD_KINDS, kind_of_activation
+from patching_demo.engine.scoring import measured
 
 SETTERS = {
     layer_pos_patch_setter: ("layer", "pos"),
@@ -87,7 +89,6 @@ SWEEPS: dict[str, tuple[str, Callable[..., Tensor], tuple[str, ...]]] = {
 }
 """Name of a sweep: the activation it patches, how, and the axes of its result."""
 
-HEAD_KINDS = ("out", "q", "k", "v", "pattern")
 COMBINED: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
     "block_every": (
         ("resid_pre", "attn_out", "mlp_out"),
@@ -145,7 +146,7 @@ def generic_activation_patch(
             or "none" (``[batch]`` is kept, in a ``PatchingResult``).
         baseline: measure the unpatched corrupted run too, and return a ``PatchingResult``.
         **options: ``memory``, ``check``, ``seed``, ``progress``, ``store``, see
-            :class:`patching_demo.runner.Options`.
+            :class:`patching_demo.engine.runner.Options`.
 
     Returns:
         A tensor with one dimension per axis in the metric's units (see ``patching_metric``), the
@@ -357,7 +358,7 @@ class _Paths:
             raise TypeError(
                 "direct path patching takes one metric, got a mapping: give one function"
             )
-        self.metric = partial(engine.measured, "metric", metrics["metric"], per_example=False)
+        self.metric = partial(measured, "metric", metrics["metric"], per_example=False)
         survey = checks.Survey(self.clean)
         for name, activation in self.corrupted.items():
             survey.compare(name, activation)
@@ -411,7 +412,7 @@ class _Plan:
             corrupted = embedding(self.model, self.tokens)
         if corrupted is None or not isinstance(clean, Tensor) or clean.shape != corrupted.shape:
             return everywhere
-        return engine.differing_positions(clean.to(corrupted.device), corrupted)
+        return differing_positions(clean.to(corrupted.device), corrupted)
 
     def add(self, setter: Callable[..., Tensor], activation: str, index: pd.DataFrame) -> None:
         """Add one cell per row of ``index``."""
@@ -430,7 +431,7 @@ class _Plan:
             self.cells.append(
                 Cell(
                     row=len(self.cells),
-                    site=SITES[activation] if known else None,
+                    kind=kind_of_activation(activation) if known else None,
                     hook_name=name,
                     layer=layer,
                     positions=positions,
@@ -571,13 +572,11 @@ def _is_known(setter: Callable[..., Tensor], activation: str) -> bool:
     The same setter means something else on an activation of another layout: on a pattern
     ``[batch, head, dest, src]``, the setter of positions would pick heads.
     """
-    meaning, site = SETTERS.get(setter), SITES.get(activation)
-    if meaning is None or site is None:
+    meaning, kind = SETTERS.get(setter), kind_of_activation(activation)
+    if meaning is None or kind is None:
         return False
     of_patterns = setter in PATTERN_SETTERS
-    return of_patterns == (activation == "pattern") and (
-        "head" not in meaning or activation in ("z", "q", "k", "v", "pattern")
-    )
+    return of_patterns == (activation == "pattern") and ("head" not in meaning or kind.of_heads)
 
 
 def _shaped(values: Tensor, shape: Sequence[int], reduce: str) -> Tensor:

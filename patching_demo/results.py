@@ -1,4 +1,4 @@
-"""Labelled results: run a sweep and keep what its numbers mean beside them.
+"""Labelled results: what their numbers mean, kept beside them.
 
 A result is an ``xarray.DataArray`` of metric values. Its dimensions are ``layer`` and
 ``position`` or ``head``, after an optional ``kind``; its attributes say what was patched into
@@ -12,135 +12,24 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 import xarray as xr
 
-from patching_demo.tasks import Task
-
 __all__ = [
-    "BLOCK_KINDS",
-    "HEAD_KINDS",
     "combine",
     "largest_cells",
     "load",
     "save",
     "share",
-    "sweep",
-    "sweep_metrics",
 ]
-
-#: Activations with one value per layer and position, and the hook that each is read from.
-BLOCK_KINDS = {
-    "resid_pre": "hook_resid_pre",
-    "attn_out": "hook_attn_out",
-    "resid_mid": "hook_resid_mid",
-    "mlp_out": "hook_mlp_out",
-    "resid_post": "hook_resid_post",
-}
-
-#: Activations with one value per head.
-HEAD_KINDS = {
-    "out": "attn.hook_z",
-    "q": "attn.hook_q",
-    "k": "attn.hook_k",
-    "v": "attn.hook_v",
-    "pattern": "attn.hook_pattern",
-}
 
 _FORMAT = "patching_demo result"
 _VERSION = 1
-_WORDS = {"out": "head outputs", "q": "queries", "k": "keys", "v": "values", "pattern": "patterns"}
-
-
-def sweep(
-    model: Any,
-    task: Task,
-    kinds: str | Sequence[str],
-    *,
-    by: str = "pos",
-    **engine_options: Any,
-) -> xr.DataArray:
-    """Patch clean activations into the corrupted run, one place at a time, and label the result.
-
-    Each value is the task's metric, in its units, of a corrupted run in which a single
-    activation was replaced by the one from the clean run (denoising; Meng et al., 2022).
-
-    Args:
-        model: a TransformerBridge.
-        task: inputs, metric and baselines.
-        kinds: one of :data:`BLOCK_KINDS` (by layer and position) or of :data:`HEAD_KINDS`, or
-            several of the same group, which adds a leading ``kind`` dimension. "pattern" by
-            position replaces one destination row of the pattern.
-        by: "pos" patches one position at a time, "all_pos" a whole head at once (heads only).
-        engine_options: of :mod:`patching_demo.patching`, such as ``progress`` or ``store``.
-
-    Returns:
-        float32 with dimensions ``([kind,] layer, position)`` for block kinds,
-        ``([kind,] layer, position, head)`` for head kinds by position and
-        ``([kind,] layer, head)`` over all positions. Where keys and values have fewer heads
-        than queries, cells of heads that do not exist are NaN. The coordinate ``agrees`` is True
-        at positions up to which clean and corrupted tokens are the same: a patch there replaces
-        an activation by itself.
-
-    Raises:
-        ValueError: if a kind or ``by`` is unknown or does not fit the others.
-        TypeError: if engine options ask for anything but one number per cell.
-    """
-    return sweep_metrics(model, {task.metric.name: task}, kinds, by=by, **engine_options)[
-        task.metric.name
-    ]
-
-
-def sweep_metrics(
-    model: Any,
-    tasks: Mapping[str, Task],
-    kinds: str | Sequence[str],
-    *,
-    by: str = "pos",
-    **engine_options: Any,
-) -> dict[str, xr.DataArray]:
-    """One sweep scored by several metrics at once, at the price of one.
-
-    Args:
-        model: a TransformerBridge.
-        tasks: the same prompts with different metrics, by name; see
-            :meth:`patching_demo.tasks.Task.with_metric`.
-        kinds: as for :func:`sweep`, like the other arguments.
-
-    Returns:
-        For each name what :func:`sweep` gives for that task.
-
-    Raises:
-        ValueError: as :func:`sweep`, and if the tasks have different prompts.
-        TypeError: as :func:`sweep`.
-    """
-    several = not isinstance(kinds, str)
-    names = list(kinds) if several else [kinds]
-    _check_kinds(names, by)
-    if not tasks:
-        raise ValueError("there is no task to score the sweep by")
-    first = next(iter(tasks.values()))
-    for name, task in tasks.items():
-        same = torch.equal(task.clean_tokens, first.clean_tokens)
-        if not same or not torch.equal(task.corrupted_tokens, first.corrupted_tokens):
-            raise ValueError(f"{name!r} has other prompts than the first task: sweep it by itself")
-    for option in ("reduce", "baseline", "return_index_df"):
-        if option in engine_options:
-            raise TypeError(
-                f"a labelled result has one number per cell, which {option!r} changes: call the "
-                "functions of patching_demo.patching for that"
-            )
-    values = _values(model, first, tasks, names, by, engine_options)
-    return {
-        name: _labelled(model, task, values[i] if several else values[i, 0], names, by, several)
-        for i, (name, task) in enumerate(tasks.items())
-    }
 
 
 def share(result: xr.DataArray) -> xr.DataArray:
@@ -332,114 +221,6 @@ def load(path: str | os.PathLike[str]) -> xr.DataArray:
 
 
 _CELL_DIMS = ("layer", "position", "head")
-
-
-def _check_kinds(names: list[str], by: str) -> None:
-    known = [*BLOCK_KINDS, *HEAD_KINDS]
-    if not names:
-        raise ValueError(f"kinds is empty: choose among {', '.join(known)}")
-    for name in names:
-        if name not in known:
-            raise ValueError(f"kind must be among {', '.join(known)}, got {name!r}")
-    if len(set(names)) < len(names):
-        raise ValueError(f"a kind is named twice: {names}")
-    if len({name in HEAD_KINDS for name in names}) > 1:
-        raise ValueError(
-            f"{names} mixes kinds with and without heads, which have different dimensions: run "
-            "two sweeps"
-        )
-    if by not in ("pos", "all_pos"):
-        raise ValueError(f"by must be 'pos' or 'all_pos', got {by!r}")
-    if by == "all_pos" and names[0] in BLOCK_KINDS:
-        raise ValueError(f"{names[0]!r} can only be swept by='pos'; all_pos is for head kinds")
-
-
-def _hook_names(model: Any, names: Sequence[str]) -> list[str]:
-    hooks = {**BLOCK_KINDS, **HEAD_KINDS}
-    return [f"blocks.{i}.{hooks[name]}" for i in range(model.cfg.n_layers) for name in names]
-
-
-def _values(
-    model: Any,
-    first: Task,
-    tasks: Mapping[str, Task],
-    names: list[str],
-    by: str,
-    options: dict[str, Any],
-) -> np.ndarray:
-    """Metric values, float32 ``[metric, kind, layer, pos and/or head]``."""
-    from patching_demo import patching
-
-    heads = names[0] in HEAD_KINDS
-    suffix = "by_pos" if by == "pos" else "all_pos"
-    out = patching.combined_activation_patch(
-        model,
-        first.corrupted_tokens,
-        first.clean_cache(model, _hook_names(model, names)),
-        {name: task.metric for name, task in tasks.items()},
-        sweeps=[f"attn_head_{name}_{suffix}" if heads else name for name in names],
-        names=names,
-        axes=_axes(names, by, position="pos"),
-        **options,
-    )
-    return out.values.detach().float().cpu().numpy()
-
-
-def _axes(names: list[str], by: str, position: str) -> tuple[str, ...]:
-    if names[0] in BLOCK_KINDS:
-        return ("layer", position)
-    return ("layer", position, "head") if by == "pos" else ("layer", "head")
-
-
-def _labelled(
-    model: Any, task: Task, values: np.ndarray, names: list[str], by: str, several: bool
-) -> xr.DataArray:
-    dims = _axes(names, by, position="position")
-    dims = ("kind", *dims) if several else dims
-    sizes = dict(zip(dims, values.shape, strict=True))
-    coords: dict[str, Any] = {"layer": np.arange(sizes["layer"])}
-    if several:
-        coords["kind"] = names
-    if "position" in dims:
-        agrees = np.arange(sizes["position"]) < task.agree_until
-        coords["position"] = list(task.position_labels)
-        coords["token"] = ("position", list(task.position_tokens))
-        coords["agrees"] = ("position", agrees)
-    if "head" in dims:
-        labels = [[f"L{i}H{j}" for j in range(sizes["head"])] for i in range(sizes["layer"])]
-        coords["head"] = np.arange(sizes["head"])
-        coords["head_label"] = (("layer", "head"), labels)
-    attrs = {
-        "metric": task.metric.name,
-        "units": task.metric.units,
-        "clean_baseline": float(task.clean_baseline),
-        "corrupted_baseline": float(task.corrupted_baseline),
-        "task": task.name,
-        "model": task.model_name,
-        "by": by,
-        "kind": "" if several else names[0],
-        "n_key_value_heads": _key_value_heads(model) if names[0] in HEAD_KINDS else 0,
-        "what": _what(names),
-        "each": _each(names, by),
-    }
-    return xr.DataArray(values, dims=dims, coords=coords, attrs=attrs, name="value")
-
-
-def _key_value_heads(model: Any) -> int:
-    return int(getattr(model.cfg, "n_key_value_heads", None) or model.cfg.n_heads)
-
-
-def _what(names: Sequence[str]) -> str:
-    what = _WORDS.get(names[0], names[0]) if len(names) == 1 else "activations"
-    return f"clean {what} patched into the corrupted run"
-
-
-def _each(names: Sequence[str], by: str) -> str:
-    if by == "all_pos":
-        return "one head at a time, over all positions"
-    if names[0] in HEAD_KINDS:
-        return "one head and position at a time"
-    return "one layer and position at a time"
 
 
 def baselines(result: xr.DataArray) -> tuple[float, float]:

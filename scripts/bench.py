@@ -32,7 +32,7 @@ import transformer_lens.patching as plain
 from transformer_lens.patching import make_df_from_ranges
 
 from patching_demo import induction_task, ioi_task, load_model, patching
-from patching_demo.engine import SITES
+from patching_demo.engine.kinds import kind_of_activation
 
 OUT = Path(__file__).resolve().parent.parent / "benchmark"
 WHOLE_UNDER_SECONDS = 120
@@ -170,11 +170,11 @@ def needed_flops(model: Any, task: Any, sweep: str) -> tuple[float, float]:
         for layer in range(n_layers):
             whole, kv, after = _block_weights(model.blocks[layer], activation)
             for start in starts:
-                if layer == 0 and SITES[activation].at_input and start not in differ:
+                if layer == 0 and kind_of_activation(activation).at_input and start not in differ:
                     continue
                 sources = start + 1 if "src_pos" in axes else 1
                 tokens = end - start
-                own = tokens if SITES[activation].spreads or not positions else 1
+                own = tokens if kind_of_activation(activation).spreads or not positions else 1
                 if layer == n_layers - 1:
                     own = sum(start <= p < start + own for p in read)
                     if not own:

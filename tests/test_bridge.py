@@ -1,4 +1,4 @@
-"""What ``patching_demo.bridge`` relies on inside TransformerLens, one test for each thing.
+"""What ``patching_demo.engine.bridge`` relies on inside TransformerLens, one test for each thing.
 
 Where a release of TransformerLens moves one of them, the name of the failing test says which.
 """
@@ -19,7 +19,8 @@ from torch import Tensor
 from transformer_lens import patching as plain_patching
 from transformer_lens.hook_points import HookPoint
 
-from patching_demo import bridge, patching
+from patching_demo import patching
+from patching_demo.engine import bridge
 
 
 @pytest.fixture(autouse=True)

@@ -13,10 +13,12 @@ import pytest
 import tiny
 import torch
 
-from patching_demo import explorer, explorer_html, load_model, plots, prompt_task, sweep
-from patching_demo.bridge import attached_hooks
+from patching_demo import load_model, plots, prompt_task, sweep
+from patching_demo.engine.bridge import attached_hooks
 from patching_demo.explorer import explore
-from patching_demo.style import number
+from patching_demo.explorer import panel as explorer
+from patching_demo.explorer import tables as explorer_tables
+from patching_demo.plots.theme import number
 
 PATIENCE = 60
 HEADS = ("out", "q", "k", "v", "pattern")
@@ -135,7 +137,7 @@ def test_every_choice_of_the_menu_gives_what_sweep_gives(name):
         n_rows = (
             expected.size // expected.sizes["position" if "position" in expected.dims else "head"]
         )
-        assert cells == expected.size or n_rows > explorer_html.MOST_ROWS
+        assert cells == expected.size or n_rows > explorer_tables.MOST_ROWS
 
 
 def test_menu_leaves_out_what_the_model_does_not_have():
@@ -207,7 +209,7 @@ def test_picture_says_where_nothing_was_patched_and_colours_by_direction(panel):
 
 
 def test_many_heads_are_trimmed_to_the_largest_and_the_chosen(model, monkeypatch):
-    monkeypatch.setattr(explorer_html, "MOST_ROWS", 3)
+    monkeypatch.setattr(explorer_tables, "MOST_ROWS", 3)
     panel = finished(explore(model, kinds="out"))
     rows = re.findall(r'<th scope="row"[^>]*>(L\d+H\d+)<', panel.picture.value)
     assert len(rows) == 3 and rows[0] in panel.largest.options[0][0]
@@ -254,8 +256,8 @@ def test_quotes_in_tokens_end_no_attribute(panel):
     hostile = ['"onmouseover="alert(1)', "'onclick='alert(2)", '"><script>alert(3)</script>']
     names = [f"{hostile[i % 3]} {i}" for i in range(panel.result.sizes["position"])]
     result = panel.result.assign_coords(position=names)
-    shown = Markup(explorer_html.heatmap_table(result, (1, 12)))
-    plain = Markup(explorer_html.heatmap_table(panel.result, (1, 12)))
+    shown = Markup(explorer_tables.heatmap_table(result, (1, 12)))
+    plain = Markup(explorer_tables.heatmap_table(panel.result, (1, 12)))
     assert shown.tags == plain.tags
     assert [name for name, _ in shown.attributes] == [name for name, _ in plain.attributes]
     assert names[1] in [value for _, value in shown.attributes]
@@ -379,9 +381,9 @@ def test_effects_that_are_all_zero_have_a_picture(panel):
     finished(panel)
     flat = panel.result.copy(data=np.full(panel.result.shape, 0.5, np.float32))
     flat.attrs.update(clean_baseline=0.5, corrupted_baseline=0.5)
-    assert Markup(explorer_html.heatmap_table(flat, (0, 0))).tags.count("td") == flat.size
-    words, _ = explorer_html.largest_effects(flat)[0]
-    assert "%" not in words and "–" in explorer_html.cell_table(flat, panel.task, (1, 12))
+    assert Markup(explorer_tables.heatmap_table(flat, (0, 0))).tags.count("td") == flat.size
+    words, _ = explorer_tables.largest_effects(flat)[0]
+    assert "%" not in words and "–" in explorer_tables.cell_table(flat, panel.task, (1, 12))
 
 
 def test_wrong_arguments_are_refused(model):

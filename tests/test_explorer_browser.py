@@ -22,7 +22,7 @@ import tiny
 import xarray as xr
 
 from patching_demo import prompt_task, sweep
-from patching_demo.style import number
+from patching_demo.plots.theme import number
 
 pytestmark = pytest.mark.browser
 

@@ -18,7 +18,8 @@ from oracle import assert_close, expected, pair
 from safetensors.torch import load_file
 from torch import Tensor
 
-from patching_demo import checks, engine, patching, runner, store
+from patching_demo import patching
+from patching_demo.engine import checks, packs, runner, scoring, store
 
 
 @pytest.fixture(autouse=True)
@@ -194,10 +195,10 @@ def test_a_setter_that_writes_into_the_clean_activation_is_the_callers_own() -> 
 def test_an_interrupt_in_the_middle_of_the_engine(
     stage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = runner if stage == "capture" else engine
+    module = {"capture": runner, "logits_from_resid": scoring}.get(stage, packs)
     right, calls = (
         getattr(module, stage),
-        iter(range({"capture": 0, "run_block": 3, "hooked": 3, "logits_from_resid": 1}[stage])),
+        iter(range({"capture": 0, "run_block": 3, "hooked": 3, "logits_from_resid": 0}[stage])),
     )
 
     def interrupted(*arguments: Any, **options: Any) -> Any:
@@ -242,9 +243,9 @@ def test_running_out_of_memory_halves_the_batch_and_goes_on(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log: list[int] = []
-    limited = out_of_memory_above(24, engine.run_block, log)
+    limited = out_of_memory_above(24, packs.run_block, log)
     with all_as_before(), monkeypatch.context() as patch:
-        patch.setattr(engine, "run_block", limited)
+        patch.setattr(packs, "run_block", limited)
         found = sweep(kind, check=0)
     assert max(log) > 24, "the test never ran out of memory"
     assert log[-1] <= 24
@@ -253,9 +254,9 @@ def test_running_out_of_memory_halves_the_batch_and_goes_on(
 
 
 def test_running_out_of_memory_for_good_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    limited = out_of_memory_above(0, engine.run_block, [])
+    limited = out_of_memory_above(0, packs.run_block, [])
     with all_as_before(), monkeypatch.context() as patch:
-        patch.setattr(engine, "run_block", limited)
+        patch.setattr(packs, "run_block", limited)
         with pytest.raises(torch.OutOfMemoryError):
             sweep("resid_pre")
 
@@ -265,7 +266,7 @@ def test_finished_cells_survive_running_out_of_memory(
 ) -> None:
     path = tmp_path / "cells.safetensors"
     monkeypatch.setattr(store.CellStore, "most_cells", lambda self, total: 8)
-    right, calls = engine.sweep_cells, iter(range(2))
+    right, calls = runner.sweep_cells, iter(range(2))
 
     def twice(*arguments: Any, **options: Any) -> Tensor:
         if next(calls, None) is None:
@@ -273,7 +274,7 @@ def test_finished_cells_survive_running_out_of_memory(
         return right(*arguments, **options)
 
     with all_as_before(), monkeypatch.context() as patch:
-        patch.setattr(engine, "sweep_cells", twice)
+        patch.setattr(runner, "sweep_cells", twice)
         with pytest.raises(MemoryError):
             sweep(store=path)
     finished = int(load_file(path)["done"].sum())

@@ -28,7 +28,6 @@ from transformer_lens import patching as plain_patching
 
 import patching_demo
 from patching_demo import (
-    checks,
     induction_task,
     metrics,
     models,
@@ -37,7 +36,9 @@ from patching_demo import (
     prompt_task,
     results,
 )
-from patching_demo.results import sweep as labelled_sweep
+from patching_demo.engine import checks
+from patching_demo.engine.kinds import KINDS
+from patching_demo.sweeps import sweep as labelled_sweep
 
 CASES = int(os.environ.get("FUZZ_CASES", "12"))
 SLOW_CASES = 10_000
@@ -257,7 +258,17 @@ def frames(draw: st.DrawFn) -> Any:
 setters = st.sampled_from([*patching.SETTERS, lambda activation, index, clean: activation])
 activations = mostly(
     "resid_pre",
-    st.sampled_from([*patching.SITES, "post", "nonsense", "embed", "hook_embed", "result", "mlp"]),
+    st.sampled_from(
+        [
+            *[kind.activation for kind in KINDS.values()],
+            "post",
+            "nonsense",
+            "embed",
+            "hook_embed",
+            "result",
+            "mlp",
+        ]
+    ),
     junk,
 )
 

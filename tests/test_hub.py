@@ -23,10 +23,10 @@ import torch
 from huggingface_hub import constants
 from loopback_hub import COMMIT, FAULTS, GPT2, LEGACY, LEGACY_TOKENIZER, serve, tiny_repositories
 
-from patching_demo import fetch, models
-from patching_demo import hub as hub_module
-from patching_demo.fetch import ModelUnavailable
-from patching_demo.models import load_model, resolve_model
+from patching_demo import models
+from patching_demo.models import fetch, load_model, resolve_model
+from patching_demo.models import hub as hub_module
+from patching_demo.models.fetch import ModelUnavailable
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT = " John gave the"

@@ -19,7 +19,8 @@ from oracle import assert_close, make_pair, pair
 from torch import Tensor
 from transformer_lens import ActivationCache
 
-from patching_demo import checks, engine, patching, runner
+from patching_demo import patching
+from patching_demo.engine import checks, runner, scoring
 from patching_demo.metrics import LogitDifference
 
 PACKAGE = Path(checks.__file__).parent
@@ -489,7 +490,7 @@ def test_a_metric_whose_parts_are_of_the_wrong_kind_gets_all_logits(read: Any) -
 def test_a_value_on_another_device_is_brought_to_that_of_the_logits() -> None:
     """The meta device stands for the other one: it has no numbers, but it is there everywhere."""
     logits = torch.zeros(2, 6, tiny.D_VOCAB, device="meta")
-    value = engine.measured("m", lambda logits: torch.tensor(3.0), logits, per_example=False)
+    value = scoring.measured("m", lambda logits: torch.tensor(3.0), logits, per_example=False)
     assert value.device == logits.device
 
 

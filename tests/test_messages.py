@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "book" / "when-it-goes-wrong.md"
 #: Modules each refusal of which must be on the page: those that a sweep goes through.
-SWEEPS = ("checks", "store", "runner", "patching")
+SWEEPS = ("engine/checks", "engine/runner", "engine/store", "patching")
 VALUE = "…"
 
 
@@ -67,7 +67,7 @@ def says(message: str, row: str) -> bool:
 
 @pytest.mark.parametrize("row", rows())
 def test_each_listed_message_exists(row: str) -> None:
-    sources = [*(ROOT / "patching_demo").glob("*.py"), ROOT / "scripts" / "build_book.py"]
+    sources = [*(ROOT / "patching_demo").rglob("*.py"), ROOT / "scripts" / "build_book.py"]
     assert any(says(text, row) for path in sources for text in strings(path)), (
         f"no message says {row!r}"
     )

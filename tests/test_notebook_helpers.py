@@ -12,6 +12,7 @@ import xarray as xr
 from IPython.display import Markdown
 
 from patching_demo import notebook
+from patching_demo.engine.kinds import kind_label
 from patching_demo.models import MODEL_ENV
 
 
@@ -68,6 +69,6 @@ def test_the_largest_effects_stand_in_a_table_with_the_kind_in_words():
     assert "The 2 patches that move the logit difference furthest" in shown
     first, second = (shown.index(label) for label in ("L0H0", "L0H1"))
     assert first < second
-    assert ">q<" not in shown and notebook.KIND_NAMES["q"] in shown
+    assert ">q<" not in shown and kind_label("q") in shown
     plain = notebook.largest(result.sel(kind="q", drop=True), 1)._repr_html_()
     assert "L0H1" in plain and "kind" not in plain

@@ -18,7 +18,7 @@ from test_claims import CHECKED
 from test_hub import LEGACY_CONFIG
 
 from patching_demo import notebook
-from patching_demo.diagram import patching_diagram
+from patching_demo.plots.diagram import patching_diagram
 
 try:
     import tomllib

@@ -25,7 +25,8 @@ from oracle import (
 )
 from torch import Tensor
 
-from patching_demo import bridge, checks, patching, runner
+from patching_demo import patching
+from patching_demo.engine import bridge, checks, packs, runner
 from patching_demo.metrics import LogitDifference
 
 QUIET = {"progress": False}
@@ -664,12 +665,12 @@ def test_right_padded_prompts_read_as_if_alone(name: str) -> None:
 
 def test_a_wrong_cell_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """With an engine that is off by a little everywhere, any rechecked cell fails loudly."""
-    right = runner.engine.sweep_cells
+    right = runner.sweep_cells
 
     def wrong(*arguments: Any, **options: Any) -> Tensor:
         return right(*arguments, **options) + 0.05
 
-    monkeypatch.setattr(runner.engine, "sweep_cells", wrong)
+    monkeypatch.setattr(runner, "sweep_cells", wrong)
     metric = pair("gpt2").metrics["difference"]
     with pytest.raises(runner.SweepMismatch, match=r"the sweep gives .* a plain hooked forward"):
         sweep_of("gpt2", "resid_pre", metrics=metric, check=12)
@@ -698,12 +699,12 @@ def test_a_model_that_breaks_the_engines_assumptions_takes_the_plain_loop(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The unpatched run that rides along comes back changed."""
-    right = runner.engine.run_block
+    right = packs.run_block
 
     def leaky(model: Any, run: Any, layer: int, layout: Any, states: Tensor, *rest: Any) -> Tensor:
         return right(model, run, layer, layout, states, *rest) * 1.05
 
-    monkeypatch.setattr(runner.engine, "run_block", leaky)
+    monkeypatch.setattr(packs, "run_block", leaky)
     metric = pair("gpt2").metrics["all logits"]
     with pytest.warns(UserWarning, match="an unpatched run comes back with other"):
         found = sweep_of("gpt2", "resid_pre", metrics=metric)

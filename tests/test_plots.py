@@ -15,8 +15,10 @@ import torch
 import xarray as xr
 from plotly.offline import get_plotlyjs
 
-from patching_demo import layout, plots, style
-from patching_demo.results import BLOCK_KINDS, HEAD_KINDS, combine, share
+from patching_demo import plots
+from patching_demo.engine.kinds import BLOCK_KINDS, HEAD_KINDS, KINDS, kind_label
+from patching_demo.plots import theme
+from patching_demo.results import combine, share
 from patching_demo.tasks import ioi_task, prompt_task
 
 TOKENS = ["<bos>", "When", " John", " gave", " it", " to"]
@@ -89,7 +91,7 @@ def test_every_cell_is_drawn_with_its_number(shape):
     by_name = {t.name: t for t in panels}
     checked = 0
     for kind in result["kind"].values if "kind" in result.dims else [None]:
-        trace = by_name[layout.KIND_NAMES[kind]] if kind else panels[0]
+        trace = by_name[kind_label(kind)] if kind else panels[0]
         part = result.sel(kind=kind) if kind else result
         for y, row in zip(trace.y, _z(trace), strict=True):
             where = dict(zip(("layer", "head"), map(int, re.findall(r"\d+", y)), strict=False))
@@ -206,7 +208,7 @@ def test_panels_collapse_the_positions_that_agree():
         assert trace.x[0] == "position 0 '&lt;bos&gt;' to position 3 ' gave'"
         np.testing.assert_allclose(
             _z(trace)[:, 1:],
-            result.sel(kind={v: k for k, v in layout.KIND_NAMES.items()}[trace.name])[:, 4:],
+            result.sel(kind={kind.label: name for name, kind in KINDS.items()}[trace.name])[:, 4:],
             rtol=1e-3,
         )
 
@@ -287,7 +289,7 @@ def test_figures_say_what_they_show(shape):
     if "position" in result.dims:
         assert top["position"].item() in first
     if "kind" in result.dims:
-        assert layout.KIND_NAMES[top["kind"].item()] in first
+        assert kind_label(top["kind"].item()) in first
     given = plots.heatmap(result, title="My title", caption="My caption.")
     assert "My title" in given.layout.title.text and given.layout.meta["caption"] == "My caption."
 
@@ -297,7 +299,7 @@ def test_figures_adapt_to_their_column_and_theme(shape):
     layout = plots.heatmap(_made(**SHAPES[shape])).layout
     assert layout.width is None and layout.autosize
     assert layout.paper_bgcolor == "rgba(0,0,0,0)"
-    assert layout.font.color == style.INK
+    assert layout.font.color == theme.INK
     # One colour for text, so that a page can replace it: nothing inside sets its own, besides
     # buttons and labels that bring their own background.
     for note in layout.annotations:
@@ -499,7 +501,7 @@ def test_explorer_shows_what_its_menus_say_in_whichever_order_they_are_used(orde
                     np.testing.assert_allclose(values, expected, rtol=5e-3)
                     assert trace.name == f"{names[1][corrupted]} · {names[2][metric]}"
     baseline = result["corrupted_baseline"].sel(corrupted="BA", metric="probability").item()
-    assert f"corrupted {style.number(baseline)}" in trace.hovertemplate
+    assert f"corrupted {theme.number(baseline)}" in trace.hovertemplate
 
 
 def test_explorer_over_all_positions_shows_all_layers():
@@ -700,7 +702,7 @@ def _lab(linear):
 
 @pytest.mark.parametrize("vision", DEFICIENCIES)
 def test_both_sides_of_the_scale_stay_apart_to_every_eye(vision):
-    seen = [_lab(DEFICIENCIES[vision] @ _linear(colour)) for _, colour in style.DIVERGING]
+    seen = [_lab(DEFICIENCIES[vision] @ _linear(colour)) for _, colour in theme.DIVERGING]
     middle = len(seen) // 2
     for i in range(middle):
         # Same strength, opposite direction; a distance of about 2 is just noticeable.
@@ -712,7 +714,7 @@ def test_both_sides_of_the_scale_stay_apart_to_every_eye(vision):
 
 @pytest.mark.parametrize("vision", DEFICIENCIES)
 def test_attention_colours_grow_darker_to_every_eye(vision):
-    lightness = [_lab(DEFICIENCIES[vision] @ _linear(c))[0] for _, c in style.SEQUENTIAL]
+    lightness = [_lab(DEFICIENCIES[vision] @ _linear(c))[0] for _, c in theme.SEQUENTIAL]
     assert lightness == sorted(lightness, reverse=True)
     assert min(-np.diff(lightness)) > 8
 
@@ -724,21 +726,21 @@ def _contrast(one, other):
 
 
 def test_text_reads_on_white_and_on_dark_paper():
-    assert _contrast(style.INK, "#ffffff") >= 4.5
-    assert _contrast(style.INK, "#121212") >= 4.0
-    assert _contrast(style.MENU["font"]["color"], style.MENU["bgcolor"]) >= 4.5
+    assert _contrast(theme.INK, "#ffffff") >= 4.5
+    assert _contrast(theme.INK, "#121212") >= 4.0
+    assert _contrast(theme.MENU["font"]["color"], theme.MENU["bgcolor"]) >= 4.5
     # What plotly paints the chosen button with, whichever colour the others have.
     chosen = "#F4FAFF"
     assert chosen in get_plotlyjs()
-    assert _contrast(chosen, style.MENU["bgcolor"]) >= 1.4
-    assert _contrast(style.MENU["font"]["color"], chosen) >= 4.5
-    for colour in style.LINES:
+    assert _contrast(chosen, theme.MENU["bgcolor"]) >= 1.4
+    assert _contrast(theme.MENU["font"]["color"], chosen) >= 4.5
+    for colour in theme.LINES:
         assert _contrast(colour, "#ffffff") >= 3 and _contrast(colour, "#14181e") >= 3
 
 
 def test_compact_numbers_keep_four_digits():
     values = np.array([123456.0, -0.00123456, 0.0, np.nan, 1.0])
-    out = np.asarray(style.compact(values), float)
+    out = np.asarray(theme.compact(values), float)
     np.testing.assert_allclose(out[:2], [123500.0, -0.001235], rtol=1e-6)
     assert out[2] == 0 and np.isnan(out[3]) and out[4] == 1
 

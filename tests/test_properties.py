@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from oracle import make_pair
 from torch import Tensor
 
-from patching_demo import checks, engine, patching
+from patching_demo import patching
+from patching_demo.engine import checks, packs
 from patching_demo.metrics import LogitDifference
 
 settings.register_profile(
@@ -90,12 +91,12 @@ def test_results_do_not_depend_on_how_the_sweep_is_run(
 ) -> None:
     name, kind, data, metric = problem
     usual = sweep(name, kind, data, metric)
-    before = dict(engine.CALL_TOKENS)
-    engine.CALL_TOKENS["cpu"] = call_tokens
+    before = dict(packs.CALL_TOKENS)
+    packs.CALL_TOKENS["cpu"] = call_tokens
     try:
         other = sweep(name, kind, data, metric, memory=memory, check=check, seed=seed)
     finally:
-        engine.CALL_TOKENS.update(before)
+        packs.CALL_TOKENS.update(before)
     assert_same(other, usual, baseline_of(name, data, metric))
 
 

@@ -13,17 +13,15 @@ import torch
 import xarray as xr
 
 from patching_demo import patching
+from patching_demo.engine.kinds import BLOCK_KINDS, HEAD_KINDS
 from patching_demo.results import (
-    BLOCK_KINDS,
-    HEAD_KINDS,
     combine,
     largest_cells,
     load,
     save,
     share,
-    sweep,
-    sweep_metrics,
 )
+from patching_demo.sweeps import sweep, sweep_metrics
 from patching_demo.tasks import CORRUPTIONS, induction_task, prompt_task
 
 QUIET = {"progress": False}
@@ -366,7 +364,7 @@ def test_public_names_lead_to_their_modules():
     import patching_demo
 
     for name in patching_demo.__all__:
-        assert callable(getattr(patching_demo, name))
+        assert getattr(patching_demo, name) is not None
         assert name in dir(patching_demo)
     assert patching_demo.sweep is sweep and patching_demo.patching is patching
     with pytest.raises(AttributeError, match="no attribute 'swep'"):

@@ -26,7 +26,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from patching_demo import checks, engine, patching, runner, store
+from patching_demo import patching
+from patching_demo.engine import checks, runner, store
 
 pytestmark = pytest.mark.filterwarnings("ignore:this sweep takes the plain loop")
 
@@ -113,7 +114,7 @@ def test_a_killed_process_leaves_a_store_to_resume_from(tmp_path: Path) -> None:
         sys.path.insert(0, {str(Path(__file__).parent)!r})
         import torch
         torch.set_num_threads(1)
-        from patching_demo import store
+        from patching_demo.engine import store
         import oracle, test_store
         store.CellStore.most_cells = lambda self, total: 8
         def metric(logits, calls=iter(range(20))):
@@ -249,18 +250,18 @@ def test_two_processes_do_not_share_a_file(tmp_path: Path) -> None:
 
     # The lock is taken before the cells are computed, and after the corrupted run.
     refusals.append(None)
-    right = engine.sweep_cells
+    right = runner.sweep_cells
 
     def spy(*arguments: Any, **options: Any) -> Tensor:
         refusals.clear()
-        engine.sweep_cells = right
+        runner.sweep_cells = right
         return right(*arguments, **options)
 
-    engine.sweep_cells = spy
+    runner.sweep_cells = spy
     try:
         values = sweep(path, metric)
     finally:
-        engine.sweep_cells = right
+        runner.sweep_cells = right
     _, done = refusals
     assert done.returncode == 1
     assert "another process is sweeping into" in done.stderr
@@ -314,7 +315,7 @@ def test_a_disk_that_is_really_full_is_named_and_leaves_the_last_complete_state(
         sys.path.insert(0, {str(Path(__file__).parent)!r})
         import torch
         torch.set_num_threads(1)
-        from patching_demo import store
+        from patching_demo.engine import store
         import test_store
         store.CellStore.most_cells = lambda self, total: 8
         path = Path("cells.safetensors")

@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from patching_demo import tensor_file
-from patching_demo.tensor_file import DTYPES, read_tensors
+from patching_demo.models import tensor_file
+from patching_demo.models.tensor_file import DTYPES, read_tensors
 
 
 def saved(thing: Any, **options: Any) -> bytes:

@@ -12,8 +12,8 @@ import plotly.graph_objects as go
 import torch
 import xarray as xr
 
-from patching_demo import style
-from patching_demo.layout import (
+from patching_demo.plots import theme
+from patching_demo.plots.layout import (
     AGREE,
     BAR,
     BAR_HEIGHT,
@@ -36,8 +36,8 @@ from patching_demo.layout import (
     row_axis,
     title_of,
 )
+from patching_demo.plots.theme import compact, escape, number
 from patching_demo.results import largest_cells
-from patching_demo.style import compact, escape, number
 
 __all__ = [
     "attention_patterns",
@@ -91,7 +91,7 @@ def heatmap(
         for panel in panels:
             traces += _panel_traces(result, panel, rows, columns, view, visible=shown == 0)
     main, below = title_of(result, title)
-    heading, heading_height = style.title(main, below)
+    heading, heading_height = theme.title(main, below)
     scale = Scale(clean, centre, float(effect.max()), baseline_names(result))
     # From the plot upwards: names of panels, colour bar, menus, title.
     over_names = NAME_HEIGHT * grid.has_names
@@ -121,7 +121,7 @@ def heatmap(
     figure = go.Figure(traces)
     figure.update_layout(
         **common_layout(heading),
-        coloraxis={"colorscale": style.DIVERGING, **scale.opening()},
+        coloraxis={"colorscale": theme.DIVERGING, **scale.opening()},
         margin={
             "l": grid.left,
             "r": 26,
@@ -130,7 +130,7 @@ def heatmap(
             "pad": 0,
             "autoexpand": False,
         },
-        plot_bgcolor=style.GAP,
+        plot_bgcolor=theme.GAP,
         updatemenus=menus,
         annotations=grid.annotations(),
         shapes=grid.hatching(len(views[0])),
@@ -249,7 +249,7 @@ def _panel_traces(
             go.Heatmap(
                 z=np.zeros((len(view), panel.agree), dtype=np.int8),
                 x=columns.words[: panel.agree],
-                colorscale=[[0, style.BAND], [1, style.BAND]],
+                colorscale=[[0, theme.BAND], [1, theme.BAND]],
                 showscale=False,
                 hovertemplate=f"%{{x}}<br>{AGREE}<extra></extra>",
                 name="nothing to patch",
@@ -298,7 +298,7 @@ def _alt(
     )
     text = f"Heatmap. {main} ({below}). {shape}"
     if names:
-        text += f", in {len(names)} panels: {style.listed(names)}"
+        text += f", in {len(names)} panels: {theme.listed(names)}"
     high, low = baseline_names(result)
     text += f". Baselines: {low} {number(centre)}, {high} {number(clean)}."
     cells = largest_cells(result, 3)
@@ -383,7 +383,7 @@ def attention_patterns(
         strongest = [f"'{labels[a]}' to '{labels[b]}' {weights[a, b]:.0%}" for a, b in places]
         said.append(f"{shown[i]} from {'; from '.join(strongest)}")
     several = len(heads) > 1
-    main = title or f"Attention pattern{'s' * several} of {style.listed(shown)}"
+    main = title or f"Attention pattern{'s' * several} of {theme.listed(shown)}"
     batch = tokens.shape[0]
     below = str(getattr(model.cfg, "model_name", "model"))
     below += f" · mean over {batch} prompts" if batch > 1 else ""
@@ -393,7 +393,7 @@ def attention_patterns(
         Axis(axis.words, axis.ticks, "position"),
         axis,
     )
-    heading, height = style.title(main, below)
+    heading, height = theme.title(main, below)
     bar_height = 42
     over_bar = height + MENU_HEIGHT * several
     top = over_bar + bar_height
@@ -420,10 +420,10 @@ def attention_patterns(
         **layout,
         height=total,
         margin={"l": grid.left, "r": 26, "t": top, "b": grid.bottom, "pad": 0, "autoexpand": False},
-        plot_bgcolor=style.GAP,
+        plot_bgcolor=theme.GAP,
         updatemenus=menus,
         coloraxis={
-            "colorscale": style.SEQUENTIAL,
+            "colorscale": theme.SEQUENTIAL,
             "cmin": 0,
             "cmax": 1,
             "colorbar": {**BAR, **bar, "y": 1 - over_bar / total},

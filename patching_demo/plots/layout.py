@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from patching_demo import style
+from patching_demo.engine.kinds import kind_label
+from patching_demo.plots import theme
+from patching_demo.plots.theme import escape, number
 from patching_demo.results import baselines
-from patching_demo.style import escape, number
 
 __all__ = [
     "AGREE",
@@ -27,7 +28,6 @@ __all__ = [
     "BAR_HEIGHT",
     "CELL_DIMS",
     "Grid",
-    "KIND_NAMES",
     "MENU_HEIGHT",
     "NAME_HEIGHT",
     "OFF_CENTRE",
@@ -48,21 +48,6 @@ __all__ = [
     "row_axis",
     "title_of",
 ]
-
-
-#: What a kind of activation is called in a figure.
-KIND_NAMES = {
-    "resid_pre": "resid_pre",
-    "attn_out": "attn_out",
-    "resid_mid": "resid_mid",
-    "mlp_out": "mlp_out",
-    "resid_post": "resid_post",
-    "out": "output",
-    "q": "query",
-    "k": "key",
-    "v": "value",
-    "pattern": "pattern",
-}
 
 
 CELL_DIMS = ("layer", "head", "position")
@@ -119,7 +104,7 @@ def baseline_names(result: xr.DataArray) -> tuple[str, str]:
 
 def entry_name(dim: str, value: Any) -> str:
     """What an entry of a further dimension is called in a figure."""
-    return KIND_NAMES.get(str(value), str(value)) if dim == "kind" else str(value)
+    return kind_label(value) if dim == "kind" else str(value)
 
 
 def row_axis(result: xr.DataArray, dims: list[str]) -> Axis:
@@ -145,7 +130,7 @@ def column_axis(result: xr.DataArray, dim: str) -> Axis:
         place = int(number_) if number_.isdigit() else place
         shown = label if token is None else token
         words.append(f"position {place} '{escape(shown)}'")
-    return Axis(words, [escape(style.short_label(str(v))) for v in values], "position")
+    return Axis(words, [escape(theme.short_label(str(v))) for v in values], "position")
 
 
 def entries_of(result: xr.DataArray, dim: str) -> list[Any]:
@@ -282,7 +267,7 @@ class Grid:
             if panel.agree >= 5 and len(self.panels) == 1:
                 notes.append(
                     {
-                        "text": style.wrapped(AGREE, 21),
+                        "text": theme.wrapped(AGREE, 21),
                         "xref": f"x{axis}",
                         "yref": f"y{axis} domain",
                         "x": panel.agree / 2 - 0.5,
@@ -309,7 +294,7 @@ class Grid:
                         "xref": f"x{axis}",
                         "yref": f"y{axis} domain",
                         "path": self._hatch(panel.agree, panel_height),
-                        "line": {"color": style.HATCH, "width": 1},
+                        "line": {"color": theme.HATCH, "width": 1},
                         "layer": "above",
                     }
                 )
@@ -462,7 +447,7 @@ def menu_above(buttons: list[dict[str, Any]], bottom: int) -> dict[str, Any]:
         "yanchor": "bottom",
         "pad": {"b": bottom, "t": 0, "l": 0, "r": 0},
         "showactive": True,
-        **style.MENU,
+        **theme.MENU,
     }
 
 
@@ -492,12 +477,12 @@ def common_layout(heading: str) -> dict[str, Any]:
             "pad": {"t": 23, "l": 6},
             "font": {"size": 14},
         },
-        "font": {"color": style.INK, "family": "Helvetica Neue, Helvetica, Arial, sans-serif"},
+        "font": {"color": theme.INK, "family": "Helvetica Neue, Helvetica, Arial, sans-serif"},
         "paper_bgcolor": "rgba(0,0,0,0)",
         "autosize": True,
         "dragmode": False,
         "hoverlabel": {"align": "left"},
-        "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": style.INK},
+        "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": theme.INK},
         "template": "none",
     }
 

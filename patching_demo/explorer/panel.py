@@ -23,9 +23,10 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from patching_demo import plots, style
-from patching_demo.bridge import hook_point
-from patching_demo.explorer_html import (
+from patching_demo import plots
+from patching_demo.engine.bridge import hook_point
+from patching_demo.engine.kinds import BLOCK_KINDS, HEAD_KINDS, KINDS
+from patching_demo.explorer.tables import (
     LARGEST,
     cell_table,
     entries,
@@ -36,24 +37,12 @@ from patching_demo.explorer_html import (
 )
 from patching_demo.metrics import Metric
 from patching_demo.models import MODELS
-from patching_demo.results import BLOCK_KINDS, HEAD_KINDS, sweep
+from patching_demo.plots import theme
+from patching_demo.sweeps import sweep
 from patching_demo.tasks import IOI_ANSWERS, IOI_PROMPTS, METRICS, Task, prompt_task
 
 __all__ = ["Explorer", "explore"]
 
-#: What the kinds of activation are called in the menu.
-_WORDS = {
-    "resid_pre": "residual stream before each block",
-    "attn_out": "output of each attention layer",
-    "resid_mid": "residual stream between attention and MLP",
-    "mlp_out": "output of each MLP",
-    "resid_post": "residual stream after each block",
-    "out": "head outputs",
-    "q": "head queries",
-    "k": "head keys",
-    "v": "head values",
-    "pattern": "head attention patterns",
-}
 _TOGETHER = ("resid_pre", "attn_out", "mlp_out")
 
 # A sweep is scored in portions of about so many tokens, and at each the bar moves and a stop is
@@ -456,18 +445,18 @@ def _choices(model: Any) -> dict[str, _Choice]:
     """What can be patched in this model, by its name in the menu."""
 
     def there(kind: str) -> bool:
-        hook = {**BLOCK_KINDS, **HEAD_KINDS}[kind]
+        hook = KINDS[kind].hook
         return all(hook_point(model, f"blocks.{i}.{hook}") for i in range(model.cfg.n_layers))
 
     blocks, heads = ([kind for kind in kinds if there(kind)] for kinds in (BLOCK_KINDS, HEAD_KINDS))
-    found: dict[str, _Choice] = {f"{_WORDS[k]} ({k})": (k, "pos") for k in blocks}
+    found: dict[str, _Choice] = {f"{KINDS[k].describes} ({k})": (k, "pos") for k in blocks}
     together = tuple(kind for kind in _TOGETHER if kind in blocks)
     if len(together) > 1:
-        found[f"{style.listed(together)}, beside each other"] = (together, "pos")
-    found |= {f"{_WORDS[k]}, all positions at once": (k, "all_pos") for k in heads}
+        found[f"{theme.listed(together)}, beside each other"] = (together, "pos")
+    found |= {f"{KINDS[k].describes}, all positions at once": (k, "all_pos") for k in heads}
     if len(heads) > 1:
         found["every kind of head activation, all positions at once"] = (tuple(heads), "all_pos")
-    return found | {f"{_WORDS[k]}, position by position": (k, "pos") for k in heads}
+    return found | {f"{KINDS[k].describes}, position by position": (k, "pos") for k in heads}
 
 
 def _cells_to_measure(model: Any, task: Task, kinds: str | tuple[str, ...], by: str) -> int:

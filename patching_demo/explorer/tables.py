@@ -18,11 +18,11 @@ import torch
 import xarray as xr
 from plotly.colors import sample_colorscale
 
-from patching_demo import style
-from patching_demo.layout import KIND_NAMES
+from patching_demo.engine.kinds import kind_label
+from patching_demo.plots import theme
+from patching_demo.plots.tables import table, tokens_table
+from patching_demo.plots.theme import number
 from patching_demo.results import largest_cells
-from patching_demo.style import number
-from patching_demo.tables import table, tokens_table
 from patching_demo.tasks import Task
 
 __all__ = [
@@ -44,7 +44,7 @@ LARGEST = 8
 # Notebooks set it for light and dark pages; where nobody does, the page's own colour is inherited.
 _TEXT_COLOUR = "var(--jp-content-font-color1, inherit)"
 _HATCHED = (
-    f"background:repeating-linear-gradient(45deg,{style.BAND} 0 4px,{style.HATCH} 4px 6px);"
+    f"background:repeating-linear-gradient(45deg,{theme.BAND} 0 4px,{theme.HATCH} 4px 6px);"
     "color:transparent"
 )
 _CELL = "padding:1px 3px;min-width:32px;height:19px;text-align:center;font-size:11px"
@@ -88,7 +88,7 @@ def entries(result: xr.DataArray, dim: str) -> list[str]:
     """What the entries along a dimension are called."""
     values = result[dim].values.tolist()
     if dim == "kind":
-        return [KIND_NAMES.get(value, str(value)) for value in values]
+        return [kind_label(value) for value in values]
     return [str(value).replace("\n", "\\n") for value in values]
 
 
@@ -100,7 +100,7 @@ def largest_effects(result: xr.DataArray) -> list[tuple[str, tuple[int, ...]]]:
         entry = {**row, "layer": int(layer), "head": int(head or 0)}
         at = tuple(result[dim].values.tolist().index(entry[dim]) for dim in result.dims)
         words = [str(row[key]) for key in ("kind", "label", "position") if key in row]
-        words[0] = KIND_NAMES.get(words[0], words[0])
+        words[0] = kind_label(words[0])
         share = "" if math.isnan(row["share"]) else f" ({_percent(row['share'])})"
         found.append((f"{', '.join(words)}: {number(row['value'])}{share}", at))
     return found
@@ -228,7 +228,7 @@ def _panel(
         for place, value in enumerate(values[row]):
             words = f"{row_names[row]}, {column_dim} {columns[place]}: "
             if math.isnan(value):
-                look, text, words = f"background:{style.GAP}", "", words + "no such head"
+                look, text, words = f"background:{theme.GAP}", "", words + "no such head"
             elif agrees[place]:
                 look, text, words = _HATCHED, "=", words + "prompts agree, nothing to patch"
             else:
@@ -252,7 +252,7 @@ def _panel(
 
 def _legend(clean: float, corrupted: float, reach: float, toward_clean: float, also: str) -> str:
     """The colours from end to end, with the numbers they stand for."""
-    stops = ",".join(f"{colour} {at:.0%}" for at, colour in style.DIVERGING)
+    stops = ",".join(f"{colour} {at:.0%}" for at, colour in theme.DIVERGING)
     ends = [number(corrupted + toward_clean * side * reach) for side in (-1, 1)]
     words = (
         f"{ends[0]} (away from clean)",
@@ -272,7 +272,7 @@ def _colours(share: np.ndarray) -> np.ndarray:
     """CSS for each cell: background, and an ink that can be read on it."""
     flat = np.nan_to_num(share, nan=0.0).clip(-1, 1).ravel() / 2 + 0.5
     found = []
-    for red, green, blue in sample_colorscale(style.DIVERGING, flat.tolist(), colortype="tuple"):
+    for red, green, blue in sample_colorscale(theme.DIVERGING, flat.tolist(), colortype="tuple"):
         ink = "#1a1a1a" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.55 else "#ffffff"
         levels = (round(255 * level) for level in (red, green, blue))
         found.append("background:#{:02x}{:02x}{:02x};color:{}".format(*levels, ink))
@@ -282,7 +282,7 @@ def _colours(share: np.ndarray) -> np.ndarray:
 def _heading(column: str, column_dim: str) -> str:
     if column_dim == "head":
         return f"H{column}"
-    word, _, place = style.short_label(column).rpartition(" ")
+    word, _, place = theme.short_label(column).rpartition(" ")
     return f"{word}\n{place}"
 
 

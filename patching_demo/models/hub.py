@@ -17,7 +17,7 @@ from pathlib import Path
 import huggingface_hub
 from huggingface_hub import constants
 
-from patching_demo.fetch import (
+from patching_demo.models.fetch import (
     Damaged,
     ModelUnavailable,
     check_sha256,

@@ -18,11 +18,13 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from patching_demo import engine
-from patching_demo.bridge import Run, Unsupported, attached_hooks, capture, run_plain
-from patching_demo.checks import Survey, refuse_dead_hooks, refuse_reading_pads, warn_once
-from patching_demo.engine import Cell, Scorer
-from patching_demo.store import CellStore
+from patching_demo.engine.bridge import Run, Unsupported, attached_hooks, capture, run_plain
+from patching_demo.engine.cells import Cell, is_dead
+from patching_demo.engine.checks import Survey, refuse_dead_hooks, refuse_reading_pads, warn_once
+from patching_demo.engine.packs import CALL_TOKENS
+from patching_demo.engine.scoring import Scorer, tolerance
+from patching_demo.engine.store import CellStore
+from patching_demo.engine.sweeping import sweep_cells
 
 SHARE_OF_FREE_MEMORY = 0.25
 FEWEST_CELLS = 4  # With fewer live cells the plain loop costs no more than setting up.
@@ -99,7 +101,7 @@ def run_cells(
         logits = run.logits if run else model(tokens, return_type="logits")
     refuse_dead_hooks(model, tokens, run, cells)
     cells = survey.narrowed(cells, differing)
-    if all(cell.site for cell in cells):
+    if all(cell.kind for cell in cells):
         survey.warn_if_nothing_moves(differing)
     scorer = Scorer(model, run or Run(tokens=tokens, logits=logits, resid=[]), metrics, per_example)
     scored = {name: partial(scorer.full, name) for name in metrics}
@@ -131,7 +133,7 @@ def run_cells(
 
 def _reasons_for_plain_loop(model: Any, cells: Sequence[Cell]) -> list[str]:
     reasons = []
-    unknown = sorted({cell.hook_name.split(".", 2)[-1] for cell in cells if cell.site is None})
+    unknown = sorted({cell.hook_name.split(".", 2)[-1] for cell in cells if cell.kind is None})
     if unknown:
         reasons.append(f"the patch setter or activation ({unknown[0]}) is not one the engine knows")
     hooks = attached_hooks(model)
@@ -143,11 +145,7 @@ def _reasons_for_plain_loop(model: Any, cells: Sequence[Cell]) -> list[str]:
 def _live(cells: Sequence[Cell], run: Run, scorer: Scorer) -> list[Cell]:
     """The cells whose patch can reach what the metrics read (idea 3)."""
     last_layer = len(run.resid) - 2
-    return [
-        cell
-        for cell in cells
-        if not engine.is_dead(cell, scorer.last_read, last_layer, scorer.read)
-    ]
+    return [cell for cell in cells if not is_dead(cell, scorer.last_read, last_layer, scorer.read)]
 
 
 def _run_fast(
@@ -163,7 +161,7 @@ def _run_fast(
 ) -> list[Cell]:
     """Fill in ``values`` portion by portion; gives the cells left undone, which is none."""
     end = scorer.last_read + 1
-    call_tokens = engine.CALL_TOKENS["cuda" if run.tokens.is_cuda else "cpu"]
+    call_tokens = CALL_TOKENS["cuda" if run.tokens.is_cuda else "cpu"]
     budget = _token_budget(run, options)
     left = sorted(cells, key=lambda cell: cell.layer)
     passenger = True
@@ -171,7 +169,7 @@ def _run_fast(
         portion = _portion(left, end, budget, len(run.tokens), store.most_cells(len(cells)))
         size = len(portion)
         try:
-            part = engine.sweep_cells(
+            part = sweep_cells(
                 model,
                 run,
                 clean,
@@ -268,7 +266,7 @@ def _recheck(
         scale = torch.maximum(expected.abs(), scorer.baseline.abs())
         spread = (values - scorer.baseline[:, None]).abs().flatten(1).max(dim=1).values
         scale = torch.maximum(scale, spread.view(-1, *(1,) * (scale.ndim - 1)))
-        allowed = engine.tolerance(next(model.parameters()).dtype) * scale.clamp(min=1e-6)
+        allowed = tolerance(next(model.parameters()).dtype) * scale.clamp(min=1e-6)
         error = (found - expected).abs()
         if not (error <= allowed).all() and not (error <= allowed + scorer.rounding()).all():
             raise SweepMismatch(

@@ -18,8 +18,8 @@ from typing import Any, Literal
 
 import torch
 
-from patching_demo import hub
-from patching_demo.fetch import (
+from patching_demo.models import hub
+from patching_demo.models.fetch import (
     Damaged,
     ModelUnavailable,
     WheelFile,
@@ -28,12 +28,12 @@ from patching_demo.fetch import (
     say,
     verified_folder,
 )
-from patching_demo.tensor_file import read_tensors
+from patching_demo.models.tensor_file import read_tensors
 
 MODEL_ENV = "PATCHING_DEMO_MODEL"
 #: The token that begins every sequence of `attn-only-2l-demo`, which has no tokenizer.
 DEMO_BOS = 0
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 
 Source = Literal["hub", "index", "shipped"]
 Task = Literal["ioi", "induction"]

@@ -11,8 +11,8 @@ import numpy as np
 import plotly.graph_objects as go
 import xarray as xr
 
-from patching_demo import style
-from patching_demo.layout import (
+from patching_demo.plots import theme
+from patching_demo.plots.layout import (
     AGREE,
     AXIS,
     BAR,
@@ -33,9 +33,9 @@ from patching_demo.layout import (
     menu_above,
     row_axis,
 )
+from patching_demo.plots.theme import compact, escape, number
 from patching_demo.results import combine, largest_cells
 from patching_demo.results import share as to_share
-from patching_demo.style import compact, escape, number
 
 __all__ = [
     "explore",
@@ -176,7 +176,7 @@ class _Explorer:
             z=[[None if empty else 0] * len(x) for empty in blank],
             x=x,
             y=y,
-            colorscale=[[0, style.BAND], [1, style.BAND]],
+            colorscale=[[0, theme.BAND], [1, theme.BAND]],
             showscale=False,
             hoverongaps=False,
             hovertemplate=f"%{{x}}<br>{AGREE}<extra></extra>",
@@ -236,7 +236,7 @@ class _Explorer:
         below = " · ".join(
             str(self.measured.attrs[k]) for k in ("model", "task") if self.measured.attrs.get(k)
         )
-        heading, heading_height = style.title(main, below)
+        heading, heading_height = theme.title(main, below)
         largest = float(np.nanmax(np.abs(self.result.values)))
         scale = Scale(1.0, 0.0, largest)
         over_bar = BAR_HEIGHT + 8
@@ -321,8 +321,8 @@ class _Explorer:
                 "pad": 0,
                 "autoexpand": False,
             },
-            plot_bgcolor=style.GAP,
-            coloraxis={"colorscale": style.DIVERGING, **scale.opening()},
+            plot_bgcolor=theme.GAP,
+            coloraxis={"colorscale": theme.DIVERGING, **scale.opening()},
             updatemenus=menus,
             sliders=sliders,
             annotations=notes,
@@ -370,7 +370,7 @@ class _Explorer:
         names = [_MENU_NAMES.get(m, m) for m in menus]
         text = f"Interactive heatmap. {main} ({below})."
         if names:
-            text += f" Menus: {style.listed(names)}."
+            text += f" Menus: {theme.listed(names)}."
         cells = largest_cells(self.result, 3)
         lead = [str(d) for d in self.result.dims if d not in CELL_DIMS]
         said = []

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from patching_demo.style import number
+from patching_demo.plots.theme import number
 from patching_demo.tasks import Task
 
 __all__ = ["Html", "as_text", "framed", "table", "tokens_table"]

@@ -10,8 +10,8 @@ import pandas as pd
 import plotly.graph_objects as go
 import xarray as xr
 
-from patching_demo import style
-from patching_demo.layout import (
+from patching_demo.plots import theme
+from patching_demo.plots.layout import (
     OFF_CENTRE,
     Axis,
     as_shown,
@@ -26,7 +26,7 @@ from patching_demo.layout import (
     row_axis,
     title_of,
 )
-from patching_demo.style import compact, escape, number
+from patching_demo.plots.theme import compact, escape, number
 
 __all__ = [
     "bars",
@@ -67,8 +67,8 @@ def curves(
                 y=compact(values),
                 name=escape(name),
                 mode="lines+markers",
-                line={"color": style.LINES[i % 6], "dash": style.DASHES[i % 6], "width": 2},
-                marker={"symbol": style.SYMBOLS[i % 6], "size": 7},
+                line={"color": theme.LINES[i % 6], "dash": theme.DASHES[i % 6], "width": 2},
+                marker={"symbol": theme.SYMBOLS[i % 6], "size": 7},
                 hovertemplate=_value_template(result, name, "%{x}", "%{y:.3~g}"),
             )
         )
@@ -107,7 +107,7 @@ def bars(
             customdata=compact(values),
             name=escape(name),
             marker={
-                "color": style.LINES[i % 6],
+                "color": theme.LINES[i % 6],
                 "pattern": {
                     "shape": ["", "/", "x", ".", "\\", "-"][i % 6],
                     "fillmode": "overlay",
@@ -181,7 +181,7 @@ def _value_figure(
 ) -> go.Figure:
     clean, centre = baselines_of(result)
     high_name, low_name = baseline_names(result)
-    heading, height = style.title(main, below)
+    heading, height = theme.title(main, below)
     legend_rows = math.ceil(len(traces) / 3) if len(traces) > 1 else 0
     top = height + 24 * legend_rows + 8
     turned = words.title == "position"
@@ -202,7 +202,7 @@ def _value_figure(
                 "x1": 1,
                 "y0": value,
                 "y1": value,
-                "line": {"color": style.INK, "width": 1, "dash": "dash"},
+                "line": {"color": theme.INK, "width": 1, "dash": "dash"},
                 "layer": "below",
             }
         )
@@ -230,7 +230,7 @@ def _value_figure(
                 "x1": agree - 0.5,
                 "y0": 0,
                 "y1": 1,
-                "fillcolor": style.GAP,
+                "fillcolor": theme.GAP,
                 "line": {"width": 0},
                 "layer": "below",
             }

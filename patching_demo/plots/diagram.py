@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 
-from patching_demo.tables import Html
+from patching_demo.plots.tables import Html
 
 __all__ = ["patching_diagram"]
 

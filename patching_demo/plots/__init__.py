@@ -7,10 +7,10 @@ and which baselines bound the scale, and carries in ``layout.meta`` a text for s
 
 from __future__ import annotations
 
-from patching_demo.heatmaps import attention_patterns, heatmap
-from patching_demo.menus import explore
-from patching_demo.series import bars, curves
-from patching_demo.tables import table, tokens_table
+from patching_demo.plots.heatmaps import attention_patterns, heatmap
+from patching_demo.plots.menus import explore
+from patching_demo.plots.series import bars, curves
+from patching_demo.plots.tables import table, tokens_table
 
 __all__ = [
     "attention_patterns",

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from patching_demo import engine
-from patching_demo.bridge import Run, block_kind, block_output, hook_point, hooked
-from patching_demo.engine import Cell
+from patching_demo.engine.bridge import Run, block_kind, block_output, hook_point, hooked
+from patching_demo.engine.cells import Cell, changed_positions
+from patching_demo.engine.scoring import tolerance
 
 #: Types of few bits, and the error to expect in a cell, as a share of the sweep's range.
 FEWEST_BITS = {torch.float16: 0.01, torch.bfloat16: 0.1}
@@ -268,7 +268,7 @@ class Survey:
         position = 2 if name.endswith("hook_pattern") else 1
         others = [axis for axis in range(clean.ndim) if axis != position]
         apart = (clean - activation).abs()
-        allowed = 0.1 * engine.tolerance(clean.dtype) * clean.abs().max()
+        allowed = 0.1 * tolerance(clean.dtype) * clean.abs().max()
         self.moved[name] = (clean != activation).amax(dim=others).cpu()
         self.far[name] = (apart > allowed).amax(dim=others).cpu()
 
@@ -283,8 +283,8 @@ class Survey:
         out = []
         for cell in cells:
             key = cell.hook_name, cell.positions
-            if cell.site is not None and key not in known:
-                claimed = engine.changed_positions(cell.site, cell.layer, cell.positions, differing)
+            if cell.kind is not None and key not in known:
+                claimed = changed_positions(cell.kind, cell.layer, cell.positions, differing)
                 moved, far = self.moved[cell.hook_name], self.far[cell.hook_name]
                 known[key] = tuple(
                     p for p in cell.positions if moved[p] and (p in claimed or far[p])
@@ -315,7 +315,7 @@ def refuse_dead_hooks(model: Any, tokens: Tensor, run: Run | None, cells: Sequen
     """
     tried: set[Any] = set()
     for name, cell in {cell.hook_name: cell for cell in cells}.items():
-        if run is not None and cell.site is not None and cell.site.enters != "hook":
+        if run is not None and cell.kind is not None and cell.kind.enters != "hook":
             continue  # The residual stream itself is set, not a hook.
         kind = (name.split(".", 2)[-1], block_kind(model, cell.layer))
         if kind in tried:

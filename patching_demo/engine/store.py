@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from patching_demo.engine import Cell
+from patching_demo.engine.cells import Cell
 
 VERSION = "2"
 

@@ -1,0 +1,23 @@
+"""Exact activation-patching sweeps, many patched runs at a time.
+
+A plain sweep runs one whole forward pass per cell of its result. Nearly all of that work has a
+known answer, because a causal decoder computes each position from earlier ones only, layer by
+layer. Five ideas remove it, and each has a name here:
+
+1. *Start at the layer*: a patch at layer l changes nothing before l, so a patched run starts
+   from the corrupted run's residual stream there (:meth:`Front.enter`).
+2. *Start at the position*: it changes nothing at earlier positions, whose keys and values come
+   from the corrupted run (``start`` of a :class:`Cell`, ``prefix`` of a ``Layout``).
+3. *Skip what agrees*: where clean and corrupted inputs are the same so far, or nothing that the
+   metric reads comes later, a patch does nothing at all (:func:`is_dead`).
+4. *Read only what the metric reads*: logits are computed at its positions, and for its tokens if
+   it names them (:class:`Scorer`).
+5. *Pack*: the patched runs stand side by side in one sequence, under a mask that lets each see
+   only itself and the shared prefix, and runs that start at later layers join the pack as it
+   moves up through the blocks (:class:`Pack`, :class:`Front`).
+
+None is an approximation. One run without any patch rides in the first pack: if it does not
+arrive as it left, the model does something that the five ideas do not allow for, and the sweep
+takes the plain loop. Related work: the field's plain loop is ``transformer_lens.patching``; tree
+masks over a shared prefix are known from speculative decoding (SpecInfer, Miao et al., 2024).
+"""

@@ -1,0 +1,284 @@
+"""Patched runs side by side in one sequence, moving up through the blocks (ideas 1, 2 and 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from patching_demo.engine.bridge import Layout, Run, groups_of, hooked, run_block, run_block_rows
+from patching_demo.engine.cells import Cell
+
+# A block call is most efficient with a thousand tokens or more; a sequence longer than this spends
+# its time on attention between runs that may not see each other.
+SLOTS = 16
+GROUPS_TRIED = 16  # Groups in which a run looks for room, the newest ones: more find little.
+CALL_TOKENS = {"cpu": 2048, "cuda": 16384}
+
+
+class Pack:
+    """Recomputed tokens of several patched runs, side by side (idea 5).
+
+    Attributes:
+        cells: the patched runs, in order of arrival.
+        states: ``[group, batch, slot, d_model]``.
+        slot_of: int64 ``[cell, pos]``, group * slots + slot, or -1 where not recomputed.
+    """
+
+    def __init__(self, run: Run, members: Sequence[tuple[Cell, Sequence[int]]]) -> None:
+        self.run = run
+        self.cells: list[Cell] = []
+        self._tokens: list[tuple[int, int, int, int, int]] = []
+        self._filled: list[int] = []
+        self._place(members)
+
+    def _place(self, members: Sequence[tuple[Cell, Sequence[int]]]) -> None:
+        """Give each token of each new member a slot, in a group with room for the whole run."""
+        # All groups are as wide as the longest run needs: filling that width costs nothing more.
+        width = max([SLOTS, *(len(positions) for _, positions in members)])
+        for cell, positions in members:
+            groups, room = len(self._filled), width - len(positions)
+            tried = range(max(0, groups - GROUPS_TRIED), groups)
+            group = next((g for g in tried if self._filled[g] <= room), groups)
+            if group == groups:
+                self._filled.append(0)
+            for slot, position in enumerate(positions, start=self._filled[group]):
+                self._tokens.append((len(self.cells), group, slot, position, positions[0]))
+            self._filled[group] += len(positions)
+            self.cells.append(cell)
+        device = self.run.tokens.device
+        placed = torch.tensor(self._tokens, dtype=torch.int64).T
+        owner, group_of, slots, positions, start = placed
+        shape = (len(self._filled), max(self._filled))
+        self.flat = (group_of * shape[1] + slots).to(device)
+        self.owner, self.position = owner.to(device), positions.to(device)
+
+        def spread(value: Tensor, empty: int) -> Tensor:
+            grid = torch.full(shape, empty, dtype=torch.int64)
+            grid[group_of, slots] = value
+            return grid.to(device)
+
+        self.layout = Layout(
+            positions=spread(positions, 0),
+            owner=spread(owner, -1),
+            start=spread(start, 0),
+            prefix=int(start.max()),
+        )
+        slot_of = torch.full((len(self.cells), self.run.tokens.shape[1]), -1, dtype=torch.int64)
+        slot_of[owner, positions] = group_of * shape[1] + slots
+        self.slot_of = slot_of.to(device)
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens in use, counting each prompt of the batch."""
+        return len(self._tokens) * len(self.run.tokens)
+
+    def fill(self, resid: Tensor) -> None:
+        """Start every token from the corrupted residual stream ``[batch, pos, d_model]``."""
+        groups, slots = self.layout.positions.shape
+        batch, _, d_model = resid.shape
+        self.states = resid.new_zeros(groups, batch, slots, d_model)
+        self.write(torch.arange(len(self._tokens)), resid[:, self.position])
+
+    def write(self, tokens: Tensor, values: Tensor) -> None:
+        """Put ``values`` [batch, token, d_model] at some of the pack's tokens."""
+        slots = self.layout.positions.shape[1]
+        flat = self.flat[tokens.to(self.flat.device)]
+        self.states[flat // slots, :, flat % slots] = values.transpose(0, 1).to(self.states.dtype)
+
+    def at(self, flat: Tensor) -> Tensor:
+        """States ``[*flat.shape, batch, d_model]`` at flat slots."""
+        slots = self.layout.positions.shape[1]
+        return self.states[flat // slots, :, flat % slots]
+
+    def add(self, members: Sequence[tuple[Cell, Sequence[int]]], resid: Tensor) -> None:
+        """Take in more runs, which start from ``resid``; those aboard keep slots and states."""
+        aboard, states = len(self._tokens), self.states
+        self._place(members)
+        groups, slots = self.layout.positions.shape
+        self.states = states.new_zeros(groups, states.shape[1], slots, states.shape[3])
+        self.states[: states.shape[0], :, : states.shape[2]] = states
+        joined = torch.arange(aboard, len(self._tokens), device=self.flat.device)
+        self.write(joined, resid[:, self.position[joined]])
+
+    def step(self, model: Any, layer: int, read: frozenset[int] | None = None) -> None:
+        """Move every run through one block; in the last, only the positions that are read."""
+        if read is None:
+            self.states = run_block(model, self.run, layer, self.layout, self.states)
+            return
+        positions, owner = self.layout.positions, self.layout.owner
+        wanted = torch.isin(positions, torch.tensor(sorted(read), device=positions.device))
+        wanted &= owner >= 0
+        count = wanted.sum(dim=1)
+        few = count <= wanted.shape[1] // 2
+        for groups in (few.nonzero()[:, 0], (~few).nonzero()[:, 0]):
+            if not len(groups):
+                continue
+            layout, states = groups_of(self.layout, groups), self.states[groups]
+            if few[groups[0]]:
+                # The rows of a group that reads fewer are filled up with other tokens of it.
+                most = int(count[groups].max())
+                slots = wanted[groups].long().argsort(dim=1, descending=True, stable=True)[:, :most]
+                done = run_block_rows(model, self.run, layer, layout, states, slots)
+                self.states[groups[:, None], :, slots] = done.transpose(1, 2)
+            else:
+                self.states[groups] = run_block(model, self.run, layer, layout, states)
+
+
+def chunked(
+    members: Sequence[tuple[Cell, Sequence[int]]], batch: int, call_tokens: int
+) -> Iterator[list[tuple[Cell, Sequence[int]]]]:
+    """Cut members into lists that fill one block call each."""
+    chunk: list[tuple[Cell, Sequence[int]]] = []
+    tokens = 0
+    for member in members:
+        size = len(member[1]) * batch
+        if chunk and tokens + size > call_tokens:
+            yield chunk
+            chunk, tokens = [], 0
+        chunk.append(member)
+        tokens += size
+    if chunk:
+        yield chunk
+
+
+@dataclass
+class Front:
+    """The patched runs under way, all at the same layer (ideas 1, 2 and 5)."""
+
+    model: Any
+    run: Run
+    clean: Mapping[str, Tensor]
+    end: int
+    call_tokens: int
+    packs: list[Pack] = field(default_factory=list)
+
+    def enter(self, layer: int, cells: Sequence[Cell], changed: Callable[[Cell], Any]) -> None:
+        """Let runs join at ``layer``, from the corrupted stream with some tokens changed.
+
+        ``changed`` gives, for a cell, the positions that differ and their states
+        ``[batch, position, d_model]``.
+        """
+        members = [(cell, range(cell.start, self.end)) for cell in cells]
+        batch = len(self.run.tokens)
+        resid = self.run.resid[layer]
+        while members:
+            open_pack = self.packs[-1] if self.packs else None
+            room = self.call_tokens - open_pack.n_tokens if open_pack else 0
+            fits = next(chunked(members, batch, max(room, 0)))
+            if open_pack and sum(len(positions) for _, positions in fits) * batch <= room:
+                first = len(open_pack.cells)
+                open_pack.add(fits, resid)
+            else:
+                first, fits = 0, next(chunked(members, batch, self.call_tokens))
+                open_pack = Pack(self.run, fits)
+                open_pack.fill(resid)
+                self.packs.append(open_pack)
+            members = members[len(fits) :]
+            for index, (cell, _) in enumerate(fits, start=first):
+                positions, states = changed(cell)
+                if len(positions):
+                    flat = open_pack.slot_of[index, torch.as_tensor(positions)]
+                    slots = open_pack.layout.positions.shape[1]
+                    open_pack.states[flat // slots, :, flat % slots] = states.transpose(0, 1).to(
+                        open_pack.states.dtype
+                    )
+
+    def step(self, layer: int, read: frozenset[int] | None = None) -> None:
+        """Move all runs through one block, those that are patched inside it included."""
+        for pack in self.packs:
+            with _patch_hooks(self.model, pack, self.clean, layer):
+                pack.step(self.model, layer, read)
+
+    def changed_inside(self, cell: Cell) -> range:
+        """The positions at which a patch inside a block changes what the block gives."""
+        return range(cell.start, self.end if cell.kind.spreads else cell.positions[-1] + 1)
+
+    def patched_outputs(self, layer: int, cells: Sequence[Cell]) -> dict[int, Any]:
+        """Run block ``layer`` on the tokens that a patch inside it changes.
+
+        Gives, per cell row, the positions and the residual stream after the block
+        ``[batch, position, d_model]``.
+        """
+        members = [(cell, self.changed_inside(cell)) for cell in cells]
+        outputs: dict[int, Any] = {}
+        for chunk in chunked(members, len(self.run.tokens), self.call_tokens):
+            pack = Pack(self.run, chunk)
+            pack.fill(self.run.resid[layer])
+            with _patch_hooks(self.model, pack, self.clean, layer):
+                pack.step(self.model, layer)
+            for index, (cell, positions) in enumerate(chunk):
+                flat = pack.slot_of[index, torch.as_tensor(positions)]
+                outputs[cell.row] = positions, pack.at(flat).transpose(0, 1)
+        return outputs
+
+
+class _patch_hooks:  # noqa: N801 (used as a context manager, like a function)
+    """Patch the cells of a pack inside one block: one hook per hook name, all rows at once."""
+
+    def __init__(self, model: Any, pack: Pack, clean: Mapping[str, Tensor], layer: int) -> None:
+        self.model, self.pack, self.clean, self.layer = model, pack, clean, layer
+
+    def __enter__(self) -> None:
+        by_name: dict[str, list[int]] = {}
+        for index, cell in enumerate(self.pack.cells):
+            if cell.layer == self.layer and cell.kind and cell.kind.enters == "hook":
+                by_name.setdefault(cell.hook_name, []).append(index)
+        self.hooks = [
+            hooked(self.model, name, self._setter(name, members))
+            for name, members in by_name.items()
+        ]
+        for hook in self.hooks:
+            hook.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        for hook in reversed(self.hooks):
+            hook.__exit__(*error)
+
+    def _setter(self, name: str, members: list[int]) -> Callable[..., Tensor]:
+        """A hook that writes clean activations into the slots of its cells."""
+        pack = self.pack
+        groups, slots = pack.layout.positions.shape
+        batch = len(pack.run.tokens)
+        chosen = [
+            (index, position, -1 if pack.cells[index].head is None else pack.cells[index].head)
+            for index in members
+            for position in pack.cells[index].positions
+        ]
+        device = pack.flat.device
+        owner, position, head = torch.tensor(chosen, dtype=torch.int64, device=device).T
+        flat = pack.slot_of[owner, position]
+        group, slot = flat // slots, flat % slots
+        clean = self.clean[name].to(device)
+
+        def set_vectors(activation: Tensor, hook: Any = None) -> Tensor:
+            view = activation.view(groups, batch, *activation.shape[1:])
+            if head[0] < 0:
+                view[group, :, slot] = clean[:, position].transpose(0, 1).to(view.dtype)
+            else:
+                picked = clean[:, position, head].transpose(0, 1)
+                view[group, :, slot, head] = picked.to(view.dtype)
+            return activation
+
+        def set_patterns(activation: Tensor, hook: Any = None) -> Tensor:
+            view = activation.view(groups, batch, *activation.shape[1:])
+            rows = clean[:, head, position].transpose(0, 1).to(view.dtype)  # [token, batch, src]
+            sources = pack.layout.columns[group]  # [token, column]
+            seen = pack.layout.visible()[group, slot]
+            patched = rows.gather(2, sources[:, None].expand(-1, batch, -1))
+            one_source = torch.tensor(
+                [
+                    -1 if (source := pack.cells[index].source) is None else source
+                    for index, *_ in chosen
+                ],
+                device=device,
+            )
+            replaced = seen & ((one_source[:, None] < 0) | (sources == one_source[:, None]))
+            current = view[group, :, head, slot]
+            view[group, :, head, slot] = torch.where(replaced[:, None], patched, current)
+            return activation
+
+        return set_patterns if pack.cells[members[0]].kind.name == "pattern" else set_vectors
