@@ -39,6 +39,7 @@ from transformer_lens.utilities import get_act_name
 from patching_demo.engine import checks, runner
 from patching_demo.engine.bridge import embedding
 from patching_demo.engine.cells import Cell, differing_positions
+from patching_demo.engine.isolation import isolated
 from patching_demo.engine.kinds import HEAD_KINDS, kind_of_activation
 from patching_demo.engine.scoring import measured
 
@@ -347,7 +348,7 @@ class _Paths:
         patching_metric: Callable[[Tensor], Any],
         layers: Sequence[int],
     ) -> None:
-        self.model, self.tokens = model, tokens
+        self.model, self.tokens = model, tokens = isolated(model), tokens
         names = [get_act_name("z", layer) for layer in layers]
         self.clean, self.corrupted = (
             {name: checks.checked_activation(model, cache, name, tokens, which) for name in names}
@@ -396,7 +397,7 @@ class _Plan:
     """The cells of a sweep, and the clean activations they copy from."""
 
     def __init__(self, model: Any, tokens: Tensor, clean_cache: Mapping[str, Tensor]) -> None:
-        self.model, self.tokens, self.clean_cache = model, tokens, clean_cache
+        self.model, self.tokens, self.clean_cache = isolated(model), tokens, clean_cache
         self.clean: dict[str, Tensor] = {}
         self.cells: list[Cell] = []
         self.differing = self._differing_positions()

@@ -15,6 +15,7 @@ import torch
 import xarray as xr
 
 from patching_demo import patching
+from patching_demo.engine.isolation import isolated
 from patching_demo.engine.kinds import BLOCK_KINDS, HEAD_KINDS, KINDS
 from patching_demo.tasks import Task
 
@@ -99,6 +100,7 @@ def sweep_metrics(
                 f"a labelled result has one number per cell, which {option!r} changes: call the "
                 "functions of patching_demo.patching for that"
             )
+    model = isolated(model)
     values = _values(model, first, tasks, names, by, engine_options)
     return {
         name: _labelled(model, task, values[i] if several else values[i, 0], names, by, several)

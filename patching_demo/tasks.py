@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from patching_demo.engine.isolation import isolated
 from patching_demo.metrics import LogitDifference, LogProb, Metric, Probability
 
 __all__ = [
@@ -381,7 +382,7 @@ def _baselines(model: Any, clean: Tensor, corrupted: Tensor, metric: Metric) -> 
             "the model is in training mode, in which dropout makes every run different: call "
             "model.eval() first"
         )
-    values = []
+    values, model = [], isolated(model)
     with torch.no_grad():
         for which, tokens in (("clean", clean), ("corrupted", corrupted)):
             value = float(metric(model(tokens, return_type="logits")))
@@ -396,7 +397,7 @@ def _baselines(model: Any, clean: Tensor, corrupted: Tensor, metric: Metric) -> 
 
 def _cache(model: Any, tokens: Tensor, names_filter: Any) -> Any:
     with torch.no_grad():
-        return model.run_with_cache(tokens, names_filter=names_filter)[1]
+        return isolated(model).run_with_cache(tokens, names_filter=names_filter)[1]
 
 
 def _prompt_rows(model: Any, prompts: Any, which: str) -> list[list[int]]:

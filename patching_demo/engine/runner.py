@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from patching_demo.engine.bridge import Run, Unsupported, attached_hooks, capture, run_plain
 from patching_demo.engine.cells import Cell, is_dead
 from patching_demo.engine.checks import Survey, refuse_dead_hooks, refuse_reading_pads, warn_once
+from patching_demo.engine.isolation import isolated
 from patching_demo.engine.packs import CALL_TOKENS
 from patching_demo.engine.scoring import Scorer, tolerance
 from patching_demo.engine.store import CellStore
@@ -36,6 +37,10 @@ class SweepMismatch(RuntimeError):
     """A cell of a sweep differs from the plain hooked forward pass that rechecked it."""
 
 
+class SweepStopped(BaseException):
+    """``on_progress`` asked the sweep to stop. Like KeyboardInterrupt, this is not an error."""
+
+
 @dataclass(frozen=True)
 class Options:
     """How a sweep runs; none of these changes its numbers.
@@ -47,6 +52,8 @@ class Options:
         seed: chooses the cells to recheck.
         progress: whether to show a progress bar over cells.
         store: a file that keeps finished cells and from which an interrupted sweep resumes.
+        on_progress: called with the cells done and their total, several times a second as a rule;
+            a sweep for which it returns True ends with :class:`SweepStopped`.
     """
 
     memory: int | None = None
@@ -54,6 +61,7 @@ class Options:
     seed: int = 0
     progress: bool = True
     store: str | os.PathLike[str] | None = None
+    on_progress: Callable[[int, int], bool | None] | None = None
 
     def __post_init__(self) -> None:
         for name, least, what in (
@@ -68,6 +76,8 @@ class Options:
                 raise ValueError(f"{name} must be {what}, a whole number, got {value!r}")
         if not isinstance(self.store, (str, os.PathLike, type(None))):
             raise TypeError(f"store must be a path, got {type(self.store).__name__}")
+        if self.on_progress is not None and not callable(self.on_progress):
+            raise TypeError(f"on_progress must be callable, got {type(self.on_progress).__name__}")
 
 
 @torch.no_grad()
@@ -86,10 +96,13 @@ def run_cells(
 
     ``differing`` are the positions at which the inputs of the two runs differ.
 
+    The model runs on modules of the sweep's own, see :func:`isolated`.
+
     Raises:
         SweepMismatch: if a rechecked cell differs beyond rounding.
         ValueError: if a metric gives NaN or infinity, naming the cell, or a hook is not live.
     """
+    model = isolated(model)
     reasons = _reasons_for_plain_loop(model, cells)
     run: Run | None = None
     with Survey(clean).listening(model) as survey:
@@ -113,7 +126,7 @@ def run_cells(
         live = patched = _live(todo, run, scorer) if run else list(todo)
         alive = {cell.row for cell in live}
         store.finish(values, [cell for cell in todo if cell.row not in alive])
-        with _Progress(len(cells), len(cells) - len(live), options.progress) as bar:
+        with _Progress(len(cells), len(cells) - len(live), options) as bar:
             if run and len(live) >= FEWEST_CELLS:
                 try:
                     live = _run_fast(model, run, clean, live, scorer, values, store, bar, options)
@@ -289,13 +302,15 @@ def _refuse_not_finite(scorer: Scorer, values: Tensor, cells: Sequence[Cell] | N
 
 
 class _Progress:
-    """A progress bar over cells that leaves nothing behind."""
+    """A progress bar over cells that leaves nothing behind, and who else wants to know."""
 
-    def __init__(self, total: int, done: int, shown: bool) -> None:
+    def __init__(self, total: int, done: int, options: Options) -> None:
+        shown = options.progress
         self.bar = tqdm(
             total=total, initial=done, disable=not shown, leave=False, unit="cell", delay=1.0
         )
-        self.done = done
+        self.total, self.done, self.shown = total, done, done
+        self.on_progress = options.on_progress
 
     def __enter__(self) -> _Progress:
         return self
@@ -308,5 +323,13 @@ class _Progress:
         self.within(0)
 
     def within(self, cells: float) -> None:
-        """Show the finished cells plus those that the work of the current pass amounts to."""
-        self.bar.update(int(self.done + cells) - self.bar.n)
+        """Show the finished cells plus those that the work of the current pass amounts to.
+
+        Raises:
+            SweepStopped: if ``on_progress`` asks for it.
+        """
+        done = int(self.done + cells)
+        self.bar.update(done - self.shown)
+        self.shown = done
+        if self.on_progress is not None and self.on_progress(done, self.total):
+            raise SweepStopped(f"stopped after {done} of {self.total} cells")

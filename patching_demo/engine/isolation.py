@@ -1,0 +1,155 @@
+"""Modules of a sweep's own, which share the weights of the caller's model.
+
+Hooks, and what a forward pass leaves behind, belong to modules. A sweep that hooked the caller's
+modules would patch whatever another thread runs meanwhile, and would itself be patched.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import partial
+from types import CellType, FunctionType, MethodType
+from typing import Any
+
+from torch import nn
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.model_bridge.bridge_core import BridgeCore
+
+_CALLS = {BridgeCore.run_with_hooks.__code__, BridgeCore.run_with_cache.__code__}
+_ATTEMPTS = 100  # A snapshot fails only if another thread's call came or went while it was taken.
+
+
+def isolated(model: Any) -> Any:
+    """The same model on modules that nobody else has: nothing done to one reaches the other.
+
+    Weights are shared, not copied, so it takes milliseconds and no memory. Hooks that the caller
+    left on the model are kept. Those that ``run_with_cache`` or ``run_with_hooks`` has there for
+    the length of a call in another thread are not. What is no bridge of modules, or is isolated
+    already, is returned as it is.
+    """
+    if not isinstance(model, BridgeCore) or not isinstance(model, nn.Module):
+        return model
+    if "_isolated" in model.__dict__:
+        return model
+    for _ in range(_ATTEMPTS):
+        copier = _Copier()
+        copied = copier.of(model)
+        foreign = _handles_of_calls_elsewhere(model)
+        kept = [
+            (point, handle)
+            for point in copier.originals
+            if isinstance(point, HookPoint)
+            for handle in (*copier.of(point).fwd_hooks, *copier.of(point).bwd_hooks)
+            if id(handle) not in foreign
+        ]
+        if all(handle in (*point.fwd_hooks, *point.bwd_hooks) for point, handle in kept):
+            break
+    for point in copier.originals if foreign else ():
+        if isinstance(point, HookPoint):
+            _without(copier.of(point), foreign)
+    copied.__dict__["_isolated"] = True
+    return copied
+
+
+def _handles_of_calls_elsewhere(model: Any) -> set[int]:
+    """Identities of the hooks that calls under way in other threads will take off again."""
+    found = set()
+    for thread, frame in sys._current_frames().items():
+        while frame is not None and thread != threading.get_ident():
+            if frame.f_code in _CALLS and frame.f_locals.get("self") is model:
+                added = list(frame.f_locals.get("added_hooks") or ())
+                found |= {id(handle) for _, _, handle in added}
+            frame = frame.f_back
+    return found
+
+
+def _without(point: HookPoint, foreign: set[int]) -> None:
+    """Take hooks off one of our own hook points, and leave the caller's as it is."""
+    for handles, hooks in (
+        (point.fwd_hooks, point._forward_hooks),
+        (point.bwd_hooks, point._backward_hooks),
+    ):
+        for handle in [handle for handle in handles if id(handle) in foreign]:
+            handles.remove(handle)
+            hooks.pop(handle.hook.id, None)
+
+
+class _Copier:
+    """Copies modules and what refers to them; everything else is shared."""
+
+    def __init__(self) -> None:
+        self.originals: list[Any] = []
+        self._copies: dict[int, Any] = {}
+
+    def of(self, value: Any) -> Any:
+        """The copy of a value, or the value itself if no module can be reached from it."""
+        kind = type(value)
+        if kind in _SHARED:
+            return value
+        if kind in (dict, OrderedDict):
+            return kind([(key, self.of(entry)) for key, entry in value.items()])
+        if kind in (list, tuple, set):
+            return kind([self.of(entry) for entry in value])
+        if kind is MethodType:
+            return MethodType(self.of(value.__func__), self.of(value.__self__))
+        if kind is partial:
+            keywords = {name: self.of(entry) for name, entry in value.keywords.items()}
+            return partial(self.of(value.func), *map(self.of, value.args), **keywords)
+        if kind is FunctionType:
+            return self._function(value)
+        if isinstance(value, nn.Module) or _of_the_bridge(kind):
+            return self._object(value)
+        return value
+
+    def _object(self, value: Any) -> Any:
+        if id(value) in self._copies:
+            return self._copies[id(value)]
+        copied = self._copies[id(value)] = object.__new__(type(value))
+        self.originals.append(value)
+        own = copied.__dict__
+        own.update(value.__dict__)
+        for name, entry in own.items():
+            kind = type(entry)
+            if kind in _SHARED:
+                continue
+            if kind in (dict, OrderedDict) and (not entry or name.endswith(_KEPT)):
+                own[name] = entry.copy()
+            else:
+                own[name] = self.of(entry)
+        return copied
+
+    def _function(self, value: Callable[..., Any]) -> Callable[..., Any]:
+        """A function that has been put in place of a module's own, with its module replaced."""
+        before = value.__closure__ or ()
+        cells = tuple(
+            CellType(self.of(inside)) if isinstance(inside, (nn.Module, MethodType)) else cell
+            for cell, inside in zip(before, map(_contents, before), strict=True)
+        )
+        if cells == before:
+            return value
+        copied = FunctionType(
+            value.__code__, value.__globals__, value.__name__, value.__defaults__, cells
+        )
+        copied.__kwdefaults__ = value.__kwdefaults__
+        return copied
+
+
+_SHARED = {type(None), bool, int, float, str, bytes, type}
+# Weights are shared. Hooks are the caller's functions, and may count or collect.
+_KEPT = ("_parameters", "_buffers", "_hooks", "_hooks_with_kwargs", "_hooks_always_called")
+
+
+def _contents(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # Not filled yet.
+        return None
+
+
+def _of_the_bridge(kind: type) -> bool:
+    """Drivers, adapters and conversions refer to modules; a configuration does not."""
+    ours = kind.__module__.startswith("transformer_lens.") and "Config" not in kind.__name__
+    return ours and hasattr(kind, "__dict__") and kind.__name__ != "LensHandle"

@@ -1,0 +1,151 @@
+"""A sweep and whatever else uses the model meanwhile do not reach each other."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from types import MethodType
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from patching_demo import prompt_task, sweep
+from patching_demo.engine import runner
+from patching_demo.engine.isolation import isolated
+
+pytestmark = pytest.mark.filterwarnings("ignore:this sweep takes the plain loop")
+
+PROMPTS = ("When John gave the bag to", "When Mary gave the bag to")
+HEADS = ["out", "q", "pattern"]
+
+
+def modules(model) -> dict[int, torch.nn.Module]:
+    roots = (model, model.original_model)
+    return {id(module): module for root in roots for module in root.modules()}
+
+
+def tokens(model) -> torch.Tensor:
+    return torch.randint(3, model.cfg.d_vocab, (2, 9), generator=torch.Generator().manual_seed(1))
+
+
+def run(model, task) -> np.ndarray:
+    return sweep(model, task, HEADS, by="all_pos", progress=False).values
+
+
+@pytest.mark.parametrize("name", tiny.NAMES)
+def test_isolated_modules_are_others_with_the_same_weights(name):
+    model = tiny.model(name)
+    own = isolated(model)
+    assert not modules(own).keys() & modules(model).keys()
+    assert len(modules(own)) == len(modules(model)) and set(own.hook_dict) == set(model.hook_dict)
+    for (_, one), (_, other) in zip(own.named_parameters(), model.named_parameters(), strict=True):
+        assert one is other
+    called = []
+    handles = [
+        module.register_forward_pre_hook(lambda module, args: called.append(module))
+        for module in modules(model).values()
+    ]
+    with torch.no_grad():
+        logits, cache = own.run_with_cache(tokens(model))
+        for handle in handles:
+            handle.remove()
+        assert not called and torch.equal(logits, model(tokens(model)))
+    assert "blocks.1.attn.hook_pattern" in cache and isolated(own) is own
+
+
+def test_what_was_put_in_place_of_a_modules_own_method_is_isolated_too():
+    """As libraries do that move weights between devices, and bridges of unusual blocks."""
+    model = tiny.fresh("gpt2")
+    seen, mlp = [], model.blocks[0].mlp.original_component
+    mlp.forward = partial(lambda module, f, x: seen.append(module) or f(x), mlp, mlp.forward)
+    other = model.blocks[1].mlp.original_component
+    bound = other.forward
+
+    def through_a_cell(self, x):
+        seen.append(other)
+        return bound(x)
+
+    other.forward = MethodType(through_a_cell, other)
+    own = isolated(model)
+    with torch.no_grad():
+        assert torch.equal(own(tokens(model)), model(tokens(model)))
+    originals = modules(model)
+    assert [id(module) in originals for module in seen] == [False, False, True, True]
+
+
+def test_hooks_that_the_caller_left_are_kept_and_stay_the_callers():
+    model = tiny.fresh("gpt2")
+    calls = []
+    model.add_hook("blocks.0.hook_mlp_out", lambda act, hook: calls.append(hook.name) or act * 0)
+    model.blocks[1].register_forward_hook(lambda module, args, output: calls.append("block"))
+    with torch.no_grad():
+        expected = model(tokens(model))
+        own = isolated(model)
+        model.reset_hooks()
+        assert torch.equal(own(tokens(model)), expected) and len(calls) == 4
+        assert not torch.equal(model(tokens(model)), expected)
+    with model.hooks(fwd_hooks=[("hook_embed", lambda act, hook: act * 0)]):
+        assert len(isolated(model).hook_dict["hook_embed"].fwd_hooks) == 1
+
+
+@contextmanager
+def meanwhile(*uses: Callable[[], None]) -> Iterator[None]:
+    """Each use over and over in a thread of its own, for as long as the block runs."""
+    stop, errors = threading.Event(), []
+
+    def over_and_over(use: Callable[[], None]) -> None:
+        try:
+            while not stop.is_set():
+                use()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=over_and_over, args=(use,)) for use in uses]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert not errors, errors
+
+
+@pytest.mark.parametrize("use", ["forward", "cache", "hooks", "sweep", "plain loop"])
+@pytest.mark.parametrize("name", ["gpt2", "llama-gqa", "neox-parallel"])
+def test_a_sweep_beside_another_use_of_the_model(name, use, monkeypatch):
+    if use == "plain loop":
+        monkeypatch.setattr(runner, "_reasons_for_plain_loop", lambda *_: ["a test"])
+    model, calls = tiny.model(name), []
+    task = prompt_task(model, *PROMPTS, (" Mary", " John"))
+    other = prompt_task(model, "The cat sat on the mat", "The dog sat on the mat", (" on", " John"))
+    ids, double = tokens(model), [("blocks.1.hook_in", lambda act, hook: act * 2)]
+    with torch.no_grad():
+        alone, cached = model.run_with_cache(ids)
+        doubled = model.run_with_hooks(ids, fwd_hooks=double)
+    expected, expected_other = run(model, task), run(model, other)
+
+    def check() -> None:
+        calls.append(use)
+        with torch.no_grad():
+            if use == "forward":
+                assert torch.equal(model(ids), alone)
+            elif use == "hooks":
+                assert torch.equal(model.run_with_hooks(ids, fwd_hooks=double), doubled)
+            elif use == "cache":
+                _, again = model.run_with_cache(ids)
+                assert all(torch.equal(again[key], value) for key, value in cached.items())
+            else:
+                np.testing.assert_allclose(run(model, other), expected_other, atol=1e-5)
+
+    with meanwhile(check):
+        for _ in range(3):
+            np.testing.assert_allclose(run(model, task), expected, atol=1e-5)
+            again = prompt_task(model, *PROMPTS, (" Mary", " John"))
+            assert again.clean_baseline == pytest.approx(task.clean_baseline, abs=1e-5)
+    assert len(calls) > 1
