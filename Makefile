@@ -7,28 +7,17 @@ STAMP := $(VENV)/.complete
 # Everything the lock pins is installed at once, so that later targets need no network.
 EXTRAS ?= dev
 PYTEST := $(PY) -m pytest
-NBMAKE_TIMEOUT ?= 1800
+SITE := book/_build/html
+RUNS := $(patsubst notebooks/%,book/notebooks/%,$(wildcard notebooks/*.ipynb))
+PACKAGE := $(shell find patching_demo -type f ! -name '*.pyc')
+PAGES := $(wildcard book/*.* book/_ext/*.py book/_assets/* benchmark/table.md)
 
-# A checkout that cannot be written is worked on in a copy, which is kept for the next time. What
-# lacks the permission to be written gets it there.
-WRITABLE := $(shell test -w . && echo yes)
-ifneq ($(WRITABLE),yes)
-  COPY := $(or $(TMPDIR),/tmp)/patching_demo-checkout-$(shell id -u)
-  GOALS := $(or $(MAKECMDGOALS),venv)
-  .PHONY: $(GOALS)
-$(GOALS):
-	@echo "$(CURDIR) cannot be written: working in $(COPY)"
-	@mkdir -p -m 700 "$(COPY)" && test -O "$(COPY)"
-	@find "$(COPY)" -mindepth 1 -maxdepth 1 ! -name .venv ! -name .home ! -name book -exec rm -rf {} +
-	@tar -cf - --exclude=./.venv --exclude=./.git . | tar -xf - -C "$(COPY)"
-	@find "$(COPY)" -name .venv -prune -o ! -type l -exec chmod u+w {} +
-	@$(MAKE) -C "$(COPY)" WRITABLE=yes $@
-else
-
-# Jupyter, matplotlib and model caches want a home they can write to; lend them one if there is none.
+# Jupyter and model caches want a home; builds and tests write into the checkout.
+ifneq ($(shell test -w . && echo yes),yes)
+$(error $(CURDIR) cannot be written: work in a copy, or change who may write there)
+endif
 ifneq ($(shell test -n "$$HOME" && test -d "$$HOME" && test -w "$$HOME" && echo yes),yes)
-export HOME := $(CURDIR)/.home
-$(shell mkdir -p .home)
+$(error HOME is "$(HOME)", which is not a folder that can be written: set it, as in "HOME=/tmp/home make")
 endif
 export JUPYTER_PREFER_ENV_PATH := 1
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
@@ -36,13 +25,13 @@ unexport PYTHONPATH
 unexport PYTHONHOME
 
 # An environment that was made elsewhere (the checkout was moved or copied) is made again.
-ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
-$(STAMP): moved
+ifneq ($(shell cat "$(STAMP)" 2>/dev/null),$(CURDIR))
+$(STAMP): FORCE
 endif
 
 .DEFAULT_GOAL := venv
-.PHONY: help venv moved sync book test offline unit pairs notebooks slow hub browser colab bench \
-	picture lint format lock clean
+.PHONY: FORCE help venv sync book test offline unit slow hub browser colab bench picture address \
+	lint format lock clean
 .NOTPARALLEL:
 
 help: ## list the targets
@@ -56,19 +45,34 @@ $(STAMP): pyproject.toml requirements.lock
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) || { \
 		echo "Could not make $(VENV): on Debian and Ubuntu, apt install python3-venv" >&2; exit 1; }
 	$(PY) -m pip install --quiet --disable-pip-version-check -c requirements.lock -e ".[$(EXTRAS)]"
-	@printf '%s\n' "$(CURDIR)" > $@
+	@# Kernels warn at each start that they talk to this machine without encryption.
+	@mkdir -p $(VENV)/etc/ipython
+	@echo 'c.IPKernelApp.log_level = "ERROR"' >$(VENV)/etc/ipython/ipython_kernel_config.py
+	@printf '%s\n' "$(CURDIR)" >$@
 
-moved: ;
+sync: venv ## write each notebook's .ipynb from its .py, and keep no outputs
+	$(PY) -m jupytext --quiet --update --to ipynb notebooks/*.py
+	$(VENV)/bin/jupyter nbconvert --log-level WARN --clear-output --inplace notebooks/*.ipynb
 
-sync: venv ## write each notebook's .ipynb from its .py
-	$(PY) scripts/sync_notebooks.py
+# A run is made again when its notebook, the package, the lock or the model has changed. It lies in
+# build/ until its last cell, and no site stays that shows an older one.
+$(shell mkdir -p build; echo "$$PATCHING_DEMO_MODEL" | cmp -s - build/model || \
+	echo "$$PATCHING_DEMO_MODEL" >build/model)
+book/notebooks/%.ipynb: notebooks/%.ipynb $(PACKAGE) build/model $(STAMP)
+	@rm -rf $(SITE) && mkdir -p build book/notebooks
+	$(PY) -m papermill --execution-timeout 3600 --cwd notebooks $< build/$*.ipynb
+	@mv build/$*.ipynb $@
 
-book: venv ## run every notebook and build the book; prints where it is
-	$(PY) scripts/build_book.py
+# The site starts empty, for a page that left the book must not linger. Every warning is an error.
+$(SITE)/index.html: $(RUNS) $(PAGES)
+	@rm -rf book/_build $(filter-out $(RUNS),$(wildcard book/notebooks/*))
+	$(VENV)/bin/jupyter-book build book -W --keep-going -q || { rm -rf book/_build; exit 1; }
+
+book: $(SITE)/index.html ## run every notebook and build the book; prints where it is
+	@echo "$(CURDIR)/$(SITE)/index.html"
 
 # Cheapest first, so that a mistake shows early.
-test: pairs unit notebooks ## unit tests, wheel, pairs, every notebook, and the book
-	$(PY) scripts/build_book.py
+test: unit book ## unit tests, wheel, pairs, every notebook, and the book
 	$(PYTEST) tests/test_book.py
 	@echo "make test: everything passed"
 
@@ -76,14 +80,7 @@ offline: venv ## test again with the network cut (Linux); the first make test fe
 	$(PY) scripts/offline.py $(MAKE) --no-print-directory test
 
 unit: venv ## unit tests, doctests, the wheel, and what of the package they run
-	$(PYTEST) --ignore=tests/test_book.py --cov --cov-report=term-missing:skip-covered
-
-pairs: venv ## check that notebooks agree with their .py pairs and carry no outputs
-	$(PY) scripts/sync_notebooks.py --check
-
-notebooks: venv ## run every notebook from top to bottom, in a fresh kernel each
-	$(PYTEST) -p no:randomly -o addopts="" --nbmake --nbmake-timeout=$(NBMAKE_TIMEOUT) \
-		--durations=0 notebooks
+	$(PYTEST) -n 2 --ignore=tests/test_book.py --cov --cov-report=term-missing:skip-covered
 
 slow: venv ## tests that take minutes on the offline language model
 	$(PYTEST) -m slow --ignore=tests/test_book.py
@@ -91,7 +88,7 @@ slow: venv ## tests that take minutes on the offline language model
 hub: venv ## tests that need a model hub
 	$(PYTEST) -m hub
 
-browser: venv ## open the built book and JupyterLab in headless Chromium
+browser: book ## open the built book and JupyterLab in headless Chromium
 	$(PYTEST) -m browser
 
 colab: ## run the notebooks with Colab's versions, in an environment of their own
@@ -109,6 +106,9 @@ bench: venv ## time the sweeps and write benchmark/results.json
 picture: book ## redraw the README's picture from the book's headline figure
 	$(PY) scripts/picture.py
 
+address: ## set the repository's address everywhere: make address URL=https://github.com/OWNER/NAME
+	scripts/address.sh "$(URL)"
+
 lint: venv ## style checks
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -121,6 +121,4 @@ lock: ## resolve the dependencies again and write requirements.lock
 	PYTHON=$(PYTHON) scripts/lock.sh
 
 clean: ## remove what was built, but not the environment or downloaded models
-	rm -rf book/notebooks book/generated book/_build dist build .pytest_cache .ruff_cache
-
-endif
+	rm -rf book/notebooks book/_build dist build .pytest_cache .ruff_cache

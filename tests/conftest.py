@@ -1,16 +1,18 @@
-"""What every test may rely on: the checkout's own files, and the same seed for every test."""
+"""What every test may rely on: the checkout's own files, and the same start for every test."""
 
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Two threads at most: CI machines have two cores, and two test runs may share them.
-os.environ.setdefault("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 1)))
+# One thread for each of two test processes (pytest -n 2), two for a single one: CI has two cores.
+THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1)
+os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
 
 
 @pytest.fixture(scope="session")
@@ -22,6 +24,6 @@ def root() -> Path:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     """Tests run in random order, so none may depend on the draws of the one before it."""
-    import torch
-
-    torch.manual_seed(0)
+    # A test that has not imported torch draws nothing, and need not wait for it.
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)

@@ -1,174 +1,182 @@
-"""The book build stops on a failing cell, leaves nothing stale, and repeats no run for nothing."""
+"""The book's build: a failing cell stops it, nothing stale stays, no run is repeated for nothing.
+
+The Makefile runs in a checkout in miniature, in the environment that runs the tests.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import re
+import shutil
+import subprocess
 import sys
+from html.parser import HTMLParser
 from pathlib import Path
 
 import nbformat
+import plotly.graph_objects as go
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "scripts"))
-import build_book  # noqa: E402
+sys.path.insert(0, str(ROOT / "book/_ext"))
+import book_figures  # noqa: E402
 
 KERNEL = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+RUNS = "book/notebooks"
+needs_make = pytest.mark.skipif(not shutil.which("make"), reason="there is no make")
+
+
+def write(path: Path, *sources: str) -> None:
+    cells = [new_code_cell(source) for source in sources]
+    nbformat.write(new_notebook(cells=cells, metadata=KERNEL), path)
+
+
+class Checkout:
+    """The Makefile with a package and notebooks of its own, in a folder with an odd name."""
+
+    def __init__(self, root: Path):
+        self.root, self.stamp = root, root / "stamp"
+        for folder in ("notebooks", "patching_demo", "book/_build/html"):
+            (root / folder).mkdir(parents=True)
+        for name in ("Makefile", "pyproject.toml", "requirements.lock"):
+            shutil.copy(ROOT / name, root)
+        (root / "patching_demo/metrics.py").write_text("one = 1\n")
+        (root / "book/_build/html/index.html").write_text("an older book")
+        self.stamp.write_text(f"{root}\n")
+
+    def make(self, *goals: str, **settings: str) -> tuple[int, str]:
+        """Exit status and output of some targets, with nothing to install."""
+        places = [f"VENV={sys.prefix}", f"STAMP={self.stamp}"]
+        done = subprocess.run(
+            ["make", "--no-print-directory", "--keep-going", *places, *goals],
+            cwd=self.root,
+            env={**os.environ, "PIP_DRY_RUN": "1", **settings},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        return done.returncode, done.stdout
 
 
 @pytest.fixture
-def project(tmp_path, monkeypatch):
-    """A checkout in miniature, with a space and an umlaut in its path."""
-    root = tmp_path / "a chäckout"
-    for folder in ("notebooks", "patching_demo", "book/_build/html"):
-        (root / folder).mkdir(parents=True)
-    (root / "requirements.lock").write_text("torch==1\n")
-    (root / "patching_demo/metrics.py").write_text("one = 1\n")
-    (root / "book/_build/html/index.html").write_text("an older book")
-    places = {
-        "ROOT": root,
-        "SOURCES": root / "notebooks",
-        "BOOK": root / "book",
-        "RUNS": root / "book/notebooks",
-        "FIGURES": root / "book/notebooks/figures",
-        "GENERATED": root / "book/generated",
-        "SITE": root / "book/_build/html",
-    }
-    for name, path in places.items():
-        monkeypatch.setattr(build_book, name, path)
-    monkeypatch.chdir(root)
-    return root
+def checkout(tmp_path: Path) -> Checkout:
+    return Checkout(tmp_path / "chäckout")
 
 
-def write(path: Path, *sources: str) -> Path:
-    cells = [new_code_cell(source) for source in sources]
-    nbformat.write(new_notebook(cells=cells, metadata=KERNEL), path)
-    return path
+@needs_make
+def test_failing_and_dying_cells_are_named_and_leave_no_book(checkout):
+    write(checkout.root / "notebooks/01_good.ipynb", "'fine'")
+    write(checkout.root / "notebooks/02_bad.ipynb", "1 + 1", "raise KeyError('no such head')")
+    write(checkout.root / "notebooks/03_dies.ipynb", "1", "2", "import os; os._exit(1)", "4")
+    status, shown = checkout.make("book")
+    assert status
+    assert "02_bad.ipynb" in shown and 'at "In [2]"' in shown
+    assert "KeyError: 'no such head'" in shown
+    assert "DeadKernelError" in shown and re.search(r"03_dies.ipynb(.|\n)* 3/4 ", shown)
+    assert not (checkout.root / "book/_build/html").exists()
+    assert [path.name for path in (checkout.root / RUNS).iterdir()] == ["01_good.ipynb"]
 
 
-def test_failing_cell_is_named_and_leaves_no_book(project, capfd):
-    write(project / "notebooks/01_good.ipynb", "'fine'")
-    write(project / "notebooks/02_bad.ipynb", "1 + 1", "raise KeyError('no such head')")
-    (project / "book/notebooks").mkdir()
-    stale = write(project / "book/notebooks/02_bad.ipynb", "'from an earlier build'")
-    assert build_book.main() == 1
-    shown = capfd.readouterr().err
-    assert "02_bad.ipynb, cell 2 failed: KeyError: 'no such head'" in shown
-    assert "no book: 02_bad.ipynb failed" in shown
-    assert not stale.exists() and not (project / "book/_build").exists()
-    assert [path.name for path in (project / "book/notebooks").glob("*")] == ["01_good.ipynb"]
+@needs_make
+def test_run_is_repeated_only_when_something_changed(checkout):
+    counter = checkout.root / "count.txt"
+    run, notebook = f"{RUNS}/01_count.ipynb", checkout.root / "notebooks/01_count.ipynb"
+    write(notebook, f"with open({str(counter)!r}, 'a') as file: print('run', file=file)")
+    model = {"PATCHING_DEMO_MODEL": "attn-only-2l-demo"}
 
-
-@pytest.mark.parametrize("how", ["dies", "hangs", "cannot start"])
-def test_cell_in_which_the_kernel_ends_is_named(project, capfd, monkeypatch, how):
-    source = "import os, time; os._exit(1)" if how == "dies" else "import time; time.sleep(60)"
-    bad = write(project / "notebooks/01_bad.ipynb", "1 + 1", "2 + 2", source, "3 + 3")
-    monkeypatch.setattr(build_book, "CELL_TIMEOUT", 1)
-    if how == "cannot start":
-        bad.write_text('{"cut": "short')
-    assert build_book.main() == 1
-    shown = capfd.readouterr().err
-    if how == "cannot start":
-        assert "01_bad.ipynb failed: " in shown
-    else:
-        assert f"01_bad.ipynb, cell 3 failed: {'DeadKernel' if how == 'dies' else ''}" in shown
-    assert "no book: 01_bad.ipynb failed" in shown
-    assert not (project / "book/_build").exists()
-    assert not list((project / "book/notebooks").glob("*"))
-
-
-def test_run_is_repeated_only_when_something_changed(project):
-    counter = project / "count.txt"
-    source = f"with open({str(counter)!r}, 'a') as file: print('run', file=file)"
-    notebook = write(project / "notebooks/01_count.ipynb", source)
-    build_book.RUNS.mkdir()
-
-    def runs() -> int:
-        build_book.execute(notebook)
+    def runs(**settings: str) -> int:
+        status, shown = checkout.make(run, **settings)
+        assert status == 0, shown
         return len(counter.read_text().splitlines())
 
-    assert runs() == 1
-    assert runs() == 1
-    (project / "patching_demo/metrics.py").write_text("one = 2\n")
-    assert runs() == 2
-    (build_book.RUNS / notebook.name).write_text('{"cut": "short')
-    assert runs() == 3
+    assert [runs(), runs()] == [1, 1]
+    assert [runs(**model), runs(**model)] == [2, 2]
+    for path in (notebook, checkout.root / "patching_demo/metrics.py", checkout.stamp):
+        before = path.stat().st_mtime_ns
+        later = (checkout.root / run).stat().st_mtime_ns + 10**9
+        os.utime(path, ns=(later, later))
+        assert checkout.make("--question", run, **model)[0] == 1, path
+        os.utime(path, ns=(before, before))
+        assert checkout.make("--question", run, **model)[0] == 0, path
 
 
-@pytest.mark.parametrize("changed", ["notebook", "package", "data", "lock", "model"])
-def test_key_depends_on(project, monkeypatch, changed):
-    notebook = write(project / "notebooks/01_a.ipynb", "1")
-    before = build_book.run_key(notebook)
-    if changed == "notebook":
-        write(notebook, "2")
-    elif changed == "package":
-        (project / "patching_demo/metrics.py").write_text("two = 2\n")
-    elif changed == "data":
-        (project / "patching_demo/data").mkdir()
-        (project / "patching_demo/data/model.safetensors").write_bytes(b"\0")
-    elif changed == "lock":
-        (project / "requirements.lock").write_text("torch==2\n")
-    else:
-        monkeypatch.setenv("PATCHING_DEMO_MODEL", "attn-only-2l-demo")
-    assert build_book.run_key(notebook) != before
+@needs_make
+@pytest.mark.parametrize("home", ["", "/nonexistent", "/dev/null"])
+def test_make_says_what_is_wrong_with_a_home(checkout, home):
+    status, shown = checkout.make("help", HOME=home)
+    assert status == 2 and f'HOME is "{home}"' in shown and "HOME=/tmp/home make" in shown
 
 
-def test_key_ignores_caches(project):
-    notebook = write(project / "notebooks/01_a.ipynb", "1")
-    before = build_book.run_key(notebook)
-    (project / "patching_demo/__pycache__").mkdir()
-    (project / "patching_demo/__pycache__/metrics.pyc").write_bytes(b"\0")
-    assert build_book.run_key(notebook) == before
+# ---- what the extension makes of a run
+
+HOSTILE = '</script><script>alert("x")</script><img src=x onerror=alert(1)> & "quoted" <!-- $x$'
 
 
-def test_widgets_become_notes_and_progress_bars_vanish(tmp_path):
-    def widget(text: str) -> nbformat.NotebookNode:
-        data = {build_book.WIDGET_TYPE: {"model_id": "1"}, "text/plain": text}
+class Tags(HTMLParser):
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags: list[tuple[str, dict]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+
+def html_of(figure: go.Figure) -> tuple[str, dict]:
+    """The HTML of a figure, and the JSON in it."""
+    page = book_figures.figure_html(json.loads(figure.to_json()))
+    return page, json.loads(re.search(r"<script[^>]*>(.*?)</script>", page, re.DOTALL)[1])
+
+
+def test_hostile_text_stays_text():
+    figure = go.Figure(go.Heatmap(z=[[1]], x=[HOSTILE]))
+    figure.update_layout(title=HOSTILE, meta={"alt": HOSTILE, "caption": HOSTILE})
+    page, stored = html_of(figure)
+    tags = Tags(page).tags
+    assert [tag for tag, _ in tags] == "figure div script noscript p figcaption".split()
+    assert stored["data"][0]["x"] == [HOSTILE]
+    assert tags[0][1]["aria-label"].startswith("</script><script>alert")
+
+
+def test_figure_keeps_its_data_layout_and_frames():
+    figure = go.Figure(go.Scatter(y=[3, 1, 2]), frames=[go.Frame(name="next")])
+    figure.update_layout(title="Clean <b>resid_pre</b><br>into corrupted", height=321)
+    page, stored = html_of(figure)
+    assert stored["data"][0]["y"] == [3, 1, 2] and stored["frames"][0]["name"] == "next"
+    assert 'aria-label="Clean resid_pre into corrupted"' in page and "min-height:321px" in page
+
+
+def notebook_of(*outputs: dict) -> dict:
+    return new_notebook(cells=[new_code_cell("x", outputs=list(outputs))], metadata={"widgets": {}})
+
+
+@pytest.mark.parametrize(
+    ("figure", "message"),
+    [
+        ({"data": [], "layout": {"title": {"text": "Empty"}}}, "cell 1: .*would be blank"),
+        ({"data": [{"y": [1]}], "layout": {}}, "no text for screen readers"),
+        ({"data": [{"y": [1]}], "layout": {"meta": "a note"}}, "no text for screen readers"),
+    ],
+)
+def test_blank_and_mute_figures_are_refused(figure, message):
+    output = new_output("display_data", data={book_figures.FIGURE_TYPE: figure})
+    with pytest.raises(ValueError, match=message):
+        book_figures.page_of_run(notebook_of(output))
+
+
+def test_widgets_become_notes_and_progress_bars_vanish():
+    def widget(text: str) -> dict:
+        data = {book_figures.WIDGET_TYPE: {"model_id": "1"}, "text/plain": text}
         return new_output("display_data", data=data)
 
-    bar, panel = widget("  0%|          | 0/30 [00:00<?, ?it/s]"), widget("VBox(children=())")
+    bar = widget("  0%|          | 0/30 [00:00<?, ?it/s]")
+    run = notebook_of(bar, widget("VBox(children=())"))
     badge = "[![Open In Colab](https://elsewhere.example/badge.svg)](https://colab.example/1)"
-    cells = [new_markdown_cell(badge), new_code_cell("x", outputs=[bar, panel])]
-    path = tmp_path / "run.ipynb"
-    nbformat.write(new_notebook(cells=cells, metadata={"widgets": {}}), path)
-    build_book.clean(path, "key")
-    run = nbformat.read(path, as_version=4)
-    assert run.cells[0].source == "[Open in Colab](https://colab.example/1)"
-    (note,) = run.cells[1].outputs
-    assert note.data == {"text/markdown": build_book.WIDGET_NOTE}
-    assert "widgets" not in run.metadata and build_book.stored_key(path) == "key"
-
-
-def test_tagged_figures_are_kept(project):
-    figure = {"data": [{"y": [1]}], "layout": {}}
-    tagged = new_code_cell(
-        "fig", outputs=[new_output("display_data", data={build_book.FIGURE_TYPE: figure})]
-    )
-    tagged.metadata["tags"] = ["figure-headline"]
-    build_book.RUNS.mkdir()
-    run = build_book.RUNS / "01_a.ipynb"
-    nbformat.write(new_notebook(cells=[tagged, new_code_cell("1")]), run)
-    assert build_book.keep_figures(run) == 1
-    assert json.loads((build_book.FIGURES / "headline.json").read_text()) == figure
-    build_book.remove_stale(set())
-    assert not build_book.FIGURES.exists() and not run.exists()
-
-
-def test_missing_figure_fails_the_build(project):
-    (build_book.SITE / "notebooks").mkdir()
-    page = build_book.SITE / "notebooks/01_a.html"
-    page.write_text('<figure class="plotly-figure" role="figure"></figure>')
-    build_book.check_figures({"01_a": 1})
-    with pytest.raises(build_book.BookError, match="drew 2 figures, its page has 1"):
-        build_book.check_figures({"01_a": 2})
-
-
-def test_benchmark_page_has_the_table_or_says_how_to_make_it(project):
-    build_book.write_benchmark()
-    page = build_book.GENERATED / "benchmark-table.md"
-    assert "`make bench` runs it" in page.read_text()
-    (project / "benchmark").mkdir()
-    (project / "benchmark/table.md").write_text("Measured.\n\n| a |\n|---|\n| 1 |\n")
-    build_book.write_benchmark()
-    assert page.read_text() == "Measured.\n\n| a |\n|---|\n| 1 |\n"
+    run.cells.append(new_markdown_cell(badge))
+    page = book_figures.page_of_run(run)
+    (note,) = page["cells"][0]["outputs"]
+    assert note["data"] == {"text/markdown": book_figures.WIDGET_NOTE}
+    assert page["cells"][1]["source"] == "[Open in Colab](https://colab.example/1)"
+    assert "widgets" not in page["metadata"]

@@ -25,11 +25,8 @@ import importlib, pathlib, pkgutil, sys
 import patching_demo
 home = pathlib.Path(patching_demo.__file__).resolve()
 assert home.is_relative_to(pathlib.Path(sys.prefix).resolve()), home
-skipped = {"book_renderer"}  # needs Sphinx, which only a book build has
-names = sorted(m.name for m in pkgutil.iter_modules(patching_demo.__path__))
-for name in names:
-    if name not in skipped:
-        importlib.import_module("patching_demo." + name)
+for module in pkgutil.walk_packages(patching_demo.__path__, "patching_demo."):
+    importlib.import_module(module.name)
 for name in patching_demo.__all__:
     getattr(patching_demo, name)
 model = patching_demo.load_model("attn-only-2l-demo")
