@@ -11,14 +11,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from patching_demo.plots.tables import Html, as_text, framed
-from patching_demo.plots.theme import number
+import pandas as pd
+
+from patching_demo.plots.tables import Html, table
+from patching_demo.plots.theme import number, percent
 
 __all__ = ["Checks", "Claim", "ClaimFailed"]
 
 Relation = Literal["at least", "at most"]
-
-_CELL = "padding:4px 8px;text-align:left;vertical-align:top;white-space:normal"
 
 
 class ClaimFailed(AssertionError):
@@ -90,7 +90,7 @@ class Claim:
         if self.units == "share":
             # One decimal where rounding would hide on which side of a threshold a share lies.
             digits = 0 if abs(value) >= 0.1 or round(value, 2) == value else 1
-            return f"{value:.{digits}%}".replace("%", " %").replace("-", "−")
+            return percent(value, digits)
         return f"{number(value)} {self.units}".strip()
 
     @property
@@ -218,10 +218,15 @@ class Checks:
         self.verify()
 
     def _repr_html_(self) -> str:
-        heads = ("claim", "expected", "measured", "required", "verdict")
-        head = "".join(f'<th scope="col" style="{_CELL}">{text}</th>' for text in heads)
-        rows = "".join(map(_row, self.claims))
-        return framed(f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody>", self.caption)
+        # The word says it all; the sign helps to find a failure among many.
+        # Why a claim was not checked stands in the caption, once for all that share the reason.
+        verdicts = {True: "✓ holds", False: "✗ fails", None: "not checked"}
+        rows = [
+            (c.expected, c.written(c.measured), c.required, verdicts[c.holds]) for c in self.claims
+        ]
+        names = pd.Index([claim.name for claim in self.claims], name="claim")
+        columns = ["expected", "measured", "required", "verdict"]
+        return table(pd.DataFrame(rows, names, columns), self.caption)._repr_html_()
 
     def __repr__(self) -> str:
         lines = [
@@ -229,22 +234,3 @@ class Checks:
             for c in self.claims
         ]
         return "\n".join([self.caption, *lines])
-
-
-def _row(claim: Claim) -> str:
-    # The word says it all; the sign helps to find a failure among many.
-    # Why a claim was not checked stands in the caption, once for all that share the reason.
-    verdict = {True: "✓ holds", False: "✗ fails", None: "not checked"}[claim.holds]
-    # On a telephone the table scrolls sideways; a sentence one word wide would be unreadable.
-    cells = (
-        ("min-width:13em", as_text(claim.expected)),
-        ("white-space:nowrap", as_text(claim.written(claim.measured))),
-        ("white-space:nowrap", as_text(claim.required)),
-        ("min-width:5em", verdict),
-    )
-    name = f'<th scope="row" style="{_CELL};font-weight:600">{as_text(claim.name)}</th>'
-    return (
-        f"<tr>{name}"
-        + "".join(f'<td style="{_CELL};{style}">{content}</td>' for style, content in cells)
-        + "</tr>"
-    )

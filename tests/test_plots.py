@@ -55,8 +55,6 @@ def _made(dims, kinds=None, layers=3, heads=4, agree=2, clean=2.0, corrupted=-1.
         by="pos",
         kind="" if kinds else "out",
         n_key_value_heads=heads,
-        what="clean activations patched into the corrupted run",
-        each="one at a time",
     )
 
 
@@ -168,49 +166,103 @@ def test_baselines_are_called_what_the_result_calls_them():
         assert "intact −1, ruined 2" in shown.layout.meta["alt"]
 
 
-def test_curves_mark_positions_that_agree_and_draw_no_value_there():
+def test_curves_draw_no_value_where_inputs_agree_and_mark_it_by_a_band():
     result = _made(("layer", "position"), agree=5).isel(layer=0)
     figure = plots.curves(result, along="position")
     drawn = np.asarray(figure.data[0].y, float)
-    assert np.isnan(drawn[:5]).all() and np.isfinite(drawn[5:]).all()
-    (band,) = [shape for shape in figure.layout.shapes if shape.type == "rect"]
-    assert (band.x0, band.x1) == (-0.5, 4.5)
+    assert figure.layout.xaxis.ticktext == ("0–4", "to 5")
+    assert np.isnan(drawn[0]) and drawn[1] == pytest.approx(result.values[5], rel=1e-3)
+    assert _bands(figure) == [(-0.5, 0.5)]
     assert "nothing to patch" in figure.layout.meta["caption"]
+    # The band goes where the positions go.
+    for order, bands in (([-1, 0], [(0.5, 1.5)]), ([1, 5, 2], [(-0.5, 0.5), (1.5, 2.5)])):
+        moved = plots.curves(result.isel(position=order), along="position")
+        expected = result.where(~result["agrees"]).isel(position=order)
+        np.testing.assert_allclose(np.asarray(moved.data[0].y, float), expected, rtol=1e-3)
+        assert _bands(moved) == bands
 
 
-def test_positions_that_agree_are_marked_and_not_drawn_as_zero():
-    figure = plots.heatmap(_made(("layer", "position"), agree=5))
-    nothing = [t for t in figure.data if t.name == "nothing to patch"]
-    assert len(nothing) == 1 and len(nothing[0].x) == 5
-    assert not nothing[0].coloraxis and "nothing to patch" in nothing[0].hovertemplate
-    assert np.isnan(_z(_measured(figure)[0])[:, :5]).all()
-    assert np.isfinite(_z(_measured(figure)[0])[:, 5:]).all()
-    assert any(s.type == "path" for s in figure.layout.shapes)
-    assert "nothing<br>to patch" in figure.layout.annotations[0].text
-    assert "hatched" in figure.layout.meta["caption"]
-    free = plots.heatmap(_made(("layer", "position"), agree=0))
-    assert not free.layout.shapes and "hatched" not in free.layout.meta["caption"]
+def _bands(figure):
+    return [(shape.x0, shape.x1) for shape in figure.layout.shapes if shape.type == "rect"]
 
 
-def test_hatching_stays_inside_its_panel():
-    for agree in (1, 2, 5):
-        figure = plots.heatmap(_made(("layer", "position"), agree=agree))
-        (shape,) = figure.layout.shapes
-        points = [tuple(map(float, p.split(","))) for p in re.findall(r"[ML]([^ML]+)", shape.path)]
-        assert len(points) >= 8
-        assert all(-0.5 <= x <= agree - 0.5 and -0.001 <= y <= 1.001 for x, y in points)
+def _assert_drawn_from(result, measured, nothing):
+    """Each cell of one panel is its number, a mark where both inputs agree, or a gap."""
+    dims = ("layer", "head") if "head" in result.dims else ("layer",)
+    result = result.transpose(*dims, "position")
+    agrees = (result["agrees"] & xr.ones_like(result, dtype=bool)).transpose(*result.dims)
+    shape = (-1, result.sizes["position"])
+    expected = result.where(~agrees).values.reshape(shape)
+    np.testing.assert_allclose(_z(measured), expected, rtol=1e-3)
+    words = list(measured.x)
+    marked = np.zeros(expected.shape, bool)
+    for trace in nothing:
+        assert not trace.coloraxis and trace.texttemplate == "="
+        assert "nothing to patch" in trace.hovertemplate
+        marked[:, [words.index(x) for x in trace.x]] |= np.isfinite(_z(trace))
+    np.testing.assert_array_equal(marked, agrees.values.reshape(shape))
 
 
-def test_panels_collapse_the_positions_that_agree():
-    result = _made(("kind", "layer", "position"), kinds=tuple(BLOCK_KINDS), agree=4)
-    for trace in _measured(plots.heatmap(result)):
-        assert len(trace.x) == 3
+def _nothing(figure, axis="x"):
+    return [t for t in figure.data if t.name == "nothing to patch" and t.xaxis == axis]
+
+
+@pytest.mark.parametrize("dims", [("layer", "position"), ("layer", "position", "head")])
+@pytest.mark.parametrize(
+    "order", [[0, 1, 2, 3, 4, 5], [-1, 0], [0, -1], [5, 4, 3, 2, 1, 0], [5], [0, 1], [1, 5, 2]]
+)
+def test_what_agrees_is_marked_wherever_its_position_stands(dims, order):
+    result = _made(dims, agree=3).isel(position=order)
+    figure = plots.heatmap(result, collapse=False, top=None)
+    (measured,) = _measured(figure)
+    _assert_drawn_from(result, measured, _nothing(figure))
+    agreeing = bool(result["agrees"].any())
+    assert ("marked =" in figure.layout.meta["caption"]) == agreeing
+    places = [position % 6 for position in order]
+    assert [int(x.split()[1]) for x in measured.x] == places
+
+
+def test_each_panel_marks_what_agrees_in_its_own_inputs():
+    """Also where combined inputs agree for different lengths."""
+    parts = {
+        name: _made(("layer", "position", "head"), agree=n, layers=2)
+        for name, n in (("AB", 4), ("BA", 1))
+    }
+    together = combine(parts)
+    figure = plots.heatmap(together, collapse=False)
+    for trace, part in zip(_measured(figure), parts.values(), strict=True):
+        _assert_drawn_from(part, trace, _nothing(figure, trace.xaxis))
+    explored = plots.explore(parts)
+    for entry, part in enumerate(parts.values()):
+        for layer in range(2):
+            after = _pressed(explored, (0, entry), ("slider", layer))
+            _, values = _in_view(after)
+            expected = share(part.where(~part["agrees"])).isel(layer=layer)
+            np.testing.assert_allclose(values, expected.transpose("head", ...), rtol=5e-3)
+            # Cells are blank for one reason each.
+            nothing = _in_view(after, "nothing to patch")
+            assert (np.isfinite(nothing).any(0) == part["agrees"].values).all()
+    assert "marked =" in explored.layout.meta["caption"]
+
+
+@pytest.mark.parametrize("kinds", [None, tuple(BLOCK_KINDS)])
+def test_neighbours_that_agree_are_one_narrow_column(kinds):
+    dims = ("kind", "layer", "position") if kinds else ("layer", "position")
+    result = _made(dims, kinds=kinds, agree=4)
+    figure = plots.heatmap(result)
+    for trace in _measured(figure):
+        kind = {kind.label: name for name, kind in KINDS.items()}.get(trace.name)
         assert trace.x[0] == "position 0 '&lt;bos&gt;' to position 3 ' gave'"
-        np.testing.assert_allclose(
-            _z(trace)[:, 1:],
-            result.sel(kind={kind.label: name for name, kind in KINDS.items()}[trace.name])[:, 4:],
-            rtol=1e-3,
-        )
+        part = result.sel(kind=kind) if kinds else result
+        assert np.isnan(_z(trace)[:, 0]).all()
+        np.testing.assert_allclose(_z(trace)[:, 1:], part[:, 4:], rtol=1e-3)
+    assert figure.layout.xaxis.ticktext[0] == "0–3"
+    # Only neighbours, only where every panel agrees, and never heads.
+    (trace,) = _measured(plots.heatmap(_made(("layer", "position"), agree=4)[:, [3, 5, 0, 1, 2]]))
+    assert [x.split("'")[0] for x in trace.x] == ["position 3 ", "position 5 ", "position 0 "]
+    assert "to position 2" in trace.x[2]
+    heads = _made(("layer", "position", "head"), agree=4).isel(position=0)
+    assert len(plots.heatmap(heads).data[0].x) == 4
 
 
 def test_missing_cells_are_gaps():
@@ -274,7 +326,7 @@ def test_figures_say_what_they_show(shape):
     result = _made(**SHAPES[shape])
     figure = plots.heatmap(result)
     title = figure.layout.title.text
-    assert "Clean activations patched into the corrupted" in title.replace("<br>", " ")
+    assert "patched into the corrupted run" in title.replace("<br>", " ")
     assert "tiny" in title and "a task" in title and "logit difference" in title
     meta = figure.layout.meta
     assert meta["caption"].endswith(".") and meta["caption"].count(". ") == 0
@@ -331,6 +383,7 @@ def test_two_further_dimensions_make_a_grid_with_one_colour_scale():
         f"{c} · {k}" for c in ("AB", "BA") for k in ("output", "query", "key")
     ]
     assert {t.coloraxis for t in panels} == {"coloraxis"}
+    assert len({t.xaxis for t in panels}) == 6
     assert "clean" in figure.layout.coloraxis.colorbar.ticktext[1]
     with pytest.raises(ValueError, match="two further dimensions"):
         plots.heatmap(combine({"x": combine({"AB": inner, "BA": other})}, "seed"))
@@ -471,12 +524,19 @@ def _pressed(figure, *presses):
     return figure
 
 
-def _in_view(figure):
+def _in_view(figure, name=None):
     """The numbers that the window shows of the one trace that is visible and opaque."""
-    seen = [t for t in _measured(figure) if t.opacity in (None, 1) and t.hoverinfo != "skip"]
-    assert len(seen) == 1
+    shown = [t for t in figure.data if t.visible and t.opacity == 1 and t.hoverinfo != "skip"]
     x, y = (sorted(axis.range) for axis in (figure.layout.xaxis, figure.layout.yaxis))
     rows, columns = (slice(int(r[0] + 0.5), int(r[1] + 0.5)) for r in (y, x))
+    seen = [t for t in shown if (t.name == "nothing to patch") == (name is not None)]
+    if name is not None:
+        every = _measured(figure)[0].x
+        full = np.full((len(_measured(figure)[0].y), len(every)), np.nan)
+        for trace in seen:
+            full[:, [list(every).index(x) for x in trace.x]] = _z(trace)
+        return full[rows, columns]
+    assert len(seen) == 1
     return seen[0], _z(seen[0])[rows, columns]
 
 
@@ -541,8 +601,6 @@ def test_curves_are_the_numbers_with_both_baselines():
     assert [t.name for t in figure.data] == ["resid_pre", "mlp_out"]
     for trace, row in zip(figure.data, best.values, strict=True):
         np.testing.assert_allclose(np.asarray(trace.y, float), row, rtol=1e-3)
-    looks = {(t.line.color, t.line.dash, t.marker.symbol) for t in figure.data}
-    assert len(looks) == len({c for c, _, _ in looks}) == len({d for _, d, _ in looks}) == 2
     assert sorted(s.y0 for s in figure.layout.shapes) == [-1.0, 2.0]
     assert {a.text for a in figure.layout.annotations} == {"clean<br>2", "corrupted<br>−1"}
     low, high = figure.layout.yaxis.range
@@ -551,6 +609,88 @@ def test_curves_are_the_numbers_with_both_baselines():
     assert len(along.data) == 3 and along.data[0].name == "layer 0"
     with pytest.raises(ValueError, match="select or reduce"):
         plots.curves(result)
+
+
+@pytest.mark.parametrize("count", [6, 7, 13, 40, 60])
+def test_no_two_series_look_the_same(count):
+    result = _made(("layer", "head"), layers=count)
+    lines = [
+        (t.line.color, t.line.dash, t.marker.symbol)
+        for t in plots.curves(result, along="head").data
+    ]
+    bars = [
+        (t.marker.color, t.marker.pattern.shape, t.marker.line.width)
+        for t in plots.bars(result, along="head").data
+    ]
+    assert len(set(lines)) == len(set(bars)) == count
+    # Without colour as well, as far as there are signs.
+    assert all(len({look[i] for look in lines[:6]}) == 6 for i in range(3))
+    assert len({pattern for _, pattern, _ in bars[:6]}) == 6
+
+
+def test_screen_readers_get_names_as_they_are():
+    """Whatever shows the figure escapes its texts: they must not come escaped."""
+    over = "<script>over</script>"
+    nasty = {"metric": "a <b> & $c$", "clean_name": "<i>clean</i>", "model": "<m>"}
+    one = _made(("kind", "layer", "position"), kinds=tuple(BLOCK_KINDS), nasty=True)
+    result = combine({name: one.assign_attrs(nasty) for name in NASTY[1:3]}, over)
+    line = result.isel(kind=0, position=2)
+    for figure in (
+        plots.heatmap(result.isel(kind=0)),
+        plots.explore(result),
+        plots.curves(line),
+        plots.curves(result.isel(kind=0, layer=0), along="position"),
+        plots.bars(line, along=over),
+    ):
+        texts = [figure.layout.meta[which] for which in ("alt", "caption")]
+        assert "<m>" in texts[0] and "<" in " ".join(texts)
+        assert not re.search(r"&(lt|gt|amp|#\d+);", " ".join(texts)), texts
+
+
+@pytest.mark.parametrize(
+    ("facts", "main", "below"),
+    [
+        ({"kind": "mlp_out"}, "Clean mlp_out patched into the corrupted run", "layer and position"),
+        ({"kind": "q"}, "Clean queries patched into the corrupted run", "head and position"),
+        ({"kind": "q", "by": "all_pos"}, "Clean queries patched", "one head at a time, over all"),
+        ({"kind": "v", "direction": "noising"}, "Corrupted values patched into the clean", ""),
+        ({"kind": "v", "direction": "denoising"}, "Clean values patched into the corrupted", ""),
+        ({"kind": ""}, "Clean activations patched into the corrupted run", "tiny · a task"),
+    ],
+)
+def test_titles_are_made_from_facts(facts, main, below):
+    result = _made(("layer", "position")).assign_attrs(facts)
+    for figure in (plots.heatmap(result), plots.bars(result.isel(layer=0))):
+        title = _plain_title(figure)
+        assert main in title and below in title
+    names = ("corrupted", "clean") if "noising" in facts.values() else ("clean", "corrupted")
+    assert " minus ".join(names) in plots.heatmap(result).data[0].hovertemplate
+
+
+def test_a_selected_kind_names_the_figure_and_old_sentences_do_not():
+    result = _made(("kind", "layer", "head"), kinds=("q", "pattern")).assign_attrs(
+        by="all_pos", what="something else", each="something more"
+    )
+    title = _plain_title(plots.heatmap(result.sel(kind="pattern")))
+    assert "Clean patterns patched into" in title and "something" not in title
+    assert "Clean activations patched into" in _plain_title(plots.heatmap(result))
+
+
+def _plain_title(figure):
+    return re.sub(r"<[^>]*>", " ", figure.layout.title.text.replace("<br>", " "))
+
+
+@pytest.mark.parametrize("baselines", [(3.4, -0.506), (-2.7, 9.13), (0.0132, 0.00117), (1.0, 0.0)])
+def test_colour_bars_are_ticked_at_the_baselines_and_at_round_numbers(baselines):
+    clean, corrupted = baselines
+    values = _made(("layer", "head")) * 0 + corrupted + 0.9 * (clean - corrupted)
+    values.attrs = _made(("layer", "head"), clean=clean, corrupted=corrupted).attrs
+    axis = plots.heatmap(values).layout.coloraxis
+    others = set(axis.colorbar.tickvals) - {clean, corrupted}
+    assert len(others) == len(axis.colorbar.tickvals) - 2 >= 1
+    for value in others:
+        digits = f"{abs(value):.12g}".replace(".", "").strip("0")
+        assert len(digits) <= 2 and axis.cmin <= value <= axis.cmax
 
 
 def test_curves_leave_out_numbers_that_would_overlap_and_no_names():
@@ -625,10 +765,16 @@ def test_tokens_table_marks_exactly_what_differs():
     task = ioi_task(tiny.model("gpt2"))
     shown = plots.tokens_table(task, rows=2)
     html = shown._repr_html_()
-    assert html.count("<mark") == 4
     marked = re.findall(r"<mark[^>]*><code[^>]*>([^<]*)</code></mark>", html)
-    assert marked == [" John", " Mary", " Mary", " John"]
+    assert marked == [" John", " Mary", " Mary", " John"] and html.count("<mark") == 4
     assert html.count("<tr>") == 5 and 'tabindex="0"' in html
+    # The start that all shown prompts share is one cell, so that what differs is in view.
+    shared = int((task.clean_tokens == task.corrupted_tokens)[:2].all(0).tolist().index(False))
+    heads = re.findall(r'<th scope="col"[^>]*>([^<]+)</th>', html)
+    assert heads == [f"0–{shared - 1}", *map(str, range(shared, task.clean_tokens.shape[1]))]
+    tokens = re.findall(r"<code[^>]*>([^<]*)</code>", html)
+    assert tokens[: len(heads) + shared - 1] == list(map(theme.as_html, task.clean_strings[0]))
+    assert len(re.findall(r'<th scope="row"', html)) == 6
     assert "tokens that differ are marked" in html.split("<table")[0]
     assert "* John*" in repr(shown) and repr(shown).count("\n") == 4
     assert plots.tokens_table(task)._repr_html_().count("<tr>") == 17
@@ -650,13 +796,15 @@ def test_tables_show_markup_and_formulas_as_text():
     assert "mathjax_ignore" in html
 
 
-def test_table_writes_numbers_for_people():
-    frame = pd.DataFrame({"label": ["L9H6"], "value": [-1.23456], "share": [0.4211], "n": [3]})
+def test_table_writes_numbers_for_people_and_names_its_heads():
+    frame = pd.DataFrame({"label": ["L9H6"], "value": [-1.23456], "share": [-0.4211], "n": [3]})
     html = plots.table(frame, "Largest effects.")._repr_html_()
-    cells = re.findall(r"<td[^>]*>([^<]*)</td>", html)
-    assert cells == ["L9H6", "−1.23", "42 %", "3"]
-    gap = plots.table(pd.DataFrame({"share": [float("nan")]}), "x")._repr_html_()
-    assert ">–<" in gap
+    assert re.findall(r"<td[^>]*>([^<]*)</td>", html) == ["L9H6", "−1.23", "−42 %", "3"]
+    assert re.findall(r'<th scope="col"[^>]*>([^<]*)</th>', html) == list(frame.columns)
+    assert ">–<" in plots.table(pd.DataFrame({"share": [float("nan")]}), "x")._repr_html_()
+    rows = plots.table(frame.set_index(pd.Index(["<i>one</i>"], name="claim")), "x")._repr_html_()
+    assert re.findall(r'<th scope="row"[^>]*>(.*?)</th>', rows) == ["&lt;i&gt;one&lt;/i&gt;"]
+    assert html == plots.table(frame, "Largest effects.")._repr_html_()
 
 
 # Machado, Oliveira and Fernandes (2009), severity 1.0, for linear RGB.

@@ -42,6 +42,12 @@
     return update;
   }
 
+  // Plotly breaks no lines: the figure brings its title broken for a window and for a telephone.
+  function titled(figure, layout) {
+    const titles = (layout.meta && layout.meta.title) || {};
+    return titles[figure.clientWidth < 600 ? "narrow" : "wide"] || {};
+  }
+
   async function draw(figure) {
     const plot = figure.querySelector(".plotly-figure-plot");
     const { data, layout, frames } = JSON.parse(
@@ -56,7 +62,7 @@
       plot.style.minWidth = needs + "px";
     }
     await Plotly.newPlot(plot, { data, layout, frames, config: CONFIG });
-    await Plotly.relayout(plot, themed(layout));
+    await Plotly.relayout(plot, { ...themed(layout), ...titled(figure, layout) });
     figure.dataset.drawn = "true";
   }
 
@@ -71,6 +77,14 @@
         }
       }
     }).observe(document.documentElement, { attributes: true, attributeFilter: ["data-theme"] });
+    window.addEventListener("resize", () => {
+      for (const figure of figures) {
+        const plot = figure.querySelector(".plotly-figure-plot");
+        if (plot.layout) {
+          Plotly.relayout(plot, titled(figure, plot.layout));
+        }
+      }
+    });
     for (const figure of figures) {
       await draw(figure);
       // Let the page answer the reader between two figures.

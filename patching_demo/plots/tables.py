@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import html
+import re
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
+from pandas.io.formats.style import Styler
 
-from patching_demo.plots.theme import number
+from patching_demo.plots.theme import as_html, number, percent
 from patching_demo.tasks import Task
-
-__all__ = ["Html", "as_text", "framed", "table", "tokens_table"]
 
 # Dark on light in every theme, as a marked word must be readable on both.
 _MARK = "background:#ffe08a;color:#1a1a1a;padding:0 2px;border-radius:2px"
 # In the colour of the text around it: a theme's colour for code is not made for table rows.
 _TOKEN = "white-space:pre;color:inherit;background:none;border:0"
-_CELL = "padding:2px 6px;white-space:nowrap;text-align:left"
+_CELLS = [("padding", "2px 6px"), ("white-space", "nowrap"), ("text-align", "left")]
+_WRAPPED = [("min-width", "13em"), ("white-space", "normal")]
 
 
 class Html:
@@ -37,7 +39,8 @@ def table(frame: pd.DataFrame, caption: str) -> Html:
     """A table with a caption, numbers of about three digits and shares in per cent.
 
     Args:
-        frame: for instance of :func:`patching_demo.largest_cells`; its index is not shown.
+        frame: for instance of :func:`patching_demo.largest_cells`. Its index is shown, as the
+            heads of rows, if it has a name. Long texts are wrapped.
         caption: what the table shows, in a sentence.
 
     >>> print(table(pd.DataFrame({"label": ["L9H6"], "share": [0.421]}), "Largest effects."))
@@ -45,23 +48,23 @@ def table(frame: pd.DataFrame, caption: str) -> Html:
     label share
      L9H6  42 %
     """
-    shown = pd.DataFrame(
-        {
-            str(column): [_written(str(column), value) for value in frame[column]]
-            for column in frame.columns
-        }
-    )
-    head = "".join(f'<th scope="col" style="{_CELL}">{as_text(c)}</th>' for c in shown.columns)
-    body = "".join(
-        "<tr>" + "".join(f'<td style="{_CELL}">{as_text(v)}</td>' for v in row) + "</tr>"
-        for row in shown.itertuples(index=False)
-    )
-    markup = framed(f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>", caption)
-    return Html(markup, f"{caption}\n{shown.to_string(index=False)}")
+    written = [[_written(str(c), value) for value in frame[c]] for c in frame.columns]
+    columns = dict(zip(map(str, frame.columns), written, strict=True))
+    shown = pd.DataFrame(columns, index=frame.index)
+    named = frame.index.name is not None
+    # A name in the corner would be a head of its own, over nothing but heads of rows.
+    style = shown.rename_axis(index=None).style.format(as_html)
+    if not named:
+        style = style.hide(axis="index")
+    long = [i for i, column in enumerate(written) if any(len(text) > 40 for text in column)]
+    wraps = [{"selector": f"td.col{i}", "props": _WRAPPED} for i in long]
+    return Html(framed(style, caption, wraps), f"{caption}\n{shown.to_string(index=named)}")
 
 
 def tokens_table(task: Task, rows: int | None = None, caption: str | None = None) -> Html:
     """Clean and corrupted prompts below each other, token by token, with differences marked.
+
+    The start that all shown pairs share stands in one cell, so that what differs is in view.
 
     Args:
         task: what to show.
@@ -73,70 +76,73 @@ def tokens_table(task: Task, rows: int | None = None, caption: str | None = None
     """
     if rows is not None and rows < 1:
         raise ValueError(f"rows must be at least 1, got {rows}")
-    batch = len(task.clean_strings)
-    count = batch if rows is None else min(rows, batch)
     caption = caption or (
         f"Tokens of {task.name}: each clean prompt above its corrupted one, "
         "tokens that differ are marked."
     )
-    places = range(len(task.position_labels))
-    head = '<th scope="col" colspan="2">pair</th>' + "".join(
-        f'<th scope="col" style="{_CELL}">{place}</th>' for place in places
-    )
-    body, lines = [], [caption]
+    batch = len(task.clean_strings)
+    count = batch if rows is None else min(rows, batch)
+    # Token ids decide: two different tokens may print alike.
+    differs = (task.clean_tokens[:count] != task.corrupted_tokens[:count]).tolist()
+    places = len(task.position_labels)
+    shared = min((row.index(True) if any(row) else places) for row in differs)
+    shared = shared if shared >= 4 else 0
+    head = {f"0–{shared - 1}": range(shared)} if shared else {}
+    head |= {str(place): range(place, place + 1) for place in range(shared, places)}
+    body, index, lines = [], [], [caption]
     for pair in range(count):
-        one, other = task.clean_strings[pair], task.corrupted_strings[pair]
-        # Token ids decide: two different tokens may print alike.
-        differs = (task.clean_tokens[pair] != task.corrupted_tokens[pair]).tolist()
         length = int(task.lengths[pair])
-        for which, tokens in (("clean", one), ("corrupted", other)):
-            lead = f'<th scope="rowgroup" rowspan="2" style="{_CELL}">{pair + 1}</th>'
-            cells = "".join(
-                f'<td style="{_CELL}">{_token(token, marked) if place < length else ""}</td>'
-                for place, (token, marked) in enumerate(zip(tokens, differs, strict=True))
+        sides = {"clean": task.clean_strings[pair], "corrupted": task.corrupted_strings[pair]}
+        for side, tokens in sides.items():
+            cells = (
+                (tokens, differs[pair], [i for i in run if i < length]) for run in head.values()
             )
-            side = f'<th scope="row" style="{_CELL}">{which}</th>'
-            body.append(f"<tr>{lead if which == 'clean' else ''}{side}{cells}</tr>")
-            lines.append(f"{pair + 1} {which:<9} " + _line(tokens[:length], differs))
-    markup = framed(f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody>", caption)
-    return Html(markup, "\n".join(lines))
+            body.append([_tokens(*cell) for cell in cells])
+            index.append((str(pair + 1), side))
+            marked = zip(tokens[:length], differs[pair], strict=False)
+            lines.append(
+                f"{pair + 1} {side:<9} " + "|".join(f"*{t}*" if d else t for t, d in marked)
+            )
+    frame = pd.DataFrame(body, columns=list(head), index=pd.MultiIndex.from_tuples(index))
+    wraps = [{"selector": "td.col0", "props": _WRAPPED}] if shared else []
+    return Html(framed(frame.style, caption, wraps), "\n".join(lines))
 
 
-def _line(tokens: Sequence[str], differs: Sequence[bool]) -> str:
-    return "|".join(f"*{t}*" if d else t for t, d in zip(tokens, differs, strict=False))
-
-
-def _token(token: str, marked: bool) -> str:
-    text = f'<code style="{_TOKEN}">{as_text(token)}</code>'
-    return f'<mark style="{_MARK}">{text}</mark>' if marked else text
-
-
-def as_text(value: Any) -> str:
-    """Markup that shows ``value`` as it is, on one line."""
-    text = html.escape(str(value).replace("\n", "\\n").replace("\r", "\\r"))
-    # A dollar alone in its element opens no formula, in whichever version of MathJax the page has.
-    return text.replace("$", "<span>$</span>")
+def _tokens(tokens: Sequence[str], differs: Sequence[bool], places: Sequence[int]) -> str:
+    """Tokens beside each other, a thin line between two."""
+    shown = []
+    for place in places:
+        line = ";border-left:1px dotted" if place != places[0] else ""
+        text = f'<code style="{_TOKEN}{line}">{as_html(tokens[place])}</code>'
+        shown.append(f'<mark style="{_MARK}">{text}</mark>' if differs[place] else text)
+    return "<wbr>".join(shown)
 
 
 def _written(column: str, value: Any) -> str:
     if isinstance(value, float):
         if value != value:
             return "–"
-        return (
-            f"{value:.0%}".replace("%", " %").replace("-", "−")
-            if column == "share"
-            else number(value)
-        )
+        return percent(value) if column == "share" else number(value)
     return str(value)
 
 
-def framed(content: str, caption: str) -> str:
-    """The markup of a table below its caption, which stays in view when a wide table scrolls."""
-    label = html.escape(caption, quote=True)
-    # Wide tables scroll inside their frame, and the keyboard can reach the frame to do so.
+def framed(style: Styler, caption: str, styles: Sequence[dict[str, Any]] = ()) -> str:
+    """The markup of a styled table below its caption, whose cells are markup already.
+
+    The caption stays in view when a wide table scrolls inside its frame, which the keyboard can
+    reach to do so. Heads of rows and columns say which they are.
+    """
+    # The same table has the same name wherever it is made.
+    name = f"{zlib.crc32((caption + style.data.to_csv()).encode()):x}"
+    style = style.set_uuid(name).format_index(as_html, axis="columns")
+    style = style.format_index(as_html, axis="index")
+    style = style.set_table_styles([{"selector": "th, td", "props": _CELLS}, *styles])
     # Themes know pandas's tables by their class, and leave them readable in the dark.
+    markup = style.to_html(table_attributes='class="dataframe" style="margin-left:0"')
+    for where, scope in (("col", "col"), ("row", "row")):
+        markup = re.sub(rf'<th (?=[^>]*class="{where}_heading)', f'<th scope="{scope}" ', markup)
     return (
-        f'<div class="tex2jax_ignore mathjax_ignore"><p style="margin:0">{as_text(caption)}</p>'
-        f'<div role="region" aria-label="{label}" tabindex="0" style="overflow-x:auto">'
-        f'<table class="dataframe" style="margin-left:0">{content}</table></div></div>'
+        f'<div class="tex2jax_ignore mathjax_ignore"><p style="margin:0">{as_html(caption)}</p>'
+        f'<div role="region" aria-label="{html.escape(caption)}" tabindex="0" '
+        f'style="overflow-x:auto">{markup}</div></div>'
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import math
 import textwrap
 from collections.abc import Sequence
@@ -9,26 +10,6 @@ from typing import Any
 
 import numpy as np
 import plotly
-
-__all__ = [
-    "BAND",
-    "DIVERGING",
-    "DASHES",
-    "GAP",
-    "HATCH",
-    "INK",
-    "LINES",
-    "MENU",
-    "SEQUENTIAL",
-    "SYMBOLS",
-    "compact",
-    "escape",
-    "listed",
-    "number",
-    "short_label",
-    "title",
-    "wrapped",
-]
 
 #: Colour of all text that does not sit on a button: a grey that reads on white and on near-black
 #: paper. It stands here alone, so that a page which knows its theme can replace it.
@@ -38,10 +19,10 @@ INK = "#767676"
 #: lightens a dark one, and differs from the near-white of "no effect" on both.
 GAP = "rgba(127,127,127,0.34)"
 
-#: Behind the hatching of positions at which clean and corrupted inputs agree.
+#: Behind positions at which clean and corrupted inputs agree.
 BAND = "#dedede"
 
-#: The lines of that hatching.
+#: The lines of hatching where a page can draw it.
 HATCH = "#b2b2b2"
 
 # Orange and blue differ for every common kind of colour-blindness. The stops crowd around the
@@ -63,10 +44,11 @@ DIVERGING = [
 SEQUENTIAL = [[0.0, "#f7f7f7"], [0.1, "#bdd7ee"], [0.4, "#5a9fd4"], [1.0, "#08305f"]]
 
 #: Colours of lines and bars, apart from each other also to colour-blind readers and visible on
-#: light and dark pages; dashes and symbols say the same again.
+#: light and dark pages; dashes, symbols and patterns say it again.
 LINES = ["#2f7fc1", "#d9731a", "#2a9d7c", "#b66fb5", "#8a8a1e", "#c44e4e"]
 DASHES = ["solid", "dash", "dot", "dashdot", "longdash", "longdashdot"]
 SYMBOLS = ["circle", "square", "diamond", "triangle-up", "x", "cross"]
+PATTERNS = ["", "/", "x", ".", "\\", "-", "|", "+"]
 
 #: Buttons and menus keep dark on light in every theme: plotly's highlight, which marks the chosen
 #: button, is always nearly white. The others are darker than that, so that the choice can be seen.
@@ -83,13 +65,24 @@ def escape(text: Any) -> str:
     >>> escape("<b>$x$")
     '&lt;b&gt;&#36;x&#36;'
     """
-    text = str(text)
-    # One line: plotly turns line ends into nothing.
-    text = text.replace("\n", "\\n").replace("\r", "\\r").replace("\t", "\\t")
-    for raw, entity in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("$", "&#36;")):
-        text = text.replace(raw, entity)
+    text = html.escape(_one_line(text), quote=False).replace("$", "&#36;")
     # A template's own placeholders begin so.
     return text.replace("%{", "&#37;{")
+
+
+def as_html(text: Any) -> str:
+    """Markup that shows the text as it is in a page, neither as markup nor as LaTeX.
+
+    >>> as_html("<b>$x$")
+    '&lt;b&gt;<span>$</span>x<span>$</span>'
+    """
+    # A dollar alone in its element opens no formula, in whichever version of MathJax the page has.
+    return html.escape(_one_line(text)).replace("$", "<span>$</span>")
+
+
+def _one_line(text: Any) -> str:
+    """Line ends and tabs as a programmer writes them: a figure or a cell would swallow them."""
+    return str(text).replace("\n", "\\n").replace("\r", "\\r").replace("\t", "\\t")
 
 
 def short_label(text: str, limit: int = 11) -> str:
@@ -120,22 +113,40 @@ def number(value: float) -> str:
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 
-def wrapped(text: str, width: int = 46) -> str:
-    """Escaped text broken into lines that fit a telephone."""
-    lines = textwrap.wrap(text, width, break_long_words=True) or [""]
-    return "<br>".join(escape(line) for line in lines)
+def percent(share: float, digits: int = 0) -> str:
+    """A share in per cent, with a real minus sign.
+
+    >>> percent(-0.421), percent(0.0042, digits=1)
+    ('−42 %', '0.4 %')
+    """
+    if not math.isfinite(share):
+        return str(share)
+    text = f"{share:.{digits}%}"
+    # No minus sign before a zero.
+    return (text if text.strip("-0.%") else text.lstrip("-")).replace("%", " %").replace("-", "−")
 
 
-def title(main: str, below: str) -> tuple[str, int]:
-    """A title with a smaller line below it, and the height of both in pixels."""
-    first = wrapped(main, 42)
-    lines = first.count("<br>") + 1
-    text, height = f"<b>{first}</b>", 19 * lines
-    if below:
-        second = wrapped(below, 54)
-        text += f'<br><span style="font-size:12px">{second}</span>'
-        height += 17 * (second.count("<br>") + 1)
-    return text, height + 20
+def title(main: str, below: str) -> tuple[dict[str, dict[str, Any]], int]:
+    """A title with a smaller line below it, just above what follows it.
+
+    Returns:
+        what to set for a "wide" window and for a "narrow" telephone, as plotly breaks no lines,
+        and the pixels that the higher of the two needs.
+    """
+    made = {}
+    for which, (of_main, of_below) in {"wide": (72, 96), "narrow": (42, 54)}.items():
+        first, second = textwrap.wrap(main, of_main) or [""], textwrap.wrap(below, of_below)
+        text = f"<b>{'<br>'.join(map(escape, first))}</b>"
+        if second:
+            text += f'<br><span style="font-size:12px">{"<br>".join(map(escape, second))}</span>'
+        made[which] = text, 20 + 19 * len(first) + 17 * len(second)
+    height = max(needs for _, needs in made.values())
+    # The top anchor of a title of several lines is the baseline of its first.
+    settings = {
+        which: {"title.text": text, "title.pad.t": 23 + height - needs}
+        for which, (text, needs) in made.items()
+    }
+    return settings, height
 
 
 def compact(values: Any, digits: int = 4) -> np.ndarray:

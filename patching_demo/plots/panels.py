@@ -1,0 +1,505 @@
+"""What heatmaps are laid out with: axes, grids of panels, colour scales, menus.
+
+Heights and margins are counted in pixels from the text that has to fit, so that labels never
+overlap; widths are the reader's.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+import xarray as xr
+from plotly.subplots import make_subplots
+
+from patching_demo.plots import theme
+from patching_demo.plots.facts import entries_of, entry_name
+from patching_demo.plots.theme import compact, escape, number
+
+# Wider than this, panels go below each other, as their labels would not be readable.
+_MAX_COLUMNS = 48
+
+AGREE = "clean and corrupted agree here: nothing to patch"
+
+# Off the cell's centre by less than a pixel, and by more than plotly's tolerance for "same": a tick
+# exactly on a cell would replace the cell's words in the hover text.
+OFF_CENTRE = 0.04
+
+AXIS = {
+    "type": "category",
+    "showgrid": False,
+    "zeroline": False,
+    "ticks": "",
+    "tickmode": "array",
+    "tickfont": {"size": 10},
+    "automargin": False,
+}
+
+# A colour bar over the plot: beside it, it would take a third of a telephone's width. Its place
+# is given from the container's top, as one tied to the plot makes plotly move the title.
+_BAR = {
+    "orientation": "h",
+    "x": 0.5,
+    "xanchor": "center",
+    "len": 1,
+    "yref": "container",
+    "yanchor": "top",
+    "ypad": 0,
+    "thickness": 12,
+    "tickfont": {"size": 11},
+    "ticks": "outside",
+    "ticklen": 3,
+    "outlinewidth": 0,
+    "tickmode": "array",
+    "tickangle": 0,
+}
+
+BAR_HEIGHT, MENU_HEIGHT = 66, 38
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Rows, columns or groups: each entry in words, as a tick, and what all of them are.
+
+    ``places`` has the position that each entry stands for, if they are positions.
+    """
+
+    words: list[str]
+    ticks: list[str]
+    title: str
+    places: Sequence[int] = ()
+
+    @property
+    def turned(self) -> bool:
+        """Whether ticks stand upright below a figure."""
+        return self.title == "position"
+
+    @property
+    def longest(self) -> int:
+        """Characters of the longest tick."""
+        return max(map(len, self.ticks))
+
+    def below(self) -> int:
+        """Pixels below a figure whose columns these are."""
+        return 6 * self.longest + 14 if self.turned else 46
+
+    def ticked(self, at: Sequence[int], title: str | None = None) -> dict[str, Any]:
+        """Ticks at the entries ``at``, as plotly takes them."""
+        return {
+            "tickvals": [i + OFF_CENTRE for i in at],
+            "ticktext": [escape(self.ticks[i]) for i in at],
+            "tickangle": -90 if self.turned else 0,
+            "title": axis_title(self.title if title is None else title),
+        }
+
+
+def axis_title(text: str) -> dict[str, Any]:
+    """The title of an axis, a line for each of the text's."""
+    shown = "<br>".join(map(escape, text.split("\n")))
+    return {"text": shown, "standoff": 4, "font": {"size": 12}}
+
+
+def axis_of(result: xr.DataArray, dims: Sequence[str]) -> Axis:
+    """The axis of one dimension, or that of the heads of all layers."""
+    if len(dims) > 1:
+        pairs = [*itertools.product(*(entries_of(result, dim) for dim in dims))]
+        words = [f"layer {i}, head {j}" for i, j in pairs]
+        return Axis(words, [f"L{i}H{j}" for i, j in pairs], "head")
+    (dim,) = dims
+    entries = entries_of(result, dim)
+    if dim == "position":
+        tokens = result["token"].values if "token" in result.coords else entries
+        return position_axis([str(entry) for entry in entries], tokens)
+    if dim in ("layer", "head"):
+        return Axis([f"{dim} {entry}" for entry in entries], [str(e) for e in entries], dim)
+    names = [entry_name(dim, entry) for entry in entries]
+    return Axis(names, names, dim)
+
+
+def position_axis(labels: Sequence[str], tokens: Sequence[str]) -> Axis:
+    """Positions by their labels; what is selected or reordered keeps the numbers in its labels."""
+    numbers = [label.rpartition(" ")[2] for label in labels]
+    told = all(n.isdecimal() for n in numbers) and len(set(numbers)) == len(numbers)
+    places = [int(n) for n in numbers] if told else list(range(len(labels)))
+    words = [f"position {i} '{token}'" for i, token in zip(places, tokens, strict=True)]
+    return Axis(words, [theme.short_label(label) for label in labels], "position", places)
+
+
+def agreement(result: xr.DataArray) -> xr.DataArray:
+    """Where both inputs agree, so that there is nothing to patch: bool, as large as the result."""
+    everywhere = xr.ones_like(result, dtype=bool)
+    if "agrees" not in result.coords:
+        return ~everywhere
+    return (everywhere & result.coords["agrees"]).transpose(*result.dims)
+
+
+def collapsed(agrees: np.ndarray, columns: Axis) -> tuple[list[int], Axis]:
+    """The columns to draw, one for each run of three or more positions that agree everywhere.
+
+    Args:
+        agrees: bool ``[..., column]``.
+        columns: what they are called; only neighbouring positions are joined.
+    """
+    if not columns.places:
+        return list(range(len(columns.words))), columns
+    everywhere = agrees.reshape(-1, agrees.shape[-1]).all(axis=0)
+    kept, words, ticks = [], [], []
+    for (agree, _), group in itertools.groupby(
+        range(len(everywhere)), lambda i: (everywhere[i], columns.places[i] - i)
+    ):
+        run = list(group)
+        if agree and len(run) >= 3:
+            first, last = run[0], run[-1]
+            kept.append(first)
+            words.append(f"{columns.words[first]} to {columns.words[last]}")
+            ticks.append(f"{columns.places[first]}–{columns.places[last]}")
+        else:
+            kept += run
+            words += [columns.words[i] for i in run]
+            ticks += [columns.ticks[i] for i in run]
+    return kept, Axis(words, ticks, columns.title, [columns.places[i] for i in kept])
+
+
+def largest_rows(effect: np.ndarray, top: int) -> np.ndarray:
+    """The ``top`` rows with the largest effects, largest first.
+
+    Args:
+        effect: ``[..., row, column]``, NaN where there is no cell or nothing to patch.
+    """
+    size = np.nan_to_num(np.abs(effect), nan=-1.0)
+    largest = size.reshape(-1, *size.shape[-2:]).max(axis=(0, 2))
+    return np.argsort(-largest, kind="stable")[:top]
+
+
+def cells(values: np.ndarray, x: Sequence[str], y: Sequence[str], **more: Any) -> go.Heatmap:
+    """Measured cells, coloured by the figure's one scale; NaN is a gap."""
+    return go.Heatmap(
+        z=compact(values),
+        x=[escape(word) for word in x],
+        y=[escape(word) for word in y],
+        coloraxis="coloraxis",
+        hoverongaps=False,
+        **{"xgap": 1, "ygap": 1, **more},
+    )
+
+
+def nothing_to_patch(
+    agrees: np.ndarray, x: Sequence[str], y: Sequence[str], *, signed: bool = True, **more: Any
+) -> list[go.Heatmap]:
+    """The cells of bool ``[row, column]`` at which both inputs agree, as one trace or none.
+
+    ``signed`` puts a "=" into each; a figure of many thousands would grow too large by it.
+    """
+    some = np.flatnonzero(agrees.any(axis=0))
+    if not len(some):
+        return []
+    if signed:
+        # Plotly finds a sign's place by counting from the first column.
+        some = np.arange(some[-1] + 1)
+        more["text"] = np.where(agrees[:, some], "=", "").tolist()
+        more["texttemplate"], more["textfont"] = "%{text}", {"color": "#6e6e6e"}
+    return [
+        go.Heatmap(
+            z=np.where(agrees[:, some], 0, np.nan).astype(np.float32),
+            x=[escape(x[i]) for i in some],
+            y=[escape(word) for word in y],
+            colorscale=[[0, theme.BAND], [1, theme.BAND]],
+            showscale=False,
+            hoverongaps=False,
+            hovertemplate=f"%{{x}}<br>{AGREE}<extra></extra>",
+            name="nothing to patch",
+            **more,
+        )
+    ]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One heatmap of a figure, in a row and column of the grid."""
+
+    name: str
+    kind: str
+    row: int
+    column: int
+    values: np.ndarray  # [row, column], NaN where there is no cell or nothing to patch
+    agrees: np.ndarray  # bool [row, column]
+    row_name: str = ""  # where panels stand in rows and columns that each have a name
+    column_name: str = ""
+
+
+class Grid:
+    """Where the panels of a figure stand, in a plot of known height."""
+
+    def __init__(self, panels: list[Panel], rows: Axis, columns: Axis) -> None:
+        self.rows, self.columns = rows, columns
+        across, down = (max(getattr(p, side) for p in panels) + 1 for side in ("column", "row"))
+        width = len(columns.words)
+        if down == 1 and across * width > _MAX_COLUMNS:
+            down = math.ceil(across / max(1, _MAX_COLUMNS // width))
+            across = math.ceil(across / down)
+            panels = [replace(p, row=i // across, column=i % across) for i, p in enumerate(panels)]
+        self.panels, self.across, self.down = panels, across, down
+        #: The number that plotly gives each panel's axes.
+        numbers = [p.row * across + p.column + 1 for p in panels]
+        self.axes = ["" if n == 1 else str(n) for n in numbers]
+        self.over = 22 * any(p.name for p in panels)
+        self.left = 22 + 7 * rows.longest + 16 * any(p.row_name for p in panels)
+        # Every how many columns there is a label.
+        self.step = math.ceil(width * across / 33)
+
+    def height(self, n_rows: int) -> int:
+        """Pixels of the whole plot; the more rows there are, the fewer for each."""
+        each = 22 if n_rows <= 12 else 15 if n_rows <= 40 else 12
+        return self.down * max(n_rows * each, 44) + (self.down - 1) * self._between
+
+    @property
+    def _between(self) -> int:
+        return self.over + 4 if self.over else 14
+
+    def min_width(self) -> int:
+        """Pixels below which labels would overlap."""
+        labels = self.across * math.ceil(len(self.columns.words) / self.step)
+        return self.left + 26 + labels * (11 if self.columns.turned else 6)
+
+    def layout(self, view: np.ndarray, *, every_row: bool) -> dict[str, Any]:
+        """The axes of every panel for the rows in view, ``every_row`` of them with a label."""
+        n = len(view)
+        domains = make_subplots(
+            self.down,
+            self.across,
+            horizontal_spacing=0.025 if self.across > 1 else 0,
+            vertical_spacing=self._between / self.height(n) if self.down > 1 else 0,
+        ).layout
+        most = n if every_row else 20 if self.rows.title == "layer" else 300
+        shown = Axis([], [self.rows.ticks[i] for i in view], self.rows.title)
+        y_at = range(0, n, math.ceil(n / most))
+        x_at = range(0, len(self.columns.words), self.step)
+        own = "layer" if self.rows.title == "layer" else ""
+        layout: dict[str, Any] = {}
+        for panel, axis in zip(self.panels, self.axes, strict=True):
+            lowest = not any(p.column == panel.column and p.row > panel.row for p in self.panels)
+            words = self.columns.title if lowest and not self.columns.turned else ""
+            layout[f"xaxis{axis}"] = {
+                **AXIS,
+                **self.columns.ticked(x_at, words),
+                "domain": list(domains[f"xaxis{axis}"].domain),
+                "anchor": f"y{axis}",
+                "range": [-0.5, len(self.columns.words) - 0.5],
+                "showticklabels": lowest,
+            }
+            words = "" if panel.column else "\n".join(filter(None, [panel.row_name, own]))
+            layout[f"yaxis{axis}"] = {
+                **AXIS,
+                **shown.ticked(y_at, words),
+                "domain": list(domains[f"yaxis{axis}"].domain),
+                "anchor": f"x{axis}",
+                "range": [n - 0.5, -0.5],
+                "tickangle": 0,
+                "showticklabels": panel.column == 0,
+            }
+        return layout
+
+    def names(self) -> list[dict[str, Any]]:
+        """Names over the panels; over the columns of a grid once."""
+        notes = []
+        for panel, axis in zip(self.panels, self.axes, strict=True):
+            if panel.name and not (panel.column_name and panel.row):
+                notes.append(
+                    {
+                        "text": escape(panel.column_name or panel.name),
+                        "xref": f"x{axis} domain",
+                        "yref": f"y{axis} domain",
+                        "x": 0.5,
+                        "y": 1,
+                        "yanchor": "bottom",
+                        "yshift": 2,
+                        "showarrow": False,
+                        "font": {"size": 12},
+                    }
+                )
+        return notes
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A colour scale symmetric about the corrupted baseline."""
+
+    clean: float
+    centre: float
+    largest: float
+    names: tuple[str, str] = ("clean", "corrupted")
+
+    @property
+    def tiny(self) -> bool:
+        """Whether the effects would be too pale to see: then the figure opens with less range."""
+        return 0 < self.largest < 0.2 * abs(self.clean - self.centre)
+
+    @property
+    def small(self) -> bool:
+        """Whether the effects use less than half of the colours."""
+        return 0 < self.largest < 0.5 * abs(self.clean - self.centre)
+
+    def wide(self) -> dict[str, Any]:
+        """Colours that reach to the clean baseline, or to the largest effect if that is further."""
+        return self._part(max(abs(self.clean - self.centre), self.largest) or 1.0)
+
+    def narrow(self) -> dict[str, Any]:
+        """Colours that reach as far as the largest effect."""
+        return self._part(self.largest)
+
+    def opening(self) -> dict[str, Any]:
+        """The colours with which the figure opens."""
+        return self.narrow() if self.tiny else self.wide()
+
+    def menu(self, bottom: int) -> dict[str, Any]:
+        """Buttons that choose how far the colours reach, ``bottom`` pixels above the plot."""
+        choices = (
+            (f"colours up to {escape(self.names[0])}", self.wide()),
+            ("up to the largest effect", self.narrow()),
+        )
+        buttons = [
+            {"label": name, "method": "relayout", "args": [flattened({"coloraxis": part})]}
+            for name, part in choices
+        ]
+        return {**menu_above(buttons, bottom), "active": int(self.tiny)}
+
+    @property
+    def note(self) -> str:
+        """For a caption: how far the colours reach where it is not to the clean baseline."""
+        if not self.tiny:
+            return ""
+        part = theme.percent(self.largest / abs(self.clean - self.centre), digits=1)
+        return (
+            f"the darkest colour is the largest effect, {part} of {self.names[0]} "
+            f"minus {self.names[1]}"
+        )
+
+    def _part(self, half: float) -> dict[str, Any]:
+        low, high = self.centre - half, self.centre + half
+        ticks = {self.centre: f"{number(self.centre)}<br>{escape(self.names[1])}"}
+        distance = abs(self.clean - self.centre)
+        if 0 < distance <= half * 1.0001:
+            # Below the other one where there is no room beside it.
+            words = number(self.clean), escape(self.names[0])
+            close = distance < 0.45 * half
+            ticks[self.clean] = "<br><br>" + " ".join(words) if close else "<br>".join(words)
+        # Between the baselines, round numbers where there is room for them.
+        for value in round_numbers(low, high):
+            if all(abs(value - other) > 0.3 * half for other in ticks):
+                ticks[value] = number(value)
+        return {
+            "cmin": low,
+            "cmax": high,
+            "colorbar": {"tickvals": list(ticks), "ticktext": list(ticks.values())},
+        }
+
+
+def round_numbers(low: float, high: float) -> list[float]:
+    """Four to nine round numbers between two others.
+
+    >>> round_numbers(-4.4, 3.4)
+    [-4.0, -3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0]
+    """
+    power = 10.0 ** math.floor(math.log10(high - low))
+    step = next(s * power for s in (0.1, 0.2, 0.5, 1, 2) if (high - low) / (s * power) < 8)
+    return [float(f"{i * step:.6g}") for i in range(math.ceil(low / step), int(high // step) + 1)]
+
+
+def menu_above(buttons: list[dict[str, Any]], bottom: int, **more: Any) -> dict[str, Any]:
+    """A row of buttons, ``bottom`` pixels above the plot; "dropdown" as type hides all but one."""
+    return {
+        "type": "buttons",
+        "direction": "down" if more.get("type") == "dropdown" else "right",
+        "buttons": buttons,
+        "x": 0,
+        "xanchor": "left",
+        "y": 1,
+        "yanchor": "bottom",
+        "pad": {"b": bottom, "t": 0, "l": 0, "r": 0},
+        "showactive": True,
+        **theme.MENU,
+        **more,
+    }
+
+
+def flattened(layout: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested layout entries by path, so that an update changes them and keeps their siblings."""
+    flat: dict[str, Any] = {}
+    for key, value in layout.items():
+        if isinstance(value, Mapping):
+            flat.update(flattened(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def composed(
+    traces: Sequence[Any],
+    title: tuple[str, str],
+    *,
+    over: int,
+    plot: int,
+    below: int,
+    left: int,
+    right: int = 26,
+    alt: str,
+    caption: str,
+    min_width: int | None = None,
+    bar: int | None = None,
+    **layout: Any,
+) -> go.Figure:
+    """A figure of stacked parts, each of so many pixels.
+
+    Args:
+        traces: what it draws.
+        title: its title and the line below it.
+        over: between the title and the plot.
+        plot: the plot itself.
+        below: under the plot.
+        left: beside the plot.
+        right: likewise.
+        alt: for screen readers.
+        caption: how to read it.
+        min_width: below this it scrolls inside itself.
+        bar: from the plot up to the upper edge of the colour bar, if there is one.
+        layout: anything else.
+    """
+    settings, title_height = theme.title(*title)
+    top = title_height + over
+    meta = {"alt": alt, "caption": caption, "title": settings}
+    figure = go.Figure(traces)
+    figure.update_layout(
+        title={
+            "x": 0,
+            "xanchor": "left",
+            "xref": "container",
+            "y": 1,
+            "yanchor": "top",
+            "yref": "container",
+            "pad": {"l": 6},
+            "font": {"size": 14},
+        },
+        font={"color": theme.INK, "family": "Helvetica Neue, Helvetica, Arial, sans-serif"},
+        paper_bgcolor="rgba(0,0,0,0)",
+        autosize=True,
+        dragmode=False,
+        hoverlabel={"align": "left"},
+        modebar={"bgcolor": "rgba(0,0,0,0)", "color": theme.INK},
+        template="none",
+        height=top + plot + below,
+        margin={"l": left, "r": right, "t": top, "b": below, "pad": 0, "autoexpand": False},
+        meta=meta if min_width is None else {**meta, "min_width": min_width},
+        **layout,
+    )
+    figure.update_layout({k.replace(".", "_"): v for k, v in settings["wide"].items()})
+    if bar is not None:
+        figure.update_layout(
+            plot_bgcolor=theme.GAP,
+            coloraxis_colorbar={**_BAR, "y": 1 - (top - bar) / figure.layout.height},
+        )
+    return figure
