@@ -76,7 +76,7 @@ def heatmap(
         alt=_alt(result, f"{main} ({below})", grid),
         caption=caption or _caption(result, grid, len(views[0]) if trimmed else 0, scale.note),
         min_width=grid.min_width(),
-        coloraxis={"colorscale": theme.DIVERGING, **scale.opening()},
+        coloraxis={"colorscale": theme.DIVERGING, **scale.opening},
         annotations=grid.names(),
         **layouts[0],
     )
@@ -97,7 +97,7 @@ def heatmap(
 
 def _panels(
     result: xr.DataArray, collapse: bool
-) -> tuple[list[panels.Panel], panels.Axis, panels.Axis]:
+) -> tuple[panels.Axis, panels.Axis, list[panels.Panel]]:
     cell_dims = [d for d in facts.CELL_DIMS if d in result.dims]
     lead = [str(d) for d in result.dims if d not in cell_dims]
     if len(cell_dims) < 2:
@@ -119,17 +119,16 @@ def _panels(
     for where in itertools.product(*(range(result.sizes[d]) for d in lead)):
         at = dict(zip(lead, where, strict=True))
         part = values.isel(at)
-        names = [
+        names = tuple(
             facts.entry_name(d, part[d].item() if d in part.coords else i) for d, i in at.items()
-        ]
+        )
         kind = str(part["kind"].item()) if "kind" in part.coords else result.attrs.get("kind", "")
-        row, column = where if len(lead) == 2 else (0, *where, 0)[:2]
-        cells_of = [
+        spot = where if len(lead) == 2 else (0, *where, 0)[:2]
+        cells = [
             array.values.reshape(len(rows.words), -1)[:, kept] for array in (part, agrees.isel(at))
         ]
-        sides = names if len(names) == 2 else []
-        made.append(panels.Panel(" · ".join(names), kind, row, column, *cells_of, *sides))
-    return made, rows, columns
+        made.append(panels.Panel(*spot, *cells, kind, names))
+    return rows, columns, made
 
 
 def _panel_traces(
@@ -145,7 +144,7 @@ def _panel_traces(
     words = grid.columns.words, [grid.rows.words[i] for i in view]
     shared = {"xaxis": f"x{axis}", "yaxis": f"y{axis}", "visible": visible}
     clean, centre = facts.baselines_of(result)
-    name, metric = escape(panel.name), escape(result.attrs.get("metric", "metric"))
+    name, metric = panel.name, escape(result.attrs.get("metric", "metric"))
     template = f"{name}<br>" * bool(name) + f"%{{y}}, %{{x}}{_grouped_heads(result, panel)}"
     template += f"<br>{metric}: %{{z:.3~g}}"
     values = panel.values[view].astype(float)
@@ -179,7 +178,7 @@ def _caption(result: xr.DataArray, grid: panels.Grid, top: int, note: str) -> st
     if any(panel.agrees.any() for panel in grid.panels):
         parts.append("at positions marked = both inputs agree up to there: nothing to patch")
     if any((np.isnan(panel.values) & ~panel.agrees).any() for panel in grid.panels):
-        parts.append("grey panels.cells do not exist in this model")
+        parts.append("grey cells do not exist in this model")
     if note:
         parts.append(note)
     if top:
@@ -188,7 +187,7 @@ def _caption(result: xr.DataArray, grid: panels.Grid, top: int, note: str) -> st
 
 
 def _alt(result: xr.DataArray, title: str, grid: panels.Grid) -> str:
-    names = [panel.name for panel in grid.panels if panel.name]
+    names = [" · ".join(panel.names) for panel in grid.panels if panel.names]
     text = f"Heatmap. {title}. " + " by ".join(
         f"{len(axis.words)} {side} ({axis.title})"
         for side, axis in (("rows", grid.rows), ("columns", grid.columns))
@@ -241,7 +240,7 @@ def attention_patterns(
     traces, said = [], []
     for name, (layer, head) in zip(shown, heads, strict=True):
         weights = cache[hooks[layer]][:, head].float().mean(0).cpu().numpy()
-        # A causal head cannot look ahead: those panels.cells do not exist.
+        # A causal head cannot look ahead: those cells do not exist.
         weights = np.where(np.tri(size, dtype=bool) | (weights > 0), weights, np.nan)
         template = f"{name}, from %{{y}}<br>to %{{x}}<br>attention %{{z:.0%}}<extra></extra>"
         traces.append(
@@ -258,8 +257,7 @@ def attention_patterns(
     main = title or f"Attention pattern{'s' * several} of {theme.listed(shown)}"
     below = str(getattr(model.cfg, "model_name", "model"))
     below += f" · mean over {batch} prompts" if batch > 1 else ""
-    blank = np.zeros((size, size))
-    grid = panels.Grid([panels.Panel("", "", 0, 0, blank, blank)], axis, axis)
+    grid = panels.Grid(axis, axis)
     layout = grid.layout(np.arange(size), every_row=True)
     layout["yaxis"]["title"] = {"text": ""}
     menus, bar = [], 46

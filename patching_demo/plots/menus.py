@@ -169,8 +169,7 @@ def explore(
             for i, layer in enumerate(layers)
         ]
         sliders = [_slider("layer ", steps, start, below)]
-    blank = np.zeros((height, width))
-    grid = panels.Grid([panels.Panel("", "", 0, 0, blank, blank)], rows, columns)
+    grid = panels.Grid(rows, columns)
     y_step = math.ceil(height / (20 if row_dim == "layer" else 40))
     sources = [str(measured.attrs[k]) for k in ("model", "task") if measured.attrs.get(k)]
     main = title if title is not None else "Explore: one patch at a time"
@@ -188,7 +187,7 @@ def explore(
         bar=panels.BAR_HEIGHT,
         alt=alt + facts.largest_effects(shares),
         caption=caption or _caption(names, scale, bool(sliders), missing, bool(agrees.any())),
-        coloraxis={"colorscale": theme.DIVERGING, **scale.opening()},
+        coloraxis={"colorscale": theme.DIVERGING, **scale.opening},
         updatemenus=menus,
         sliders=sliders,
         annotations=notes,
@@ -264,7 +263,7 @@ def _caption(
     if sliding:
         text += "; the slider chooses the layer"
     if missing:
-        text += "; grey panels.cells do not exist in this model"
+        text += "; grey cells do not exist in this model"
     if agreeing:
         text += "; on plain light grey both inputs agree: nothing to patch"
     return text + "."

@@ -222,33 +222,44 @@ def nothing_to_patch(
 class Panel:
     """One heatmap of a figure, in a row and column of the grid."""
 
-    name: str
-    kind: str
     row: int
     column: int
     values: np.ndarray  # [row, column], NaN where there is no cell or nothing to patch
     agrees: np.ndarray  # bool [row, column]
-    row_name: str = ""  # where panels stand in rows and columns that each have a name
-    column_name: str = ""
+    kind: str = ""
+    names: tuple[str, ...] = ()  # one for each further dimension
+
+    @property
+    def name(self) -> str:
+        """Its whole name, escaped."""
+        return escape(" · ".join(self.names))
 
 
 class Grid:
     """Where the panels of a figure stand, in a plot of known height."""
 
-    def __init__(self, panels: list[Panel], rows: Axis, columns: Axis) -> None:
+    def __init__(self, rows: Axis, columns: Axis, panels: Sequence[Panel] = ()) -> None:
         self.rows, self.columns = rows, columns
-        across, down = (max(getattr(p, side) for p in panels) + 1 for side in ("column", "row"))
+        blank = np.zeros((len(rows.words), len(columns.words)))
+        self.panels = list(panels) or [Panel(0, 0, blank, blank > 0)]
+        across, down = (max(getattr(p, i) for p in self.panels) + 1 for i in ("column", "row"))
         width = len(columns.words)
         if down == 1 and across * width > _MAX_COLUMNS:
             down = math.ceil(across / max(1, _MAX_COLUMNS // width))
             across = math.ceil(across / down)
-            panels = [replace(p, row=i // across, column=i % across) for i, p in enumerate(panels)]
-        self.panels, self.across, self.down = panels, across, down
+            spots = [divmod(i, across) for i in range(len(self.panels))]
+            self.panels = [
+                replace(panel, row=i, column=j)
+                for panel, (i, j) in zip(self.panels, spots, strict=True)
+            ]
+        self.across, self.down = across, down
         #: The number that plotly gives each panel's axes.
-        numbers = [p.row * across + p.column + 1 for p in panels]
+        numbers = [p.row * across + p.column + 1 for p in self.panels]
         self.axes = ["" if n == 1 else str(n) for n in numbers]
-        self.over = 22 * any(p.name for p in panels)
-        self.left = 22 + 7 * rows.longest + 16 * any(p.row_name for p in panels)
+        depth = len(self.panels[0].names)
+        self.over = 22 if depth else 0
+        self._between = 26 if depth else 14
+        self.left = 22 + 7 * rows.longest + 16 * (depth == 2)
         # Every how many columns there is a label.
         self.step = math.ceil(width * across / 33)
 
@@ -256,10 +267,6 @@ class Grid:
         """Pixels of the whole plot; the more rows there are, the fewer for each."""
         each = 22 if n_rows <= 12 else 15 if n_rows <= 40 else 12
         return self.down * max(n_rows * each, 44) + (self.down - 1) * self._between
-
-    @property
-    def _between(self) -> int:
-        return self.over + 4 if self.over else 14
 
     def min_width(self) -> int:
         """Pixels below which labels would overlap."""
@@ -292,7 +299,8 @@ class Grid:
                 "range": [-0.5, len(self.columns.words) - 0.5],
                 "showticklabels": lowest,
             }
-            words = "" if panel.column else "\n".join(filter(None, [panel.row_name, own]))
+            row_name = panel.names[:1] if len(panel.names) == 2 else ()
+            words = "" if panel.column else "\n".join(filter(None, [*row_name, own]))
             layout[f"yaxis{axis}"] = {
                 **AXIS,
                 **shown.ticked(y_at, words),
@@ -308,10 +316,11 @@ class Grid:
         """Names over the panels; over the columns of a grid once."""
         notes = []
         for panel, axis in zip(self.panels, self.axes, strict=True):
-            if panel.name and not (panel.column_name and panel.row):
+            # Rows of a grid are named at its left, and its columns once.
+            if panel.names and not (len(panel.names) == 2 and panel.row):
                 notes.append(
                     {
-                        "text": escape(panel.column_name or panel.name),
+                        "text": escape(panel.names[-1]),
                         "xref": f"x{axis} domain",
                         "yref": f"y{axis} domain",
                         "x": 0.5,
@@ -325,61 +334,47 @@ class Grid:
         return notes
 
 
-@dataclass(frozen=True)
 class Scale:
-    """A colour scale symmetric about the corrupted baseline."""
+    """A colour scale symmetric about the corrupted baseline.
 
-    clean: float
-    centre: float
-    largest: float
-    names: tuple[str, str] = ("clean", "corrupted")
+    It reaches to the clean one, or to the largest effect if that is further: ``wide``. Where
+    effects use less than half of the colours, buttons let the reader choose the largest effect:
+    ``narrow``. Where they would be too pale to see, the figure opens so, and a ``note`` says it.
+    """
 
-    @property
-    def tiny(self) -> bool:
-        """Whether the effects would be too pale to see: then the figure opens with less range."""
-        return 0 < self.largest < 0.2 * abs(self.clean - self.centre)
-
-    @property
-    def small(self) -> bool:
-        """Whether the effects use less than half of the colours."""
-        return 0 < self.largest < 0.5 * abs(self.clean - self.centre)
-
-    def wide(self) -> dict[str, Any]:
-        """Colours that reach to the clean baseline, or to the largest effect if that is further."""
-        return self._part(max(abs(self.clean - self.centre), self.largest) or 1.0)
-
-    def narrow(self) -> dict[str, Any]:
-        """Colours that reach as far as the largest effect."""
-        return self._part(self.largest)
-
-    def opening(self) -> dict[str, Any]:
-        """The colours with which the figure opens."""
-        return self.narrow() if self.tiny else self.wide()
+    def __init__(
+        self,
+        clean: float,
+        centre: float,
+        largest: float,
+        names: tuple[str, str] = ("clean", "corrupted"),
+    ) -> None:
+        self.clean, self.centre, self.names = clean, centre, names
+        span = abs(clean - centre)
+        self.small, self.tiny = 0 < largest < 0.5 * span, 0 < largest < 0.2 * span
+        self.wide = self._reaching(max(span, largest) or 1.0)
+        self.narrow = self._reaching(largest) if self.small else self.wide
+        self.opening = self.narrow if self.tiny else self.wide
+        self.note = ""
+        if self.tiny:
+            part = theme.percent(largest / span, digits=1)
+            self.note = (
+                f"the darkest colour is the largest effect, {part} of {' minus '.join(names)}"
+            )
 
     def menu(self, bottom: int) -> dict[str, Any]:
         """Buttons that choose how far the colours reach, ``bottom`` pixels above the plot."""
-        choices = (
-            (f"colours up to {escape(self.names[0])}", self.wide()),
-            ("up to the largest effect", self.narrow()),
-        )
+        choices = {
+            f"colours up to {escape(self.names[0])}": self.wide,
+            "up to the largest effect": self.narrow,
+        }
         buttons = [
             {"label": name, "method": "relayout", "args": [flattened({"coloraxis": part})]}
-            for name, part in choices
+            for name, part in choices.items()
         ]
-        return {**menu_above(buttons, bottom), "active": int(self.tiny)}
+        return menu_above(buttons, bottom, active=int(self.tiny))
 
-    @property
-    def note(self) -> str:
-        """For a caption: how far the colours reach where it is not to the clean baseline."""
-        if not self.tiny:
-            return ""
-        part = theme.percent(self.largest / abs(self.clean - self.centre), digits=1)
-        return (
-            f"the darkest colour is the largest effect, {part} of {self.names[0]} "
-            f"minus {self.names[1]}"
-        )
-
-    def _part(self, half: float) -> dict[str, Any]:
+    def _reaching(self, half: float) -> dict[str, Any]:
         low, high = self.centre - half, self.centre + half
         ticks = {self.centre: f"{number(self.centre)}<br>{escape(self.names[1])}"}
         distance = abs(self.clean - self.centre)
@@ -451,25 +446,17 @@ def composed(
     caption: str,
     min_width: int | None = None,
     bar: int | None = None,
+    spare: int = 0,
     **layout: Any,
 ) -> go.Figure:
-    """A figure of stacked parts, each of so many pixels.
+    """A figure of stacked parts, each of so many pixels; below ``min_width`` it is scrolled.
 
-    Args:
-        traces: what it draws.
-        title: its title and the line below it.
-        over: between the title and the plot.
-        plot: the plot itself.
-        below: under the plot.
-        left: beside the plot.
-        right: likewise.
-        alt: for screen readers.
-        caption: how to read it.
-        min_width: below this it scrolls inside itself.
-        bar: from the plot up to the upper edge of the colour bar, if there is one.
-        layout: anything else.
+    From the top: the title and the line below it, ``over`` for menus, a colour bar whose upper
+    edge is ``bar`` above the plot, names of panels, then the ``plot`` and what is ``below``.
+    Of ``over``, only a telephone needs what is ``spare``.
     """
     settings, title_height = theme.title(*title)
+    settings["wide"]["title.pad.t"] += spare
     top = title_height + over
     meta = {"alt": alt, "caption": caption, "title": settings}
     figure = go.Figure(traces)

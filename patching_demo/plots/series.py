@@ -112,8 +112,8 @@ def _figure(
     how: str,
 ) -> go.Figure:
     """A trace for each series between the two baselines."""
-    names_values = dict(zip(facts.baseline_names(result), facts.baselines_of(result), strict=True))
     clean, centre = facts.baselines_of(result)
+    source, target = facts.baseline_names(result)
     if along not in result.dims or result.ndim > 2:
         raise ValueError(
             f"lines and bars need one or two dimensions, one of them {along!r}, got "
@@ -156,20 +156,23 @@ def _figure(
     pad = 0.08 * ((max(ends) - min(ends)) or 1.0)
     everywhere = agrees.all(axis=0)
     if caption is None:
-        caption = f"{how}; dashed lines mark the " + " and the ".join(names_values) + " baseline"
+        caption = f"{how}; dashed lines mark the {source} and the {target} baseline"
         caption += (
             "; in grey bands both inputs agree: nothing to patch." if everywhere.any() else "."
         )
+    # Two names stand beside each other on a telephone, five in a window.
+    legend_rows = [math.ceil(len(traces) / n) if len(traces) > 1 else 0 for n in (2, 5)]
     figure = panels.composed(
         traces,
         (main, below),
-        over=24 * (math.ceil(len(traces) / 2) if len(traces) > 1 else 0) + 8,
+        over=24 * legend_rows[0] + 8,
+        spare=24 * (legend_rows[0] - legend_rows[1]),
         plot=280,
         below=axis.below(),
         left=56,
         right=64,
         alt=f"{type(traces[0]).__name__.replace('Scatter', 'Curve').rstrip('s')}s. {main} "
-        f"({below}). {facts.baselines_in_words(result)}. Furthest from {[*names_values][1]}: "
+        f"({below}). {facts.baselines_in_words(result)}. Furthest from {target}: "
         f"{'; '.join(furthest)}.",
         caption=caption,
         plot_bgcolor="rgba(0,0,0,0)",
@@ -191,7 +194,7 @@ def _figure(
             "tickfont": {"size": 11},
         },
     )
-    for name, baseline in names_values.items():
+    for name, baseline in ((source, clean), (target, centre)):
         figure.add_hline(
             baseline,
             line={"color": theme.INK, "width": 1, "dash": "dash"},

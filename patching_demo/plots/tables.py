@@ -17,7 +17,7 @@ from patching_demo.tasks import Task
 # Dark on light in every theme, as a marked word must be readable on both.
 _MARK = "background:#ffe08a;color:#1a1a1a;padding:0 2px;border-radius:2px"
 # In the colour of the text around it: a theme's colour for code is not made for table rows.
-_TOKEN = "white-space:pre;color:inherit;background:none;border:0"
+_TOKEN = "color:inherit;background:none;border:0"
 _CELLS = [("padding", "2px 6px"), ("white-space", "nowrap"), ("text-align", "left")]
 _WRAPPED = [("min-width", "13em"), ("white-space", "normal")]
 
@@ -52,8 +52,8 @@ def table(frame: pd.DataFrame, caption: str) -> Html:
     columns = dict(zip(map(str, frame.columns), written, strict=True))
     shown = pd.DataFrame(columns, index=frame.index)
     named = frame.index.name is not None
-    # A name in the corner would be a head of its own, over nothing but heads of rows.
-    style = shown.rename_axis(index=None).style.format(as_html)
+    # In the corner, where a name of the columns would stand: pandas has a row for that of the index.
+    style = shown.rename_axis(index=None, columns=frame.index.name).style.format(as_html)
     if not named:
         style = style.hide(axis="index")
     long = [i for i, column in enumerate(written) if any(len(text) > 40 for text in column)]
@@ -109,13 +109,14 @@ def tokens_table(task: Task, rows: int | None = None, caption: str | None = None
 
 
 def _tokens(tokens: Sequence[str], differs: Sequence[bool], places: Sequence[int]) -> str:
-    """Tokens beside each other, a thin line between two."""
+    """Tokens beside each other, a thin line between two; several may be broken into lines."""
     shown = []
     for place in places:
         line = ";border-left:1px dotted" if place != places[0] else ""
-        text = f'<code style="{_TOKEN}{line}">{as_html(tokens[place])}</code>'
+        space = "pre-wrap" if len(places) > 1 else "pre"
+        text = f'<code style="white-space:{space};{_TOKEN}{line}">{as_html(tokens[place])}</code>'
         shown.append(f'<mark style="{_MARK}">{text}</mark>' if differs[place] else text)
-    return "<wbr>".join(shown)
+    return "".join(shown)
 
 
 def _written(column: str, value: Any) -> str:
@@ -139,8 +140,8 @@ def framed(style: Styler, caption: str, styles: Sequence[dict[str, Any]] = ()) -
     style = style.set_table_styles([{"selector": "th, td", "props": _CELLS}, *styles])
     # Themes know pandas's tables by their class, and leave them readable in the dark.
     markup = style.to_html(table_attributes='class="dataframe" style="margin-left:0"')
-    for where, scope in (("col", "col"), ("row", "row")):
-        markup = re.sub(rf'<th (?=[^>]*class="{where}_heading)', f'<th scope="{scope}" ', markup)
+    for names, scope in (("col_heading|index_name", "col"), ("row_heading", "row")):
+        markup = re.sub(rf'<th (?=[^>]*class="({names}) )', f'<th scope="{scope}" ', markup)
     return (
         f'<div class="tex2jax_ignore mathjax_ignore"><p style="margin:0">{as_html(caption)}</p>'
         f'<div role="region" aria-label="{html.escape(caption)}" tabindex="0" '
