@@ -17,8 +17,8 @@ import xarray as xr
 from patching_demo.engine.kinds import kind_label
 from patching_demo.models import Task as ModelTask
 from patching_demo.models import load_model, resolve_model
-from patching_demo.plots.tables import Html, table
 from patching_demo.plots.facts import baseline_names, baselines_of
+from patching_demo.plots.tables import Html, table
 from patching_demo.results import largest_cells
 
 __all__ = ["in_colab", "largest", "model", "runtime", "say", "setup", "typeset"]

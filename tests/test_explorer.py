@@ -237,7 +237,7 @@ def test_html_and_latex_are_shown_as_text(model):
     panel.wrong.value = " <script>"
     shown = markup(panel)
     allowed = {"p", "b", "div", "table", "caption", "thead", "tbody", "tr", "th", "td", "span"}
-    assert set(shown.tags) <= allowed | {"code", "mark"}
+    assert set(shown.tags) <= allowed | {"code", "mark", "style"}
     assert not [name for name, _ in shown.attributes if name.startswith("on")]
     assert "<b>" not in panel.advice.value.replace("<b>Change this first:</b>", "")
     assert "<" in shown.text and "$" in shown.text

@@ -52,7 +52,7 @@ def table(frame: pd.DataFrame, caption: str) -> Html:
     columns = dict(zip(map(str, frame.columns), written, strict=True))
     shown = pd.DataFrame(columns, index=frame.index)
     named = frame.index.name is not None
-    # In the corner, where a name of the columns would stand: pandas has a row for that of the index.
+    # In the corner; pandas has a row of its own for the name of an index.
     style = shown.rename_axis(index=None, columns=frame.index.name).style.format(as_html)
     if not named:
         style = style.hide(axis="index")
