@@ -15,8 +15,7 @@ import torch
 import xarray as xr
 
 from patching_demo.engine.kinds import kind_label
-from patching_demo.models import Task as ModelTask
-from patching_demo.models import load_model, resolve_model
+from patching_demo.models import TaskName, load_model, resolve_model
 from patching_demo.plots.facts import baseline_names, baselines_of
 from patching_demo.plots.tables import Html, table
 from patching_demo.results import largest_cells
@@ -66,7 +65,7 @@ def setup(seed: int = 0) -> None:
     print(runtime())
 
 
-def model(requested: str = "auto", task: ModelTask = "ioi") -> Any:
+def model(requested: str = "auto", task: TaskName = "ioi") -> Any:
     """The model that a notebook runs on, with a line that says which and why.
 
     Args:

@@ -29,7 +29,7 @@ from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.model_bridge.sources.native import NativeModel, initialize_native_model
 
 from patching_demo.models import DATA, DEMO_BOS, load_model
-from patching_demo.models.fetch import sha256_of
+from patching_demo.models.cache import sha256_of
 from patching_demo.tasks import CORRUPTIONS, induction_task
 
 NAME = "attn-only-2l-demo"

@@ -7,6 +7,7 @@ list of files, and the files themselves with the headers that say what they are.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import threading
 from collections.abc import Iterator
@@ -14,8 +15,8 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import tiny
 import torch
-from safetensors.torch import save_file
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 #: What a faulty hub does: `fault` of `LoopbackHub` is one of them, or "" for a good hub.
@@ -25,10 +26,14 @@ FAULTS = ("error", "rubbish", "silent", "trickle", "cut", "stall", "swap")
 class LoopbackHub:
     """The repositories it serves, the fault it has, and the requests it got."""
 
-    def __init__(self, repos: dict[str, dict[str, bytes]], fault: str = "") -> None:
+    def __init__(
+        self, repos: dict[str, dict[str, bytes]], fault: str = "", token: str = ""
+    ) -> None:
         assert fault in ("", *FAULTS)
         self.repos = repos
         self.fault = fault
+        #: Without this token in its header, a request is refused, as for a gated model.
+        self.token = token
         self.requests: list[str] = []
         self.closing = threading.Event()
         self.address = ""
@@ -81,6 +86,8 @@ class _Handler(BaseHTTPRequestHandler):
             while body and not hub.closing.wait(0.5):
                 self.wfile.write(b" ")
             return
+        if hub.token and self.headers.get("Authorization") != f"Bearer {hub.token}":
+            return self._send(401, b"", {"X-Error-Code": "GatedRepo"}, body)
         if hub.fault == "error":
             return self._send(503, b"", {}, body)
         if hub.fault == "rubbish":
@@ -125,9 +132,9 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serve(repos: dict[str, dict[str, bytes]], fault: str = "") -> Iterator[LoopbackHub]:
+def serve(repos: dict[str, dict[str, bytes]], *fault_and_token: str) -> Iterator[LoopbackHub]:
     """Serve the repositories until the block ends; the hub's `address` is for `HF_ENDPOINT`."""
-    hub = LoopbackHub(repos, fault)
+    hub = LoopbackHub(repos, *fault_and_token)
     handler = type("Handler", (_Handler,), {"hub": hub})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads = True
@@ -148,47 +155,55 @@ def serve(repos: dict[str, dict[str, bytes]], fault: str = "") -> Iterator[Loopb
 GPT2 = "openai-community/gpt2"
 LEGACY = "NeelNanda/Attn_Only_2L512W_C4_Code"
 LEGACY_TOKENIZER = "NeelNanda/gpt-neox-tokenizer-digits"
+LEGACY_CONFIG = {
+    "d_model": 16,
+    "n_layers": 2,
+    "d_mlp": 64,
+    "d_head": 8,
+    "n_heads": 2,
+    "n_ctx": tiny.N_CTX,
+    "d_vocab": tiny.D_VOCAB,
+    "act_fn": "solu_ln",
+    "attn_only": True,
+    "normalization": "LN",
+    "tokenizer_name": LEGACY_TOKENIZER,
+}
 
 
-def _files(folder: Path) -> dict[str, bytes]:
+def saved(folder: Path, *parts) -> dict[str, bytes]:
+    """Return the files that models and tokenizers write into a folder."""
+    for part in parts:
+        part.save_pretrained(folder)
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*.*")}
 
 
-def tiny_repositories(folder: Path, tokenizer, gpt2, legacy_config: dict) -> dict:
-    """Return a hub with a GPT-2, a legacy attention-only model, and the latter's tokenizer.
-
-    Weights are the given GPT-2's own, and random for the legacy model.
-    """
-    words, model, legacy = (folder / name for name in ("words", "gpt2", "legacy"))
-    tokenizer.save_pretrained(words)
-    tokenizer.save_pretrained(model)
-    gpt2.config.save_pretrained(model)
-    state = {k: v.clone() for k, v in gpt2.state_dict().items() if k != "lm_head.weight"}
-    save_file(state, model / "model.safetensors", metadata={"format": "pt"})
-    # The same weights in a form that nobody may read.
-    (model / "pytorch_model.bin").write_bytes(b"a pickle")
-    legacy.mkdir()
-    (legacy / "config.json").write_text(json.dumps(legacy_config))
-    torch.save(legacy_state(legacy_config), legacy / "model_final.pth")
+def tiny_repositories(folder: Path, gpt2) -> dict[str, dict[str, bytes]]:
+    """Return a GPT-2, a legacy attention-only model with random weights, and its tokenizer."""
+    weights = io.BytesIO()
+    torch.save(legacy_state(), weights)
+    # The GPT-2's weights also in a form that nobody may read.
     return {
-        GPT2: _files(model),
-        LEGACY: _files(legacy),
-        LEGACY_TOKENIZER: _files(words),
+        GPT2: {**saved(folder / "gpt2", gpt2, tiny.tokenizer()), "pytorch_model.bin": b"a pickle"},
+        LEGACY: {
+            "config.json": json.dumps(LEGACY_CONFIG).encode(),
+            "model_final.pth": weights.getvalue(),
+        },
+        LEGACY_TOKENIZER: saved(folder / "words", tiny.tokenizer()),
     }
 
 
-def legacy_state(config: dict) -> dict[str, torch.Tensor]:
+def legacy_state() -> dict[str, torch.Tensor]:
     """Return random weights in the layout of TransformerLens's older repositories."""
     draw = torch.Generator().manual_seed(0)
-    width, heads, size = config["d_model"], config["n_heads"], config["d_head"]
+    width, heads, size = (LEGACY_CONFIG[name] for name in ("d_model", "n_heads", "d_head"))
     shapes: dict[str, tuple[int, ...]] = {
-        "embed.W_E": (config["d_vocab"], width),
-        "pos_embed.W_pos": (config["n_ctx"], width),
+        "embed.W_E": (tiny.D_VOCAB, width),
+        "pos_embed.W_pos": (tiny.N_CTX, width),
         "ln_final.w": (width,),
         "ln_final.b": (width,),
-        "unembed.W_U": (width, config["d_vocab"]),
+        "unembed.W_U": (width, tiny.D_VOCAB),
     }
-    for layer in range(config["n_layers"]):
+    for layer in range(LEGACY_CONFIG["n_layers"]):
         block = f"blocks.{layer}"
         shapes |= {f"{block}.ln1.w": (width,), f"{block}.ln1.b": (width,)}
         for name in "QKV":

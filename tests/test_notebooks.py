@@ -15,7 +15,6 @@ import tiny
 from chapters import ROOT, SCRIPTS
 from loopback_hub import serve, tiny_repositories
 from test_claims import CHECKED
-from test_hub import LEGACY_CONFIG
 
 from patching_demo import notebook
 from patching_demo.plots.diagram import patching_diagram
@@ -233,7 +232,7 @@ def test_claims_hold_on_the_hubs_models(chapter, model):
 def test_claims_are_decided_on_the_hubs_models_and_fail_on_random_weights(chapter, model, tmp_path):
     """What the test above does, against a hub of this machine that has random weights."""
     gpt2 = tiny._hf("gpt2-12x12")[1]
-    repos = tiny_repositories(tmp_path / "repos", tiny.tokenizer(), gpt2, LEGACY_CONFIG)
+    repos = tiny_repositories(tmp_path / "repos", gpt2)
     with serve(repos) as hub:
         settings = {
             "HF_ENDPOINT": hub.address,

