@@ -42,10 +42,6 @@ def test_blocks_are_called_with_hidden_states_and_known_arguments(name: str) -> 
     run = bridge.capture(model, pair(name).corrupted)
     assert all("hidden_states" not in arguments for arguments in run.arguments)
     assert all("attention_mask" in arguments for arguments in run.arguments)
-    known = (*bridge.CACHE_ARGUMENTS, *bridge.POSITION_ARGUMENTS, "attention_mask")
-    for arguments in run.arguments:
-        strange = [k for k, v in arguments.items() if isinstance(v, Tensor) and k not in known]
-        assert strange == []
 
 
 @MODELS
@@ -262,10 +258,10 @@ def test_no_sweep_of_the_plain_loop_is_missing() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"bias": torch.zeros(1, 4, 6, 6)}, "block 0 takes a tensor 'bias' that cannot be sliced"),
+        ({"bias": torch.zeros(1, 4, 6, 6)}, r"'bias' of shape \(1, 4, 6, 6\) cannot be sliced"),
         ({"attention_mask": ...}, "block 0 takes no attention mask"),
-        ({"attention_mask": torch.zeros(2, 4, 6, 6)}, r"shape \(2, 4, 6, 6\) cannot be sliced"),
-        ({"position_ids": torch.zeros(3, 9)}, r"position argument of shape \(3, 9\)"),
+        ({"attention_mask": torch.zeros(2, 1, 6, 9)}, r"shape \(2, 1, 6, 9\) cannot be sliced"),
+        ({"position_ids": torch.zeros(3, 9)}, r"'position_ids' of shape \(3, 9\)"),
     ],
 )
 def test_arguments_that_cannot_be_sliced_are_unsupported(
@@ -287,10 +283,10 @@ def test_arguments_that_cannot_be_sliced_are_unsupported(
 
 
 def test_a_block_that_is_not_called_is_unsupported(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny.model("gpt2")
+    model, tokens = tiny.model("gpt2"), pair("gpt2").corrupted
     monkeypatch.setattr(type(model), "forward", lambda self, *_, **__: torch.zeros(2, 6, 128))
     with pytest.raises(bridge.Unsupported, match="not every block ran in a forward pass"):
-        bridge.capture(model, pair("gpt2").corrupted)
+        bridge.capture(model, tokens)
 
 
 def test_a_block_without_hidden_states_is_unsupported() -> None:

@@ -24,8 +24,9 @@ from torch import Tensor
 from transformer_lens.model_bridge.sources.native.model import NativeAttention
 
 CACHE_ARGUMENTS = ("past_key_values", "layer_past", "past_key_value")
-POSITION_ARGUMENTS = ("position_ids", "position_embeddings")
 
+# A module and the name of a bool buffer ``[..., slot, slot]`` in it.
+SlotMask = tuple[torch.nn.Module, str]
 # A hook name, the patch setter called there, and the index it is given.
 Patch = tuple[str, Callable[..., Tensor], tuple[int, ...]]
 
@@ -46,6 +47,8 @@ class Run:
         keys: per layer ``[batch, kv_head, pos, d_head]`` as the block's attention used them.
         values: the same for values.
         arguments: per layer, the other arguments the block was called with, by name.
+        slot_masks: per layer, masks that the block's own modules keep (local attention).
+        logit_scale: what the model multiplies its unembedding by, a number measured on the run.
     """
 
     tokens: Tensor
@@ -54,6 +57,8 @@ class Run:
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
     arguments: list[dict[str, Any]] = field(default_factory=list)
+    slot_masks: list[list[SlotMask]] = field(default_factory=list)
+    logit_scale: float = 1.0
 
 
 class _Recorder:
@@ -63,8 +68,9 @@ class _Recorder:
     values: Tensor | None = None
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        self.keys, self.values = keys, values
-        return keys, values
+        # A real cache is of the keys' type, and joining widens the values to it.
+        self.keys, self.values = keys, values.to(torch.promote_types(keys.dtype, values.dtype))
+        return self.keys, self.values
 
     def get_seq_length(self, *_: Any) -> int:
         return 0
@@ -90,10 +96,11 @@ class _Prefix:
 def _behind(prefix: Tensor, own: Tensor) -> Tensor:
     """``own`` [group * batch, kv_head, slot, d_head] behind a prefix [batch, kv_head, pos, d_head].
 
-    As repeating the prefix for every group and joining the two would give, in one copy less.
+    The same as repeating the prefix for every group and joining the two, with one copy.
     """
     length = prefix.shape[2]
-    joined = own.new_empty(*own.shape[:2], length + own.shape[2], own.shape[3])
+    shape = (*own.shape[:2], length + own.shape[2], own.shape[3])
+    joined = own.new_empty(shape, dtype=torch.promote_types(prefix.dtype, own.dtype))
     joined.unflatten(0, (-1, len(prefix)))[..., :length, :] = prefix
     joined[:, :, length:] = own
     return joined
@@ -122,8 +129,8 @@ def capture(model: Any, tokens: Tensor) -> Run:
     """Run the model once on ``tokens`` [batch, pos] and keep what resuming it needs.
 
     Raises:
-        Unsupported: if the model's blocks are not called with a hidden state they return, or
-            write no keys and values to a cache.
+        Unsupported: if the model's blocks are not called with a hidden state they return, write
+            no keys and values to a cache, or want more of a cache than a stand-in has.
     """
     n_layers = len(model.blocks)
     hidden: list[Tensor | None] = [None] * (n_layers + 1)
@@ -132,14 +139,15 @@ def capture(model: Any, tokens: Tensor) -> Run:
 
     def before(layer: int) -> Callable[..., Any]:
         def hook(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            named = _named_arguments(block, args, kwargs)
-            states = named.pop("hidden_states", None)
+            names, named = _named_arguments(block, args, kwargs)
+            states = named.pop(names[0], None)
             if not isinstance(states, Tensor) or states.shape[:2] != tokens.shape:
                 raise Unsupported(f"block {layer} is not called with hidden states [batch, pos, .]")
             # A copy, as the patch setters of the field write in place.
             hidden[layer] = states.clone()
             for name in CACHE_ARGUMENTS:
-                if named.get(name) is not None:
+                # A block that takes a cache is handed one, also where the model makes none.
+                if name in named or name in names:
                     named[name] = recorders[layer]
             arguments[layer] = named
             return (states,), named
@@ -158,6 +166,11 @@ def capture(model: Any, tokens: Tensor) -> Run:
         handles += _listen_to_native(block, recorder)
     try:
         logits = model(tokens, return_type="logits")
+    except (Unsupported, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # Whatever it is, the plain loop meets it too if it is the model's.
+        what = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise Unsupported(f"the model fails with a stand-in for its cache ({what})") from error
     finally:
         for handle in handles:
             handle.remove()
@@ -174,7 +187,58 @@ def capture(model: Any, tokens: Tensor) -> Run:
         keys=[recorder.keys for recorder in recorders],
         values=[recorder.values for recorder in recorders],
         arguments=arguments,
+        slot_masks=_take_slot_masks(model, arguments, hidden[-1], tokens.shape[1]),
+        logit_scale=_logit_scale(model, hidden[-1], logits),
     )
+
+
+def _take_slot_masks(
+    model: Any, arguments: list[dict[str, Any]], resid: Tensor, n_pos: int
+) -> list[list[SlotMask]]:
+    """Find masks that modules of a block keep as buffers, and make them part of its argument.
+
+    Such a mask goes by slot, so :func:`run_block` puts it out of force; what it hides besides the
+    future (all but a window, in local attention) is gathered by position with the block's mask.
+    """
+    found: list[list[SlotMask]] = []
+    causal = torch.ones(n_pos, n_pos, dtype=torch.bool, device=resid.device).tril()
+    for block, named in zip(model.blocks, arguments, strict=True):
+        found.append([])
+        for module in block.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is None or buffer.dtype != torch.bool or buffer.ndim < 2:
+                    continue
+                square = buffer.shape[-1] == buffer.shape[-2] >= n_pos
+                if not square or buffer.numel() != buffer.shape[-1] ** 2:
+                    continue
+                found[-1].append((module, name))
+                mask = buffer.reshape(buffer.shape[-2:])[:n_pos, :n_pos]
+                visible = mask if mask[0, 0] else ~mask
+                if not (visible | ~causal).all():
+                    usual = _additive(named.get("attention_mask"), resid, n_pos)
+                    lowest = torch.finfo(resid.dtype).min
+                    named["attention_mask"] = usual.masked_fill(~visible, lowest)
+    return found
+
+
+def _logit_scale(model: Any, resid: Tensor, logits: Tensor) -> float:
+    """The factor between the unembedding of the last residual stream and the logits.
+
+    Some models scale their logits after the unembedding. Measured at one position; 1 if it is 1
+    to rounding, or if there is a soft cap in between.
+    """
+    try:
+        usual = logits_from_resid(model, resid[:1, -1:])
+    except (AttributeError, TypeError, ValueError, RuntimeError):
+        return 1.0
+    one, other = (
+        part.detach().to("cpu", torch.float64).flatten() for part in (usual, logits[0, -1])
+    )
+    capped = getattr(model.cfg, "output_logits_soft_cap", None) or 0.0
+    if capped > 0 or one.shape != other.shape or not (one @ one > 0):
+        return 1.0
+    scale = float(one @ other / (one @ one))
+    return 1.0 if abs(scale - 1) <= 16 * torch.finfo(logits.dtype).eps else scale
 
 
 def _native_attention(block: Any) -> NativeAttention | None:
@@ -238,14 +302,15 @@ def _native_with_cache(
     return attention.o((pattern @ v).transpose(1, 2).flatten(2)), pattern
 
 
-def _named_arguments(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Positional arguments under the names the wrapped block gives them."""
-    forward = block.original_component.forward
-    if (method := getattr(forward, "__func__", None)) is None:
-        names = tuple(inspect.signature(forward).parameters)
-    else:
-        names = _parameter_names(method)[1:]
-    return {**dict(zip(names, args, strict=False)), **kwargs}
+def _named_arguments(
+    block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """The names that the wrapped block gives its arguments, and all arguments by name.
+
+    By its class, as an instance may carry a wrapper of ``forward`` that names none.
+    """
+    names = _parameter_names(type(block.original_component).forward)[1:]
+    return names, {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 @cache
@@ -371,13 +436,20 @@ def _call_block(
         for name, value in _pack_arguments(run, layer, layout).items()
     }
     attention = _native_attention(block)
-    if attention is None:
-        return _tensor_of(block(rows, **arguments))
-    attention.forward = partial(_native_with_cache, attention, cache)
+    if attention is not None:
+        attention.forward = partial(_native_with_cache, attention, cache)
+    kept = [module._buffers[name] for module, name in run.slot_masks[layer]]
+    for (module, name), mask in zip(run.slot_masks[layer], kept, strict=True):
+        length = layout.columns.shape[1]
+        visible = mask[(0,) * mask.ndim].expand(*mask.shape[:-2], length, length)
+        module._buffers[name] = visible
     try:
         return _tensor_of(block(rows, **arguments))
     finally:
-        del attention.forward
+        for (module, name), mask in zip(run.slot_masks[layer], kept, strict=True):
+            module._buffers[name] = mask
+        if attention is not None:
+            del attention.forward
 
 
 def run_block(model: Any, run: Run, layer: int, layout: Layout, states: Tensor) -> Tensor:
@@ -396,54 +468,68 @@ def run_block(model: Any, run: Run, layer: int, layout: Layout, states: Tensor) 
 def _pack_arguments(run: Run, layer: int, layout: Layout) -> dict[str, Any]:
     """The captured arguments of a block, sliced to the rows and columns of a pack."""
     captured = run.arguments[layer]
-    key = (id(captured.get("attention_mask")), id(captured.get("position_embeddings")))
+    key = tuple((k, id(v)) for k, v in captured.items() if not isinstance(v, _Recorder))
     if key not in layout._arguments:
+        if "attention_mask" not in captured:
+            raise Unsupported(f"block {layer} takes no attention mask")
         sliced: dict[str, Any] = {}
-        rows = layout.positions
         for name, value in captured.items():
             if name == "attention_mask":
                 sliced[name] = _pack_mask(value, run, layout)
-            elif name in POSITION_ARGUMENTS and isinstance(value, Tensor):
-                sliced[name] = _take_positions(value, rows, run)
-            elif name in POSITION_ARGUMENTS and isinstance(value, tuple):
-                sliced[name] = tuple(_take_positions(part, rows, run) for part in value)
             elif name == "cache_position":
                 sliced[name] = None
             elif isinstance(value, Tensor):
-                raise Unsupported(f"block {layer} takes a tensor '{name}' that cannot be sliced")
+                sliced[name] = _take_positions(name, value, run, layout)
+            elif isinstance(value, tuple):
+                sliced[name] = tuple(
+                    _take_positions(name, part, run, layout) if isinstance(part, Tensor) else part
+                    for part in value
+                )
             else:
                 sliced[name] = value
-        if "attention_mask" not in captured:
-            raise Unsupported(f"block {layer} takes no attention mask")
         layout._arguments[key] = sliced
     return layout._arguments[key]
 
 
 def _pack_mask(mask: Tensor | None, run: Run, layout: Layout) -> Tensor:
-    """The block's own mask, additive, gathered for a pack: ``[group * batch or 1, 1, row, col]``.
+    """A block's mask, additive, for a pack: ``[group * batch or 1, head or 1, row, column]``.
 
     Gathering from the captured mask keeps sliding windows, padding and added biases as they are.
     """
-    dtype, device = run.resid[0].dtype, run.resid[0].device
-    lowest = torch.finfo(dtype).min
-    n_pos = run.tokens.shape[1]
+    resid, n_pos = run.resid[0], run.tokens.shape[1]
+    mask = _additive(mask, resid, n_pos)
+    if len(mask) not in (1, len(run.tokens)) or mask.shape[-2:] != (n_pos, n_pos):
+        raise Unsupported(f"an attention mask of shape {tuple(mask.shape)} cannot be sliced")
+    gathered = mask[:, :, layout.positions[:, :, None], layout.columns[:, None, :]].transpose(1, 2)
+    hidden = ~layout.visible()[:, None]
+    return _flatten_batch(gathered.masked_fill(hidden, torch.finfo(resid.dtype).min), run)
+
+
+def _additive(mask: Tensor | None, resid: Tensor, n_pos: int) -> Tensor:
+    """An attention mask as what is added to the scores: ``[batch or 1, head or 1, pos, pos]``."""
+    dtype, device = resid.dtype, resid.device
     if mask is None or mask.ndim != 4:
         causal = torch.ones(n_pos, n_pos, dtype=torch.bool, device=device).tril()[None, None]
         mask = causal if mask is None else causal & mask[:, None, None, :].to(torch.bool)
     if mask.dtype == torch.bool:
+        lowest = torch.finfo(dtype).min
         mask = torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill(~mask, lowest)
-    if mask.shape[1] != 1 or mask.shape[-2:] != (n_pos, n_pos):
-        raise Unsupported(f"an attention mask of shape {tuple(mask.shape)} cannot be sliced")
-    gathered = mask[:, 0][:, layout.positions[:, :, None], layout.columns[:, None, :]]
-    gathered = gathered.masked_fill(~layout.visible(), lowest)
-    return _flatten_batch(gathered, run)[:, None]
+    return mask
 
 
-def _take_positions(value: Tensor, rows: Tensor, run: Run) -> Tensor:
-    """``[batch or 1, pos, ...]`` gathered to ``[group * batch or 1, row, ...]``."""
-    if value.ndim < 2 or value.shape[1] != run.tokens.shape[1]:
-        raise Unsupported(f"a position argument of shape {tuple(value.shape)} cannot be sliced")
-    return _flatten_batch(value[:, rows], run)
+def _take_positions(name: str, value: Tensor, run: Run, layout: Layout) -> Tensor:
+    """An argument of the block that goes by position, for the rows or columns of a pack.
+
+    ``[batch or 1, pos, ...]`` becomes ``[group * batch or 1, row, ...]``. A bias for each position
+    attended to, the same from everywhere (ALiBi), ``[batch * head, 1, pos]`` or
+    ``[batch, head, 1, pos]``, becomes as many for each group, ``[group * ..., 1, column]``.
+    """
+    batch, n_pos = run.tokens.shape
+    if value.ndim >= 2 and value.shape[0] in (1, batch) and value.shape[1] == n_pos:
+        return _flatten_batch(value[:, layout.positions], run)
+    if value.ndim >= 3 and value.shape[-2:] == (1, n_pos) and value.shape[0] % batch == 0:
+        return value[..., 0, layout.columns].movedim(-2, 0).flatten(0, 1).unsqueeze(-2)
+    raise Unsupported(f"an argument {name!r} of shape {tuple(value.shape)} cannot be sliced")
 
 
 def _flatten_batch(value: Tensor, run: Run) -> Tensor:
@@ -454,12 +540,15 @@ def _flatten_batch(value: Tensor, run: Run) -> Tensor:
     return spread.reshape(-1, *value.shape[2:])
 
 
-def logits_from_resid(model: Any, resid: Tensor) -> Tensor:
-    """Logits ``[rows, pos, d_vocab]`` of a final residual stream ``[rows, pos, d_model]``."""
-    return _soft_cap(model, model.unembed(model.ln_final(resid)))
+def logits_from_resid(model: Any, resid: Tensor, scale: float = 1.0) -> Tensor:
+    """Logits ``[rows, pos, d_vocab]`` of a final residual stream ``[rows, pos, d_model]``.
+
+    ``scale`` is the run's ``logit_scale``.
+    """
+    return _scale_and_cap(model, model.unembed(model.ln_final(resid)), scale)
 
 
-def some_logits_from_resid(model: Any, resid: Tensor, tokens: Tensor) -> Tensor:
+def some_logits_from_resid(model: Any, resid: Tensor, tokens: Tensor, scale: float = 1.0) -> Tensor:
     """Logits of a few vocabulary entries.
 
     ``resid`` is ``[rows, batch, pos, d_model]``, ``tokens`` ``[batch, n_tokens]``; the result is
@@ -472,10 +561,11 @@ def some_logits_from_resid(model: Any, resid: Tensor, tokens: Tensor) -> Tensor:
     bias = getattr(model, "b_U", None)
     if bias is not None:
         logits = logits + bias[tokens][:, None, :]
-    return _soft_cap(model, logits)
+    return _scale_and_cap(model, logits, scale)
 
 
-def _soft_cap(model: Any, logits: Tensor) -> Tensor:
+def _scale_and_cap(model: Any, logits: Tensor, scale: float) -> Tensor:
+    logits = logits if scale == 1 else logits * scale
     cap = getattr(model.cfg, "output_logits_soft_cap", None) or 0.0
     return cap * torch.tanh(logits / cap) if cap > 0 else logits
 
@@ -532,8 +622,20 @@ def run_plain(model: Any, tokens: Tensor, patches: Sequence[Patch], clean: Any) 
 
 
 def attached_hooks(model: Any) -> list[str]:
-    """Names of the hook points on which the caller left hooks."""
-    return [name for name, point in model.hook_dict.items() if point.fwd_hooks or point.bwd_hooks]
+    """Names of the hook points on which the caller left hooks.
+
+    TransformerLens's own, which some models have from boot, are not the caller's.
+    """
+    return [
+        name
+        for name, point in model.hook_dict.items()
+        if not all(_is_own(handle) for handle in (*point.fwd_hooks, *point.bwd_hooks))
+    ]
+
+
+def _is_own(handle: Any) -> bool:
+    module = getattr(getattr(handle, "user_hook", None), "__module__", None) or ""
+    return bool(handle.is_permanent) and module.split(".")[0] == "transformer_lens"
 
 
 def embedding(model: Any, tokens: Tensor) -> Tensor | None:

@@ -123,11 +123,13 @@ class Scorer:
             positions, tokens = metric.positions.to(device), metric.tokens
             final = self._final(pack, positions)
             if tokens is not None:
-                read = some_logits_from_resid(self.model, final, tokens.to(device))
+                read = some_logits_from_resid(
+                    self.model, final, tokens.to(device), self.run.logit_scale
+                )
             else:
                 key = positions.numpy(force=True).tobytes()
                 if key not in full:
-                    flat = logits_from_resid(self.model, final.flatten(0, 1))
+                    flat = logits_from_resid(self.model, final.flatten(0, 1), self.run.logit_scale)
                     full[key] = flat.view(*final.shape[:-1], -1)
                 read = full[key]
             rows.append(self._reduce(metric.from_read(read)))
@@ -148,7 +150,9 @@ class Scorer:
         logits = self.run.logits.clone()
         values: dict[str, list[Tensor]] = {name: [] for name in self.plain}
         groups, batch, slots, d_model = pack.states.shape
-        computed = logits_from_resid(self.model, pack.states.reshape(-1, slots, d_model))
+        computed = logits_from_resid(
+            self.model, pack.states.reshape(-1, slots, d_model), self.run.logit_scale
+        )
         computed = computed.view(groups, batch, slots, -1)
         for index in range(len(pack.cells)):
             # A run's positions follow each other, and so do their slots: slices copy fastest.

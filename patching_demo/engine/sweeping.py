@@ -86,7 +86,7 @@ def _check_arrival(run: Run, pack: Pack, scorer: Scorer) -> None:
     )
     arrived = pack.at(pack.slot_of[0, positions]).transpose(0, 1)
     expected = run.resid[-1][:, positions]
-    logits = logits_from_resid(scorer.model, expected[:, -1:])
+    logits = logits_from_resid(scorer.model, expected[:, -1:], run.logit_scale)
     for got, want, what in (
         (arrived, expected, "residual stream"),
         (logits, run.logits[:, positions[-1:]], "logits"),
