@@ -117,6 +117,13 @@ COVERED = """() => [...document.querySelectorAll('.plotly-figure-plot')].flatMap
 })"""
 
 
+# Titles that end beyond the edge of their figure: plotly breaks no lines.
+CUT = """() => [...document.querySelectorAll('.plotly-figure')].filter(figure =>
+    [...figure.querySelectorAll('.gtitle')].some(title =>
+        title.getBoundingClientRect().right > figure.getBoundingClientRect().right + 1)
+).map(figure => figure.querySelector('.gtitle').textContent)"""
+
+
 def check_accessible(page) -> None:
     """The axe rules find nothing serious."""
     from axe_core_python.sync_playwright import Axe
@@ -152,6 +159,7 @@ def test_page(browser, name, scheme):
     with Visit(browser, name, scheme) as visit:
         check_cells(visit.page)
         assert visit.page.evaluate(COVERED) == []
+        assert visit.page.evaluate(CUT) == []
         check_theme(visit.page, scheme)
         check_accessible(visit.page)
         assert visit.errors == []
@@ -161,6 +169,7 @@ def test_page(browser, name, scheme):
         visit.page.wait_for_timeout(500)
         assert visit.page.evaluate("document.documentElement.scrollWidth") <= NARROW["width"]
         assert visit.page.evaluate(COVERED) == []
+        assert visit.page.evaluate(CUT) == []
         assert visit.errors == []
 
 

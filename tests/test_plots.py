@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from functools import lru_cache
@@ -343,32 +344,23 @@ def test_figures_say_what_they_show(shape):
     assert "My title" in given.layout.title.text and given.layout.meta["caption"] == "My caption."
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_figures_adapt_to_their_column_and_theme(shape):
-    layout = plots.heatmap(_made(**SHAPES[shape])).layout
-    assert layout.width is None and layout.autosize
-    assert layout.paper_bgcolor == "rgba(0,0,0,0)"
-    assert layout.font.color == theme.INK
-    # One colour for text, so that a page can replace it: nothing inside sets its own, besides
-    # buttons and labels that bring their own background.
-    for note in layout.annotations:
-        assert note.font.color is None or note.bgcolor
-    assert layout.title.font.color is None and layout.coloraxis.colorbar.tickfont.color is None
+def test_figures_adapt_to_their_column_and_theme():
+    for shape in SHAPES.values():
+        layout = plots.heatmap(_made(**shape)).layout
+        assert layout.width is None and layout.autosize
+        assert layout.paper_bgcolor == "rgba(0,0,0,0)" and layout.font.color == theme.INK
+        # One colour for text, so that a page can replace it: nothing inside sets its own.
+        texts = layout.title, layout.coloraxis.colorbar.title, *layout.annotations
+        assert all(text.font.color is None for text in texts)
 
 
 def test_panels_wrap_before_they_get_too_narrow_to_read():
     wide = _made(("kind", "layer", "head"), kinds=tuple(HEAD_KINDS), heads=16)
     layout = plots.heatmap(wide).layout
-    domains = {(a.domain[0], a.domain[1]) for a in _axes(layout, "x")}
-    assert len(domains) == 3
-    rows = {a.domain for a in _axes(layout, "y")}
-    assert len(rows) == 2
-    for axis in (*_axes(layout, "x"), *_axes(layout, "y")):
-        assert 0 <= axis.domain[0] < axis.domain[1] <= 1
-
-
-def _axes(layout, letter):
-    return [layout[k] for k in layout if re.fullmatch(rf"{letter}axis\d*", k)]
+    for letter, count in (("x", 3), ("y", 2)):
+        axes = [layout[name] for name in layout if re.fullmatch(rf"{letter}axis\d*", name)]
+        assert len(axes) == 5 and len({axis.domain for axis in axes}) == count
+        assert all(0 <= axis.domain[0] < axis.domain[1] <= 1 for axis in axes)
 
 
 def test_two_further_dimensions_make_a_grid_with_one_colour_scale():
@@ -417,20 +409,14 @@ def test_equal_baselines_can_be_drawn():
 TEXTS = re.compile(r"<(?!/?(b|br|span)\b)[^>]*>|\$")
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_html_and_latex_in_tokens_are_text(shape):
-    result = _made(**SHAPES[shape], nasty=True)
-    figures = [plots.heatmap(result), plots.heatmap(result, title="<script>$z$")]
-    if "kind" in result.dims:
-        figures.append(plots.explore(result, title="<script>$z$"))
-    for figure in figures:
-        assert_draws_text_alone(figure)
-
-
-def test_html_and_latex_in_names_are_text():
-    """Metrics, units, baselines, and what a result was combined over, may be called anything."""
+def _nasty_figures():
+    """Figures whose tokens, metrics, units, baselines and further dimensions have any name."""
+    for shape in SHAPES.values():
+        result = _made(**shape, nasty=True)
+        yield plots.heatmap(result)
+        yield plots.heatmap(result, title="<script>$z$")
     one = _made(("kind", "layer", "position"), kinds=tuple(BLOCK_KINDS), nasty=True).assign_attrs(
-        metric="<script>metric</script> $m$",
+        metric="<script>metric</script> $m$ & more",
         units="<i>u</i> $u$",
         clean_name="<i>clean</i> $a$",
         corrupted_name="<i>corrupted</i> $b$",
@@ -438,26 +424,31 @@ def test_html_and_latex_in_names_are_text():
     over = "<script>over</script>"
     result = combine({name: one for name in NASTY[:3]}, over).isel(kind=slice(2))
     line, row = result.isel(kind=0, position=2), result.isel(kind=0, layer=0)
-    for figure in (
+    yield from (
         plots.heatmap(result),
         plots.heatmap(result.isel(kind=0)),
-        plots.heatmap(one.isel(kind=0)),
-        plots.explore(result),
+        plots.explore(result, title="<script>$z$"),
         plots.explore(result.isel(kind=0)),
         plots.curves(line),
         plots.curves(line, along=over),
+        plots.curves(row, along="position"),
         plots.bars(row),
         plots.bars(row, along=over),
-    ):
-        assert_draws_text_alone(figure)
+    )
 
 
-def assert_draws_text_alone(figure):
-    texts = _shown(_json(figure))
-    assert len(texts) > 5
-    for text in texts:
-        assert not TEXTS.search(text.replace("<extra></extra>", "")), text
-        assert "script>" not in text
+def test_names_are_text_to_the_eye_and_as_they_are_to_screen_readers():
+    for figure in _nasty_figures():
+        content = _json(figure)
+        meta = content["layout"].pop("meta")
+        texts = [*_shown(content), *(title["title.text"] for title in meta["title"].values())]
+        assert len(texts) > 5
+        for text in texts:
+            assert not TEXTS.search(text.replace("<extra></extra>", "")), text
+            assert "script>" not in text
+        # Whatever shows the figure escapes these: they must not come escaped.
+        assert "<i>task</i>" in meta["alt"]
+        assert not re.search(r"&(lt|gt|amp|#\d+);", meta["alt"] + meta["caption"])
 
 
 def _shown(content):
@@ -468,8 +459,7 @@ def _shown(content):
     def walk(node, key=None):
         if isinstance(node, dict):
             for k, v in node.items():
-                if k != "meta":
-                    walk(v, k)
+                walk(v, k)
         elif isinstance(node, list):
             for v in node:
                 walk(v, key)
@@ -548,19 +538,13 @@ def test_explorer_shows_what_its_menus_say_in_whichever_order_they_are_used(orde
     names = {m: [b.label for b in menu.buttons] for m, menu in enumerate(figure.layout.updatemenus)}
     assert names[0] == ["output", "query", "key"]
     assert names[1] == ["AB", "BA"] and names[2] == ["logit difference", "probability"]
-    for kind in range(3):
-        for corrupted in range(2):
-            for metric in range(2):
-                for layer in range(3):
-                    entries = {0: kind, 1: corrupted, 2: metric, "slider": layer}
-                    after = _pressed(figure, *((m, entries[m]) for m in order))
-                    trace, values = _in_view(after)
-                    cell = result.isel(
-                        kind=kind, corrupted=corrupted, metric=metric, layer=layer
-                    ).transpose("head", "position")
-                    expected = cell.where(~cell["agrees"]).values
-                    np.testing.assert_allclose(values, expected, rtol=5e-3)
-                    assert trace.name == f"{names[1][corrupted]} · {names[2][metric]}"
+    for places in itertools.product(range(3), range(2), range(2), range(3)):
+        at = dict(zip((0, 1, 2, "slider"), places, strict=True))
+        trace, values = _in_view(_pressed(figure, *((menu, at[menu]) for menu in order)))
+        dims = ("kind", "corrupted", "metric", "layer")
+        cell = result.isel(dict(zip(dims, places, strict=True))).transpose("head", "position")
+        np.testing.assert_allclose(values, cell.where(~cell["agrees"]).values, rtol=5e-3)
+        assert trace.name == f"{names[1][places[1]]} · {names[2][places[2]]}"
     baseline = result["corrupted_baseline"].sel(corrupted="BA", metric="probability").item()
     assert f"corrupted {theme.number(baseline)}" in trace.hovertemplate
 
@@ -617,25 +601,6 @@ def test_no_two_series_look_the_same(count):
     assert len({pattern for _, pattern, _ in bars[:6]}) == 6
 
 
-def test_screen_readers_get_names_as_they_are():
-    """Whatever shows the figure escapes its texts: they must not come escaped."""
-    over = "<script>over</script>"
-    nasty = {"metric": "a <b> & $c$", "clean_name": "<i>clean</i>", "model": "<m>"}
-    one = _made(("kind", "layer", "position"), kinds=tuple(BLOCK_KINDS), nasty=True)
-    result = combine({name: one.assign_attrs(nasty) for name in NASTY[1:3]}, over)
-    line = result.isel(kind=0, position=2)
-    for figure in (
-        plots.heatmap(result.isel(kind=0)),
-        plots.explore(result),
-        plots.curves(line),
-        plots.curves(result.isel(kind=0, layer=0), along="position"),
-        plots.bars(line, along=over),
-    ):
-        texts = [figure.layout.meta[which] for which in ("alt", "caption")]
-        assert "<m>" in texts[0] and "<" in " ".join(texts)
-        assert not re.search(r"&(lt|gt|amp|#\d+);", " ".join(texts)), texts
-
-
 @pytest.mark.parametrize(
     ("facts", "main", "below"),
     [
@@ -656,6 +621,15 @@ def test_titles_are_made_from_facts(facts, main, below):
     assert " minus ".join(names) in plots.heatmap(result).data[0].hovertemplate
 
 
+def test_a_figure_of_both_directions_does_not_call_all_of_it_denoising():
+    one = _made(("layer", "position")).assign_attrs(direction="denoising")
+    other = one.assign_attrs(direction="noising", clean_baseline=-1.0, corrupted_baseline=2.0)
+    both = combine({"denoising": one, "noising": other}, "direction")
+    assert "Source head outputs patched into the target run" in _plain_title(plots.heatmap(both))
+    selected = plots.heatmap(both.sel(direction="noising"))
+    assert "Corrupted head outputs patched into the clean run" in _plain_title(selected)
+
+
 def test_a_selected_kind_names_the_figure_and_old_sentences_do_not():
     result = _made(("kind", "layer", "head"), kinds=("q", "pattern")).assign_attrs(
         by="all_pos", what="something else", each="something more"
@@ -663,6 +637,12 @@ def test_a_selected_kind_names_the_figure_and_old_sentences_do_not():
     title = _plain_title(plots.heatmap(result.sel(kind="pattern")))
     assert "Clean patterns patched into" in title and "something" not in title
     assert "Clean activations patched into" in _plain_title(plots.heatmap(result))
+    reading = (
+        _made(("layer", "head"))
+        .drop_attrs()
+        .assign_attrs(metric="attention to the start", clean_baseline=1.0, corrupted_baseline=0.0)
+    )
+    assert _plain_title(plots.heatmap(reading)).split("  ")[0].strip() == "Attention to the start"
 
 
 def _plain_title(figure):

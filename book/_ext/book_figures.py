@@ -52,7 +52,8 @@ def figure_html(figure: Mapping[str, Any]) -> str:
         raise ValueError("a figure without traces would be blank")
     meta, title = layout.get("meta"), layout.get("title") or ""
     meta = meta if isinstance(meta, Mapping) else {}
-    alt = _plain(meta.get("alt") or (title if isinstance(title, str) else title.get("text")))
+    # A title has plotly's tags; what is meant for screen readers is text, whatever stands in it.
+    alt = meta.get("alt") or _plain(title if isinstance(title, str) else title.get("text"))
     if not alt:
         raise ValueError(
             "a figure has no text for screen readers: set layout.meta = {'alt': ...} or a title"
@@ -62,7 +63,7 @@ def figure_html(figure: Mapping[str, Any]) -> str:
         {"data": figure["data"], "layout": layout, "frames": figure.get("frames", [])},
         separators=(",", ":"),
     ).replace("<", "\\u003c")
-    caption = html.escape(_plain(meta.get("caption")))
+    caption = html.escape(meta.get("caption") or "")
     # The room is reserved before plotly draws, so that a page does not jump as it loads.
     height = int(layout.get("height") or 450)
     return (

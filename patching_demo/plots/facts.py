@@ -12,6 +12,9 @@ from patching_demo.results import baselines, largest_cells
 
 CELL_DIMS = ("layer", "head", "position")
 
+#: The runs that activations come from and go to.
+RUNS = {"denoising": ("clean", "corrupted"), "noising": ("corrupted", "clean")}
+
 
 def baselines_of(result: xr.DataArray) -> tuple[float, float]:
     """(clean, corrupted) of a result.
@@ -30,11 +33,14 @@ def baseline_names(result: xr.DataArray) -> tuple[str, str]:
 
     That is clean and corrupted, the other way round for noising, unless the result says otherwise.
     """
-    names = ("clean", "corrupted")
-    if result.attrs.get("direction") == "noising":
-        names = names[::-1]
-    source = str(result.attrs.get("clean_name", names[0]))
-    return source, str(result.attrs.get("corrupted_name", names[1]))
+    # A result of both directions has neither.
+    source, target = RUNS.get(str(result.attrs.get("direction", "denoising")), ("source", "target"))
+    if "direction" in result.coords and result.coords["direction"].ndim == 0:
+        source, target = RUNS.get(result.coords["direction"].item(), (source, target))
+    return (
+        str(result.attrs.get("clean_name", source)),
+        str(result.attrs.get("corrupted_name", target)),
+    )
 
 
 def entry_name(dim: str, value: Any) -> str:
@@ -77,20 +83,26 @@ def what_is_one_patch(result: xr.DataArray) -> str:
     kinds = [KINDS[kind] for kind in kinds_of(result) if kind in KINDS]
     if result.attrs.get("by") == "all_pos":
         return "one head at a time, over all positions"
-    if not kinds:
+    if not kinds or result.attrs.get("by") != "pos":
         return ""
     return f"one {'head' if kinds[0].of_heads else 'layer'} and position at a time"
 
 
 def title_of(result: xr.DataArray, given: str | None) -> tuple[str, str]:
-    """What was patched into what, and below it the model, the task and the metric."""
+    """What was patched into what, and below it the model, the task and the metric.
+
+    What is no sweep, such as a reading of attention, is called by its metric.
+    """
     attrs = result.attrs
-    what = given if given is not None else str(what_was_patched(result))
     metric, units = str(attrs.get("metric", "")), str(attrs.get("units", ""))
+    main = given
+    if main is None:
+        swept = "by" in attrs or kinds_of(result)
+        what = what_was_patched(result) if swept else metric
+        main = what[:1].upper() + what[1:]
     if units and units not in ("share of clean - corrupted", metric):
         metric += f" in {units}"
     facts = (what_is_one_patch(result), attrs.get("model"), attrs.get("task"), metric)
-    main = what if given is not None else what[:1].upper() + what[1:]
     return main, " · ".join(str(fact) for fact in facts if fact)
 
 

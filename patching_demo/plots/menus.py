@@ -139,20 +139,8 @@ def explore(
         at, above = 0.5 * (i % 2), over + _CHOICE_HEIGHT * (menu_rows - 1 - i // 2)
         made = [{"label": escape(b), "method": how, "args": [args]} for b, how, args in buttons]
         menus.append(panels.menu_above(made, above, type="dropdown", x=at, active=0))
-        notes.append(
-            {
-                "text": escape(_MENU_NAMES.get(dim, dim)),
-                "xref": "paper",
-                "yref": "paper",
-                "x": at,
-                "y": 1,
-                "xanchor": "left",
-                "yanchor": "bottom",
-                "yshift": above + 32,
-                "showarrow": False,
-                "font": {"size": 12},
-            }
-        )
+        place = {"xref": "paper", "yref": "paper", "x": at, "xanchor": "left"}
+        notes.append(panels.note_above(_MENU_NAMES.get(dim, dim), above + 32, **place))
     if scale.small:
         menus.append(scale.menu(panels.BAR_HEIGHT + 8))
     below, start, sliders = columns.below(), 0, []

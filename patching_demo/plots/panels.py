@@ -318,19 +318,8 @@ class Grid:
         for panel, axis in zip(self.panels, self.axes, strict=True):
             # Rows of a grid are named at its left, and its columns once.
             if panel.names and not (len(panel.names) == 2 and panel.row):
-                notes.append(
-                    {
-                        "text": escape(panel.names[-1]),
-                        "xref": f"x{axis} domain",
-                        "yref": f"y{axis} domain",
-                        "x": 0.5,
-                        "y": 1,
-                        "yanchor": "bottom",
-                        "yshift": 2,
-                        "showarrow": False,
-                        "font": {"size": 12},
-                    }
-                )
+                place = {"xref": f"x{axis} domain", "yref": f"y{axis} domain", "x": 0.5}
+                notes.append(note_above(panel.names[-1], 2, **place))
         return notes
 
 
@@ -384,9 +373,9 @@ class Scale:
             close = distance < 0.45 * half
             ticks[self.clean] = "<br><br>" + " ".join(words) if close else "<br>".join(words)
         # Between the baselines, round numbers where there is room for them.
-        for value in round_numbers(low, high):
+        for value, text in round_numbers(low, high).items():
             if all(abs(value - other) > 0.3 * half for other in ticks):
-                ticks[value] = number(value)
+                ticks[value] = text
         return {
             "cmin": low,
             "cmax": high,
@@ -394,15 +383,19 @@ class Scale:
         }
 
 
-def round_numbers(low: float, high: float) -> list[float]:
-    """Four to nine round numbers between two others.
+def round_numbers(low: float, high: float) -> dict[float, str]:
+    """Four to nine round numbers between two others, with how they are written.
 
-    >>> round_numbers(-4.4, 3.4)
-    [-4.0, -3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0]
+    >>> list(round_numbers(-4.4, 3.4).values())
+    ['−4', '−3', '−2', '−1', '0', '1', '2', '3']
     """
-    power = 10.0 ** math.floor(math.log10(high - low))
-    step = next(s * power for s in (0.1, 0.2, 0.5, 1, 2) if (high - low) / (s * power) < 8)
-    return [float(f"{i * step:.6g}") for i in range(math.ceil(low / step), int(high // step) + 1)]
+    if not low < high:
+        return {}
+    power = math.floor(math.log10(high - low))
+    step = next(s * 10.0**power for s in (0.2, 0.5, 1, 2) if (high - low) < 8 * s * 10.0**power)
+    multiples = range(math.ceil(low / step), math.floor(high / step) + 1)
+    values = [round(i * step, max(0, 1 - power)) for i in multiples]
+    return {value: f"{value:.12g}".replace("-", "−") for value in values}
 
 
 def menu_above(buttons: list[dict[str, Any]], bottom: int, **more: Any) -> dict[str, Any]:
@@ -420,6 +413,13 @@ def menu_above(buttons: list[dict[str, Any]], bottom: int, **more: Any) -> dict[
         **theme.MENU,
         **more,
     }
+
+
+def note_above(text: str, bottom: int, **place: Any) -> dict[str, Any]:
+    """Words ``bottom`` pixels above the plot."""
+    font = {"size": 12}
+    shared = {"y": 1, "yanchor": "bottom", "showarrow": False, "font": font}
+    return {"text": escape(text), "yshift": bottom, **shared, **place}
 
 
 def flattened(layout: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 from pandas.io.formats.style import Styler
 
+from patching_demo.plots.facts import RUNS
 from patching_demo.plots.theme import as_html, number, percent
 from patching_demo.tasks import Task
 
@@ -76,8 +77,9 @@ def tokens_table(task: Task, rows: int | None = None, caption: str | None = None
     """
     if rows is not None and rows < 1:
         raise ValueError(f"rows must be at least 1, got {rows}")
+    source, target = RUNS[getattr(task, "direction", "denoising")]
     caption = caption or (
-        f"Tokens of {task.name}: each clean prompt above its corrupted one, "
+        f"Tokens of {task.name}: each {source} prompt above its {target} one, "
         "tokens that differ are marked."
     )
     batch = len(task.clean_strings)
@@ -92,7 +94,7 @@ def tokens_table(task: Task, rows: int | None = None, caption: str | None = None
     body, index, lines = [], [], [caption]
     for pair in range(count):
         length = int(task.lengths[pair])
-        sides = {"clean": task.clean_strings[pair], "corrupted": task.corrupted_strings[pair]}
+        sides = {source: task.clean_strings[pair], target: task.corrupted_strings[pair]}
         for side, tokens in sides.items():
             cells = (
                 (tokens, differs[pair], [i for i in run if i < length]) for run in head.values()
