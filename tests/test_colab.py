@@ -1,17 +1,19 @@
 """The notebooks in an environment with Colab's versions and a stand-in for its own module.
 
-`make colab` runs this in an environment that has the dependencies but not the package. The install
-cell fetches it by the repository's address, which git here resolves to the checkout. The tests of
-the explorer follow in the same environment, as its widgets are those that differ most.
+`make colab` runs this in an environment that has the dependencies but not the package, and nbmake
+runs the notebooks as they lie in the repository. The install cell fetches the package by the
+repository's address, which git here resolves to the checkout. The tests of the explorer follow in
+the same environment, as its widgets are those that differ most.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import os
+import re
 import shutil
 import subprocess
-import time
+import sys
 from pathlib import Path
 
 import nbformat
@@ -22,14 +24,6 @@ pytestmark = pytest.mark.colab
 
 ROOT = Path(__file__).resolve().parents[1]
 CHAPTERS = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
-CHECKOUT = [
-    "patching_demo",
-    "notebooks",
-    "pyproject.toml",
-    "README.md",
-    "LICENSE",
-    "CITATION.cff",
-]
 STAND_IN = '''
 """What notebooks may ask of Colab's own module, outside Colab."""
 
@@ -57,17 +51,11 @@ def installed() -> dict[str, str]:
 def repository(tmp_path_factory) -> Path:
     """The checkout as a repository that stays as it is while the notebooks run."""
     repository = tmp_path_factory.mktemp("repository")
-    for name in CHECKOUT:
-        source = ROOT / name
-        if source.is_dir():
-            ignore = shutil.ignore_patterns("__pycache__")
-            shutil.copytree(source, repository / name, ignore=ignore)
-        else:
-            shutil.copy(source, repository / name)
+    ignore = shutil.ignore_patterns(".venv*", ".git", "__pycache__", "_build", "build")
+    shutil.copytree(ROOT, repository, ignore=ignore, dirs_exist_ok=True)
     git = ["git", "-c", "user.name=ci", "-c", "user.email=ci@localhost", "-C", str(repository)]
-    subprocess.run([*git, "init", "--quiet", "--initial-branch=main"], check=True)
-    subprocess.run([*git, "add", "."], check=True)
-    subprocess.run([*git, "commit", "--quiet", "--message=checkout"], check=True)
+    for command in ("init -q --initial-branch=main", "add .", "commit -q --message=checkout"):
+        subprocess.run([*git, *command.split()], check=True)
     return repository
 
 
@@ -80,11 +68,8 @@ def colab(repository, tmp_path_factory) -> dict[str, str]:
     # Colab has loaded its module before the first cell runs.
     start = module.parents[1] / "sitecustomize.py"
     start.write_text("import google.colab\n", encoding="utf-8")
-    address = next(
-        line.split('"')[1]
-        for line in (ROOT / "pyproject.toml").read_text(encoding="utf-8").splitlines()
-        if line.startswith("Repository = ")
-    )
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    address = re.search(r'^Repository = "(.*)"$', project, re.MULTILINE)[1]
     return {
         **os.environ,
         "PYTHONPATH": str(module.parents[1]),
@@ -102,32 +87,16 @@ def test_environment_has_colabs_versions_and_not_the_package():
 
 
 def test_notebooks_install_the_package_and_run(colab, repository, tmp_path):
-    from nbclient import NotebookClient
-
-    # One after another: the first installs the package, as in one Colab runtime.
+    # The order of their names, in one environment: the first installs the package, as in Colab.
     notebooks = [repository / "notebooks" / f"{stem}.ipynb" for stem in CHAPTERS]
+    options = "-q -p no:randomly -p no:cacheprovider -o addopts= --overwrite --nbmake-timeout=1800"
+    command = [sys.executable, "-m", "pytest", "--nbmake", "--durations=0", *options.split()]
+    done = subprocess.run([*command, *map(str, notebooks)], env=colab, cwd=tmp_path)
+    assert done.returncode == 0
     for path in notebooks:
-        begun = time.monotonic()
-        notebook = nbformat.read(path, as_version=4)
-        client = NotebookClient(
-            notebook,
-            timeout=1800,
-            kernel_name="python3",
-            resources={"metadata": {"path": str(tmp_path)}},
-        )
-        client.execute(env=colab)
-        errors = [
-            output
-            for cell in notebook.cells
-            for output in cell.get("outputs", [])
-            if output.output_type == "error"
-        ]
-        assert not errors, f"{path.name}: {errors}"
-        text = "".join(
-            output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", [])
-        )
+        cells = nbformat.read(path, as_version=4).cells
+        text = "".join(o.get("text", "") for cell in cells for o in cell.get("outputs", []))
         assert "Runtime: Google Colab" in text
         assert ("Installing patching-demo" in text) == (path == notebooks[0])
-        print(f"{path.stem}: {time.monotonic() - begun:.0f} s")
     assert importlib.metadata.version("patching-demo")
     assert installed() == wanted(), "the install cell changed what Colab ships"
