@@ -157,7 +157,6 @@ def generic_activation_patch(
         TypeError: for inputs of the wrong type, as in ``checks``.
         ValueError: for inputs that do not fit each other or the model, and for a metric that
             gives NaN or infinity, naming the cell.
-        SweepMismatch: if a rechecked cell differs from a plain forward pass.
 
     Source: ``transformer_lens.patching.generic_activation_patch``.
     """

@@ -246,6 +246,7 @@ def test_running_out_of_memory_halves_the_batch_and_goes_on(
     limited = out_of_memory_above(24, packs.run_block, log)
     with all_as_before(), monkeypatch.context() as patch:
         patch.setattr(packs, "run_block", limited)
+        patch.setattr(runner, "prove", lambda *_: torch.zeros(1))
         found = sweep(kind, check=0)
     assert max(log) > 24, "the test never ran out of memory"
     assert log[-1] <= 24
@@ -257,6 +258,9 @@ def test_running_out_of_memory_for_good_says_so(monkeypatch: pytest.MonkeyPatch)
     limited = out_of_memory_above(0, packs.run_block, [])
     with all_as_before(), monkeypatch.context() as patch:
         patch.setattr(packs, "run_block", limited)
+        with pytest.warns(UserWarning, match="plain loop: there is no memory for control runs"):
+            sweep("resid_pre")
+        patch.setattr(runner, "prove", lambda *_: torch.zeros(1))
         with pytest.raises(torch.OutOfMemoryError):
             sweep("resid_pre")
 

@@ -16,8 +16,14 @@ layer. Five ideas remove it, and each has a name here:
    only itself and the shared prefix, and runs that start at later layers join the pack as it
    moves up through the blocks (:class:`Pack`, :class:`Front`).
 
-None is an approximation. One run without any patch rides in the first pack: if it does not
-arrive as it left, the model does something that the five ideas do not allow for, and the sweep
-takes the plain loop. Related work: the field's plain loop is ``transformer_lens.patching``; tree
+None is an approximation, as long as a block computes the same for a token wherever it stands in
+its input. That is proved on the model before any number is given (:func:`~.proof.prove`):
+unpatched control runs stand where patched ones would, behind others, last in a full group, from
+early and late positions; every block that the sweep uses, and the last one's shorter call, must
+turn them into what the corrupted run has there, within rounding. Cells from the same places are
+then rechecked by plain hooked forward passes. A model that fails either, or raises anything on
+the way, takes the plain loop, and a warning says why.
+
+Related work: the field's plain loop is ``transformer_lens.patching``; tree
 masks over a shared prefix are known from speculative decoding (SpecInfer, Miao et al., 2024).
 """

@@ -232,7 +232,7 @@ def _logit_scale(model: Any, resid: Tensor, logits: Tensor) -> float:
     except (AttributeError, TypeError, ValueError, RuntimeError):
         return 1.0
     one, other = (
-        part.detach().to("cpu", torch.float64).flatten() for part in (usual, logits[0, -1])
+        part.detach().to("cpu", torch.float32).flatten() for part in (usual, logits[0, -1])
     )
     capped = getattr(model.cfg, "output_logits_soft_cap", None) or 0.0
     if capped > 0 or one.shape != other.shape or not (one @ one > 0):
@@ -622,15 +622,37 @@ def run_plain(model: Any, tokens: Tensor, patches: Sequence[Patch], clean: Any) 
 
 
 def attached_hooks(model: Any) -> list[str]:
-    """Names of the hook points on which the caller left hooks.
+    """Names of the hook points and modules on which the caller left hooks.
 
-    TransformerLens's own, which some models have from boot, are not the caller's.
+    Those of TransformerLens and Transformers themselves, which some models have from boot, are
+    not the caller's.
     """
-    return [
+    points = model.hook_dict.items()
+    found = [
         name
-        for name, point in model.hook_dict.items()
+        for name, point in points
         if not all(_is_own(handle) for handle in (*point.fwd_hooks, *point.bwd_hooks))
     ]
+    listed = {handle.hook.id for _, point in points for handle in point.fwd_hooks}
+    everywhere = torch.nn.modules.module
+    if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
+        found.append("on every module")
+    for root in (model, getattr(model, "original_model", None)):
+        for name, module in root.named_modules() if root is not None else ():
+            hooks = {**module._forward_hooks, **module._forward_pre_hooks}
+            functions = [function for key, function in hooks.items() if key not in listed]
+            functions += [vars(module)["forward"]] if "forward" in vars(module) else []
+            if not all(_is_a_librarys(function) for function in functions):
+                found.append(name or "the model")
+    return found
+
+
+def _is_a_librarys(function: Any) -> bool:
+    """Whether a hook is defined in TransformerLens or Transformers, whatever it wraps."""
+    function = getattr(function, "func", function)
+    function = getattr(function, "__func__", function)
+    module = getattr(function, "__globals__", {}).get("__name__", type(function).__module__)
+    return module.split(".")[0] in ("transformer_lens", "transformers")
 
 
 def _is_own(handle: Any) -> bool:

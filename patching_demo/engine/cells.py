@@ -71,6 +71,18 @@ def changed_positions(
     return tuple(position for position in positions if position >= first)
 
 
+def recomputed(cell: Cell, end: int) -> range:
+    """The positions, of those before ``end``, that differ after the block of the patch."""
+    inside = cell.kind is not None and cell.kind.enters == "hook" and not cell.kind.spreads
+    return range(cell.start, min(end, cell.positions[-1] + 1) if inside else end)
+
+
+def spans(cells: Sequence[Cell], end: int) -> list[range]:
+    """The positions that some patched run recomputes at a time, shortest and latest first."""
+    found = {span for cell in cells for span in (range(cell.start, end), recomputed(cell, end))}
+    return sorted(found, key=lambda span: (len(span), -span.start))
+
+
 def is_dead(cell: Cell, last_read: int, last_layer: int, read: frozenset[int]) -> bool:
     """Whether a patch cannot reach any logit that the metric reads."""
     if not cell.positions or cell.start > last_read:

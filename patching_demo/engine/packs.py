@@ -3,20 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from patching_demo.engine.bridge import Layout, Run, groups_of, hooked, run_block, run_block_rows
-from patching_demo.engine.cells import Cell
+from patching_demo.engine.bridge import (
+    Layout,
+    Run,
+    Unsupported,
+    groups_of,
+    hooked,
+    run_block,
+    run_block_rows,
+)
+from patching_demo.engine.cells import Cell, recomputed
 
 # A block call is most efficient with a thousand tokens or more; a sequence longer than this spends
 # its time on attention between runs that may not see each other.
 SLOTS = 16
 GROUPS_TRIED = 16  # Groups in which a run looks for room, the newest ones: more find little.
-CALL_TOKENS = {"cpu": 2048, "cuda": 16384}
+CALL_TOKENS = {"cpu": 2048, "accelerator": 16384}
+
+
+@contextmanager
+def unforeseen(doing: str) -> Iterator[None]:
+    """Turn whatever a model raises, lack of memory aside, into a reason for the plain loop."""
+    try:
+        yield
+    except (Unsupported, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise Unsupported(f"{doing} raises {type(error).__name__}: {error}") from error
 
 
 class Pack:
@@ -95,17 +115,25 @@ class Pack:
         return self.states[flat // slots, :, flat % slots]
 
     def add(self, members: Sequence[tuple[Cell, Sequence[int]]], resid: Tensor) -> None:
-        """Take in more runs, which start from ``resid``; those aboard keep slots and states."""
-        aboard, states = len(self._tokens), self.states
+        """Take in more runs, which start from ``resid``; the others keep their slots and states."""
+        earlier, states = len(self._tokens), self.states
         self._place(members)
         groups, slots = self.layout.positions.shape
         self.states = states.new_zeros(groups, states.shape[1], slots, states.shape[3])
         self.states[: states.shape[0], :, : states.shape[2]] = states
-        joined = torch.arange(aboard, len(self._tokens), device=self.flat.device)
+        joined = torch.arange(earlier, len(self._tokens), device=self.flat.device)
         self.write(joined, resid[:, self.position[joined]])
 
     def step(self, model: Any, layer: int, read: frozenset[int] | None = None) -> None:
-        """Move every run through one block; in the last, only the positions that are read."""
+        """Move every run through one block; in the last, only the positions that are read.
+
+        Raises:
+            Unsupported: if the block cannot be run on packs.
+        """
+        with unforeseen(f"running block {layer} on packed runs"):
+            self._step(model, layer, read)
+
+    def _step(self, model: Any, layer: int, read: frozenset[int] | None) -> None:
         if read is None:
             self.states = run_block(model, self.run, layer, self.layout, self.states)
             return
@@ -129,10 +157,10 @@ class Pack:
 
 
 def chunked(
-    members: Sequence[tuple[Cell, Sequence[int]]], batch: int, call_tokens: int
-) -> Iterator[list[tuple[Cell, Sequence[int]]]]:
-    """Cut members into lists that fill one block call each."""
-    chunk: list[tuple[Cell, Sequence[int]]] = []
+    members: Sequence[tuple[Any, Sequence[int]]], batch: int, call_tokens: int
+) -> Iterator[list[tuple[Any, Sequence[int]]]]:
+    """Cut members (anything, with its positions) into lists that fill one call each."""
+    chunk: list[tuple[Any, Sequence[int]]] = []
     tokens = 0
     for member in members:
         size = len(member[1]) * batch
@@ -159,7 +187,7 @@ class Front:
     def enter(self, layer: int, cells: Sequence[Cell], changed: Callable[[Cell], Any]) -> None:
         """Let runs join at ``layer``, from the corrupted stream with some tokens changed.
 
-        ``changed`` gives, for a cell, the positions that differ and their states
+        ``changed`` returns, for a cell, the positions that differ and their states
         ``[batch, position, d_model]``.
         """
         members = [(cell, range(cell.start, self.end)) for cell in cells]
@@ -193,17 +221,13 @@ class Front:
             with _patch_hooks(self.model, pack, self.clean, layer):
                 pack.step(self.model, layer, read)
 
-    def changed_inside(self, cell: Cell) -> range:
-        """The positions at which a patch inside a block changes what the block gives."""
-        return range(cell.start, self.end if cell.kind.spreads else cell.positions[-1] + 1)
-
     def patched_outputs(self, layer: int, cells: Sequence[Cell]) -> dict[int, Any]:
         """Run block ``layer`` on the tokens that a patch inside it changes.
 
-        Gives, per cell row, the positions and the residual stream after the block
+        Returns, per cell row, the positions and the residual stream after the block
         ``[batch, position, d_model]``.
         """
-        members = [(cell, self.changed_inside(cell)) for cell in cells]
+        members = [(cell, recomputed(cell, self.end)) for cell in cells]
         outputs: dict[int, Any] = {}
         for chunk in chunked(members, len(self.run.tokens), self.call_tokens):
             pack = Pack(self.run, chunk)
@@ -216,69 +240,59 @@ class Front:
         return outputs
 
 
-class _patch_hooks:  # noqa: N801 (used as a context manager, like a function)
+@contextmanager
+def _patch_hooks(model: Any, pack: Pack, clean: Mapping[str, Tensor], layer: int) -> Iterator[None]:
     """Patch the cells of a pack inside one block: one hook per hook name, all rows at once."""
+    by_name: dict[str, list[int]] = {}
+    for index, cell in enumerate(pack.cells):
+        if cell.layer == layer and cell.kind and cell.kind.enters == "hook":
+            by_name.setdefault(cell.hook_name, []).append(index)
+    with ExitStack() as hooks:
+        for name, members in by_name.items():
+            hooks.enter_context(hooked(model, name, _setter(pack, clean[name], members)))
+        yield
 
-    def __init__(self, model: Any, pack: Pack, clean: Mapping[str, Tensor], layer: int) -> None:
-        self.model, self.pack, self.clean, self.layer = model, pack, clean, layer
 
-    def __enter__(self) -> None:
-        by_name: dict[str, list[int]] = {}
-        for index, cell in enumerate(self.pack.cells):
-            if cell.layer == self.layer and cell.kind and cell.kind.enters == "hook":
-                by_name.setdefault(cell.hook_name, []).append(index)
-        self.hooks = [
-            hooked(self.model, name, self._setter(name, members))
-            for name, members in by_name.items()
-        ]
-        for hook in self.hooks:
-            hook.__enter__()
+def _setter(pack: Pack, clean: Tensor, members: list[int]) -> Callable[..., Tensor]:
+    """A hook that writes clean activations into the slots of its cells."""
+    groups, slots = pack.layout.positions.shape
+    batch = len(pack.run.tokens)
+    chosen = [
+        (index, position, -1 if pack.cells[index].head is None else pack.cells[index].head)
+        for index in members
+        for position in pack.cells[index].positions
+    ]
+    device = pack.flat.device
+    owner, position, head = torch.tensor(chosen, dtype=torch.int64, device=device).T
+    flat = pack.slot_of[owner, position]
+    group, slot = flat // slots, flat % slots
+    clean = clean.to(device)
 
-    def __exit__(self, *error: Any) -> None:
-        for hook in reversed(self.hooks):
-            hook.__exit__(*error)
+    def set_vectors(activation: Tensor, hook: Any = None) -> Tensor:
+        view = activation.view(groups, batch, *activation.shape[1:])
+        if head[0] < 0:
+            view[group, :, slot] = clean[:, position].transpose(0, 1).to(view.dtype)
+        else:
+            picked = clean[:, position, head].transpose(0, 1)
+            view[group, :, slot, head] = picked.to(view.dtype)
+        return activation
 
-    def _setter(self, name: str, members: list[int]) -> Callable[..., Tensor]:
-        """A hook that writes clean activations into the slots of its cells."""
-        pack = self.pack
-        groups, slots = pack.layout.positions.shape
-        batch = len(pack.run.tokens)
-        chosen = [
-            (index, position, -1 if pack.cells[index].head is None else pack.cells[index].head)
-            for index in members
-            for position in pack.cells[index].positions
-        ]
-        device = pack.flat.device
-        owner, position, head = torch.tensor(chosen, dtype=torch.int64, device=device).T
-        flat = pack.slot_of[owner, position]
-        group, slot = flat // slots, flat % slots
-        clean = self.clean[name].to(device)
+    def set_patterns(activation: Tensor, hook: Any = None) -> Tensor:
+        view = activation.view(groups, batch, *activation.shape[1:])
+        rows = clean[:, head, position].transpose(0, 1).to(view.dtype)  # [token, batch, src]
+        sources = pack.layout.columns[group]  # [token, column]
+        seen = pack.layout.visible()[group, slot]
+        patched = rows.gather(2, sources[:, None].expand(-1, batch, -1))
+        one_source = torch.tensor(
+            [
+                -1 if (source := pack.cells[index].source) is None else source
+                for index, *_ in chosen
+            ],
+            device=device,
+        )
+        replaced = seen & ((one_source[:, None] < 0) | (sources == one_source[:, None]))
+        current = view[group, :, head, slot]
+        view[group, :, head, slot] = torch.where(replaced[:, None], patched, current)
+        return activation
 
-        def set_vectors(activation: Tensor, hook: Any = None) -> Tensor:
-            view = activation.view(groups, batch, *activation.shape[1:])
-            if head[0] < 0:
-                view[group, :, slot] = clean[:, position].transpose(0, 1).to(view.dtype)
-            else:
-                picked = clean[:, position, head].transpose(0, 1)
-                view[group, :, slot, head] = picked.to(view.dtype)
-            return activation
-
-        def set_patterns(activation: Tensor, hook: Any = None) -> Tensor:
-            view = activation.view(groups, batch, *activation.shape[1:])
-            rows = clean[:, head, position].transpose(0, 1).to(view.dtype)  # [token, batch, src]
-            sources = pack.layout.columns[group]  # [token, column]
-            seen = pack.layout.visible()[group, slot]
-            patched = rows.gather(2, sources[:, None].expand(-1, batch, -1))
-            one_source = torch.tensor(
-                [
-                    -1 if (source := pack.cells[index].source) is None else source
-                    for index, *_ in chosen
-                ],
-                device=device,
-            )
-            replaced = seen & ((one_source[:, None] < 0) | (sources == one_source[:, None]))
-            current = view[group, :, head, slot]
-            view[group, :, head, slot] = torch.where(replaced[:, None], patched, current)
-            return activation
-
-        return set_patterns if pack.cells[members[0]].kind.name == "pattern" else set_vectors
+    return set_patterns if pack.cells[members[0]].kind.name == "pattern" else set_vectors

@@ -22,7 +22,9 @@ from patching_demo.engine.bridge import Run, Unsupported, attached_hooks, captur
 from patching_demo.engine.cells import Cell, is_dead
 from patching_demo.engine.checks import Survey, refuse_dead_hooks, refuse_reading_pads, warn_once
 from patching_demo.engine.isolation import isolated
-from patching_demo.engine.packs import CALL_TOKENS
+from patching_demo.engine.kinds import KINDS
+from patching_demo.engine.packs import CALL_TOKENS, unforeseen
+from patching_demo.engine.proof import prove
 from patching_demo.engine.scoring import Scorer, tolerance
 from patching_demo.engine.store import CellStore
 from patching_demo.engine.sweeping import sweep_cells
@@ -31,10 +33,6 @@ SHARE_OF_FREE_MEMORY = 0.25
 FEWEST_CELLS = 4  # With fewer live cells the plain loop costs no more than setting up.
 CELLS_PER_RECHECK = 2000
 MOST_RECHECKS = 4
-
-
-class SweepMismatch(RuntimeError):
-    """A cell of a sweep differs from the plain hooked forward pass that rechecked it."""
 
 
 class SweepStopped(BaseException):
@@ -99,16 +97,16 @@ def run_cells(
     The model runs on modules of the sweep's own, see :func:`isolated`.
 
     Raises:
-        SweepMismatch: if a rechecked cell differs beyond rounding.
-        ValueError: if a metric gives NaN or infinity, naming the cell, or a hook is not live.
+        ValueError: if a metric is NaN or infinite, naming the cell, or a hook is not live.
     """
     model = isolated(model)
-    reasons = _reasons_for_plain_loop(model, cells)
+    reasons = _reasons_for_plain_loop(model, clean, cells)
     run: Run | None = None
     with Survey(clean).listening(model) as survey:
         if not reasons:
             try:
-                run = capture(model, tokens)
+                with unforeseen("a forward pass that is recorded"):
+                    run = capture(model, tokens)
             except Unsupported as reason:
                 reasons.append(str(reason))
         logits = run.logits if run else model(tokens, return_type="logits")
@@ -123,28 +121,37 @@ def run_cells(
     values = scorer.baseline[:, None].repeat(1, len(cells), *(1,) * (scorer.baseline.ndim - 1))
     with CellStore.open(options.store, model, tokens, clean, cells, scorer.probe) as store:
         todo = store.unfinished(values)
-        live = patched = _live(todo, run, scorer) if run else list(todo)
-        alive = {cell.row for cell in live}
-        store.finish(values, [cell for cell in todo if cell.row not in alive])
+        # Whatever the model does, writing the same numbers changes nothing.
+        plain = [cell for cell in todo if cell.positions]
+        live = _live(plain, run, scorer) if run else plain
+        few = 0 < len(live) == len(plain) < FEWEST_CELLS
         with _Progress(len(cells), len(cells) - len(live), options) as bar:
-            if run and len(live) >= FEWEST_CELLS:
+            if run and not few:
                 try:
-                    live = _run_fast(model, run, clean, live, scorer, values, store, bar, options)
+                    slots = _run_fast(model, run, clean, live, scorer, values, store, bar, options)
+                    _recheck(model, tokens, clean, cells, slots, scorer, values, options)
+                    plain = []
                 except Unsupported as reason:
                     reasons.append(str(reason))
-            if live and reasons:
+                    # Cells that were not run, or are done, rest on the same assumptions.
+                    plain = [cell for cell in cells if cell.positions]
+                    store.forget()
+                    bar.restart(len(cells) - len(plain))
+            if plain and reasons:
                 warn_once(f"this sweep takes the plain loop: {reasons[0]}")
-            for cell in live:
-                values[:, cell.row] = _plain_values(model, tokens, clean, [cell], scorer)[0]
+            rows = {cell.row for cell in plain}
+            store.finish(values, [cell for cell in cells if cell.row not in rows])
+            for cell in plain:
+                values[:, cell.row] = _plain_value(model, tokens, clean, cell, scorer)
                 _refuse_not_finite(scorer, values[:, [cell.row]], [cell])
                 store.finish(values, [cell])
                 bar.advance(1)
-        if not reasons:
-            _recheck(model, tokens, clean, cells, patched, scorer, values, options)
     return values, scorer.baseline
 
 
-def _reasons_for_plain_loop(model: Any, cells: Sequence[Cell]) -> list[str]:
+def _reasons_for_plain_loop(
+    model: Any, clean: Mapping[str, Tensor], cells: Sequence[Cell]
+) -> list[str]:
     reasons = []
     unknown = sorted({cell.hook_name.split(".", 2)[-1] for cell in cells if cell.kind is None})
     if unknown:
@@ -152,6 +159,9 @@ def _reasons_for_plain_loop(model: Any, cells: Sequence[Cell]) -> list[str]:
     hooks = attached_hooks(model)
     if hooks:
         reasons.append(f"the model has hooks attached ({hooks[0]})")
+    for name in sorted({cell.hook_name for cell in cells if cell.kind is KINDS["pattern"]}):
+        if clean[name].triu(1).any():
+            reasons.append(f"the clean {name} attends to later positions")
     return reasons
 
 
@@ -171,82 +181,81 @@ def _run_fast(
     store: CellStore,
     bar: _Progress,
     options: Options,
-) -> list[Cell]:
-    """Fill in ``values`` portion by portion; gives the cells left undone, which is none."""
-    end = scorer.last_read + 1
-    call_tokens = CALL_TOKENS["cuda" if run.tokens.is_cuda else "cpu"]
-    budget = _token_budget(run, options)
+) -> dict[int, int]:
+    """Fill in ``values`` portion by portion; returns how far down its group each run stood.
+
+    Raises:
+        Unsupported: if the model does not stand the proof, or cannot be run on packs.
+    """
+    device = run.tokens.device
+    call_tokens = CALL_TOKENS["cpu" if device.type == "cpu" else "accelerator"]
+    budget, scorer.logits_held = _budgets(run, options)
     left = sorted(cells, key=lambda cell: cell.layer)
-    passenger = True
+    slots: dict[int, int] = {}
+    if left:
+        scorer.check_logits()
+        scorer.noise = prove(model, run, left, scorer)
     while left:
-        portion = _portion(left, end, budget, len(run.tokens), store.most_cells(len(cells)))
+        portion = _portion(left, scorer, budget, store.most_cells(len(cells)))
         size = len(portion)
         try:
-            part = sweep_cells(
+            part, stood = sweep_cells(
                 model,
                 run,
                 clean,
                 portion,
                 scorer,
                 call_tokens=min(call_tokens, budget),
-                passenger=passenger,
                 advance=lambda share, size=size: bar.within(share * size),
             )
         except torch.OutOfMemoryError:
             if size == 1 and budget <= 1:
                 raise
-            budget = max(1, min(budget, sum(end - cell.start for cell in portion)) // 2)
-            if run.tokens.is_cuda:
-                torch.cuda.empty_cache()
+            budget = max(1, min(budget, sum(scorer.last_read + 1 - c.start for c in portion)) // 2)
+            scorer.logits_held //= 2
+            if device.type != "cpu":
+                torch.accelerator.empty_cache()
             continue
         _refuse_not_finite(scorer, part, portion)
         values[:, [cell.row for cell in portion]] = part
         store.finish(values, portion)
+        slots.update(stood)
         bar.advance(size)
-        left, passenger = left[size:], False
-    return []
+        left = left[size:]
+    return slots
 
 
-def _token_budget(run: Run, options: Options) -> int:
-    """How many recomputed tokens may be held at once."""
-    device = run.tokens.device
-    if options.memory is not None:
-        memory = options.memory
-    else:
-        free = (
-            torch.cuda.mem_get_info(device)[0]
-            if device.type == "cuda"
-            else psutil.virtual_memory().available
-        )
+def _budgets(run: Run, options: Options) -> tuple[int, int]:
+    """How many recomputed tokens, and how many logits, may be held at once."""
+    memory = options.memory
+    if memory is None:
+        device = run.tokens.device
+        ask = getattr(getattr(torch, device.type, None), "mem_get_info", None)
+        free = ask(device)[0] if ask else psutil.virtual_memory().available
         memory = int(free * SHARE_OF_FREE_MEMORY)
-    resid = run.resid[-1]
-    # A token holds its residual stream, and once more while a pack is rebuilt or scored.
-    return max(1, memory // (3 * resid.shape[-1] * resid.element_size()))
+    resid, logits = run.resid[-1], run.logits
+    # A token holds its residual stream, and once more while a pack is rebuilt or scored; a logit
+    # is copied for the metric, which may need as much again in float32.
+    tokens = memory // 2 // (3 * resid.shape[-1] * resid.element_size())
+    return max(1, tokens), memory // 2 // (2 * logits.element_size() + 8)
 
 
-def _portion(
-    cells: Sequence[Cell], end: int, budget: int, batch: int, most_cells: int
-) -> list[Cell]:
+def _portion(cells: Sequence[Cell], scorer: Scorer, budget: int, most_cells: int) -> list[Cell]:
     """As many cells, in order, as the budget of tokens holds; at least one."""
     tokens = 0
     for count, cell in enumerate(cells):
-        tokens += (end - cell.start) * batch
+        tokens += (scorer.last_read + 1 - cell.start) * len(scorer.run.tokens)
         if count and (tokens > budget or count >= most_cells):
             return list(cells[:count])
     return list(cells)
 
 
-def _plain_values(
-    model: Any, tokens: Tensor, clean: Mapping[str, Tensor], cells: Sequence[Cell], scorer: Scorer
+def _plain_value(
+    model: Any, tokens: Tensor, clean: Mapping[str, Tensor], cell: Cell, scorer: Scorer
 ) -> Tensor:
-    """Cells by whole hooked forward passes: ``[cell, metric, (batch)]``."""
-    patches = [(cell.hook_name, cell.setter, cell.index) for cell in cells]
-    return torch.stack(
-        [
-            torch.stack([scorer.full(name, logits) for name in scorer.metrics])
-            for logits in run_plain(model, tokens, patches, clean)
-        ]
-    )
+    """A cell by a whole hooked forward pass: ``[metric, (batch)]``."""
+    (logits,) = run_plain(model, tokens, [(cell.hook_name, cell.setter, cell.index)], clean)
+    return torch.stack([scorer.full(name, logits.clone()) for name in scorer.metrics])
 
 
 def _recheck(
@@ -254,38 +263,41 @@ def _recheck(
     tokens: Tensor,
     clean: Mapping[str, Tensor],
     cells: Sequence[Cell],
-    patched: Sequence[Cell],
+    slots: Mapping[int, int],
     scorer: Scorer,
     values: Tensor,
     options: Options,
 ) -> None:
-    """Compare a few cells, chosen at random, with plain forward passes.
+    """Compare a few cells with plain forward passes.
 
-    The first is one that was computed, where there is any; others may be ones that were skipped.
+    First one of those that stood behind most others, as ``slots`` says of the rows that were run,
+    then one with the longest run, then any, those that were skipped among them.
+
+    Raises:
+        Unsupported: if they differ by more than rounding.
     """
     count = options.check
     if count is None:
         count = min(1 + len(cells) // CELLS_PER_RECHECK, MOST_RECHECKS)
-    if not count:
-        return
     rng = np.random.default_rng(options.seed)
-    first = rng.choice([cell.row for cell in patched or cells])
-    others = rng.permutation([cell.row for cell in cells if cell.row != first])
-    by_row = {cell.row: cell for cell in cells}
-    rechecked = [by_row[int(row)] for row in (first, *others[: count - 1])]
-    plain = _plain_values(model, tokens, clean, rechecked, scorer)
-    for cell, expected in zip(rechecked, plain, strict=True):
-        found = values[:, cell.row]
+    chosen: list[Cell] = []
+    ran = [cell for cell in cells if cell.row in slots]
+    for hardest in (lambda cell: -slots[cell.row], lambda cell: cell.start):
+        among = sorted(ran, key=hardest)[: 1 + len(ran) // 10]
+        chosen += [among[i] for i in rng.permutation(len(among))[:1] if among[i] not in chosen]
+    chosen += [cells[i] for i in rng.permutation(len(cells)) if cells[i] not in chosen]
+    allowed_share = tolerance(scorer.run.logits.dtype)
+    for cell in chosen[:count]:
+        expected, found = _plain_value(model, tokens, clean, cell, scorer), values[:, cell.row]
         scale = torch.maximum(expected.abs(), scorer.baseline.abs())
         spread = (values - scorer.baseline[:, None]).abs().flatten(1).max(dim=1).values
         scale = torch.maximum(scale, spread.view(-1, *(1,) * (scale.ndim - 1)))
-        allowed = tolerance(next(model.parameters()).dtype) * scale.clamp(min=1e-6)
+        allowed = allowed_share * scale.clamp(min=1e-6) + 4 * scorer.noise
         error = (found - expected).abs()
         if not (error <= allowed).all() and not (error <= allowed + scorer.rounding()).all():
-            raise SweepMismatch(
-                f"{cell.describe()}: the sweep gives {found.tolist()}, a plain hooked forward pass "
-                f"{expected.tolist()}. Do not use these numbers; please report the model. "
-                "transformer_lens.patching runs the plain loop"
+            raise Unsupported(
+                f"a plain forward pass gives {expected.tolist()} for {cell.describe()}, the engine "
+                f"{found.tolist()}"
             )
 
 
@@ -317,6 +329,11 @@ class _Progress:
 
     def __exit__(self, *error: Any) -> None:
         self.bar.close()
+
+    def restart(self, done: int) -> None:
+        """Begin anew, with so many cells done."""
+        self.done = done
+        self.within(0)
 
     def advance(self, cells: int) -> None:
         self.done += cells

@@ -8,8 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from patching_demo.engine.bridge import Run, logits_from_resid, some_logits_from_resid
-from patching_demo.engine.packs import Pack
+from patching_demo.engine.bridge import (
+    Run,
+    Unsupported,
+    logits_from_resid,
+    some_logits_from_resid,
+)
+from patching_demo.engine.packs import Pack, chunked, unforeseen
 
 
 def measured(name: str, metric: Callable[..., Any], logits: Tensor, per_example: bool) -> Tensor:
@@ -46,10 +51,19 @@ def measured(name: str, metric: Callable[..., Any], logits: Tensor, per_example:
 class Scorer:
     """Turns finished packs into metric values, computing no more logits than are read (idea 4).
 
+    A metric is called once for each patched run that it can tell from the corrupted one, a few
+    times for the baseline and for what the sweep checks, and each time with logits of its own.
+
     Args:
         metrics: by name. One with ``positions`` and ``from_read`` (see ``patching_demo.metrics``)
             is given just what it reads; any other callable gets full logits.
         per_example: whether the metrics return ``[batch]`` rather than a scalar.
+
+    Attributes:
+        baseline: the metrics of the corrupted run, ``[metric, (batch)]``.
+        read: the positions at which any metric reads.
+        noise: how far rounding moves each metric, as measured on unpatched runs.
+        logits_held: how many logits may be computed at once, one patched run's at least.
     """
 
     def __init__(
@@ -57,7 +71,7 @@ class Scorer:
     ) -> None:
         self.model, self.run, self.per_example = model, run, per_example
         self.metrics = dict(metrics)
-        self.baseline = self._on_a_copy(run.logits)
+        self.baseline = self._on_copies(run.logits)
         n_pos = run.tokens.shape[1]
         self.plain = [name for name in self.metrics if not self._declares(name)]
         read = set(range(n_pos)) if self.plain else set()
@@ -66,17 +80,20 @@ class Scorer:
                 read |= set(self.metrics[name].positions.flatten().tolist())
         self.read = frozenset(read)
         self.last_read = max(self.read)
+        self.logits_held = run.logits.numel()
+        self.noise = torch.zeros_like(self.baseline)
+        self.by_token: set[str] = set()
 
     def full(self, name: str, logits: Tensor) -> Tensor:
         """One metric on full logits ``[batch, pos, d_vocab]``, see :func:`measured`."""
         return measured(name, self.metrics[name], logits, self.per_example)
 
     def probe(self) -> Tensor:
-        """Metrics on the corrupted logits and on those with the vocabulary turned round.
+        """Metrics on the corrupted logits and on those with the vocabulary reversed.
 
         Tells one metric from another, also where both are 0 on the corrupted run.
         """
-        return torch.stack([self.baseline, self._on_a_copy(self.run.logits.flip(-1))])
+        return torch.stack([self.baseline, self._on_copies(self.run.logits.flip(-1))])
 
     def rounding(self) -> Tensor:
         """How far each metric moves when the corrupted logits change in their last bits.
@@ -85,12 +102,45 @@ class Scorer:
         for instance) is made of nothing else.
         """
         logits = self.run.logits
-        place = torch.arange(logits.numel(), device=logits.device, dtype=torch.float64)
-        bits = 16 * torch.finfo(logits.dtype).eps * torch.cos(place**2).view(logits.shape)
-        return (self._on_a_copy(logits * (1 + bits).to(logits.dtype)) - self.baseline).abs()
+        eps = torch.finfo(logits.dtype).eps * (16 if logits.element_size() > 2 else 2)
+        _, n_pos, d_vocab = logits.shape
+        place = torch.arange(max(n_pos, d_vocab), device=logits.device, dtype=torch.float32)
+        signs = torch.cos(place[:n_pos, None] ** 2) * torch.cos(1 + place[:d_vocab] % 1009 * 37)
+        return (self._on_copies(logits * (1 + eps * signs).to(logits.dtype)) - self.baseline).abs()
 
-    def _on_a_copy(self, logits: Tensor) -> Tensor:
-        """All metrics: ``[metric, (batch)]``; one that writes into its logits harms nobody."""
+    def check_logits(self) -> None:
+        """Hold the step from stream to logits to the run's own logits, where they are read.
+
+        Where single vocabulary entries come out otherwise (an adapter on the unembedding), all
+        are computed.
+
+        Raises:
+            Unsupported: if the logits themselves do.
+        """
+        logits, resid = self.run.logits, self.run.resid[-1]
+        kept = slice(None) if not self.plain else slice(1)
+        read = torch.tensor(sorted(self.read), device=resid.device)
+        with unforeseen("computing logits from the last residual stream"):
+            own = logits_from_resid(self.model, resid[kept][:, read], self.run.logit_scale)
+            if not _agree(own, logits[kept][:, read], 1000):
+                raise Unsupported("its logits are not the unembedding of its last residual stream")
+        batch = torch.arange(len(resid), device=resid.device)[:, None]
+        for name, metric in self.metrics.items():
+            if name in self.plain or (tokens := getattr(metric, "tokens", None)) is None:
+                continue
+            try:
+                tokens, positions = tokens.to(resid.device), metric.positions.to(resid.device)
+                some = some_logits_from_resid(
+                    self.model, resid[batch, positions][None], tokens, self.run.logit_scale
+                )[0]
+                wanted = logits[batch[..., None], positions[..., None], tokens[:, None]]
+                if _agree(some, wanted, 100):
+                    self.by_token.add(name)
+            except (AttributeError, TypeError, ValueError, RuntimeError, IndexError):
+                continue
+
+    def _on_copies(self, logits: Tensor) -> Tensor:
+        """All metrics, each on logits of its own: ``[metric, (batch)]``."""
         return torch.stack([self.full(name, logits.clone()) for name in self.metrics])
 
     def _declares(self, name: str) -> bool:
@@ -99,7 +149,7 @@ class Scorer:
         if not all(hasattr(metric, part) for part in ("positions", "read", "from_read")):
             return False
         index = list(self.metrics).index(name)
-        read = metric.from_read(metric.read(self.run.logits))
+        read = metric.from_read(metric.read(self.run.logits.clone()))
         if not isinstance(read, Tensor) or not isinstance(metric.positions, Tensor):
             return False
         read, wanted = self._reduce(read), self.baseline[index]
@@ -112,33 +162,40 @@ class Scorer:
 
     def score(self, pack: Pack) -> Tensor:
         """Values ``[metric, cell, (batch)]`` of the runs in a finished pack."""
-        full: dict[Any, Tensor] = {}
-        rows = []
         plain = self._score_plain(pack) if self.plain else {}
-        for name, metric in self.metrics.items():
-            if name in plain:
-                rows.append(plain[name])
-                continue
-            device = self.run.tokens.device
-            positions, tokens = metric.positions.to(device), metric.tokens
-            final = self._final(pack, positions)
-            if tokens is not None:
-                read = some_logits_from_resid(
-                    self.model, final, tokens.to(device), self.run.logit_scale
-                )
-            else:
-                key = positions.numpy(force=True).tobytes()
-                if key not in full:
-                    flat = logits_from_resid(self.model, final.flatten(0, 1), self.run.logit_scale)
-                    full[key] = flat.view(*final.shape[:-1], -1)
-                read = full[key]
-            rows.append(self._reduce(metric.from_read(read)))
+        rows = [
+            plain[name] if name in plain else self._score_read(pack, name) for name in self.metrics
+        ]
         return torch.stack([row.to(self.baseline.dtype) for row in rows])
 
-    def _final(self, pack: Pack, positions: Tensor) -> Tensor:
+    def _score_read(self, pack: Pack, name: str) -> Tensor:
+        """A metric that says what it reads: ``[cell, (batch)]``, a few runs at a time."""
+        metric = self.metrics[name]
+        positions = metric.positions.to(self.run.tokens.device)
+        tokens = getattr(metric, "tokens", None)
+        n_logits = positions.numel() * self.run.logits.shape[-1]
+        size = len(pack.cells) if name in self.by_token else max(1, self.logits_held // n_logits)
+        rows = []
+        for cells in torch.arange(len(pack.cells), device=positions.device).split(size):
+            final = self._final(pack, cells, positions)
+            with unforeseen("computing logits from the last residual stream"):
+                if name in self.by_token:
+                    read = some_logits_from_resid(
+                        self.model, final, tokens.to(positions.device), self.run.logit_scale
+                    )
+                else:
+                    read = logits_from_resid(self.model, final.flatten(0, 1), self.run.logit_scale)
+                    read = read.view(*final.shape[:-1], -1)
+            if tokens is not None and name not in self.by_token:
+                wanted = tokens.to(read.device)[:, None].expand(*read.shape[:-1], -1)
+                read = read.gather(-1, wanted)
+            rows.append(self._reduce(metric.from_read(read)))
+        return torch.cat(rows)
+
+    def _final(self, pack: Pack, cells: Tensor, positions: Tensor) -> Tensor:
         """Final residual streams ``[cell, batch, n_positions, d_model]`` at some positions."""
         batch = torch.arange(len(positions), device=positions.device)
-        slot = pack.slot_of[:, positions]  # [cell, batch, n_positions]
+        slot = pack.slot_of[cells][:, positions]  # [cell, batch, n_positions]
         slots = pack.layout.positions.shape[1]
         where = slot.clamp(min=0)
         recomputed = pack.states[where // slots, batch[None, :, None], where % slots]
@@ -147,30 +204,43 @@ class Scorer:
 
     def _score_plain(self, pack: Pack) -> dict[str, Tensor]:
         """Metrics of full logits: the corrupted run's, with the recomputed positions replaced."""
-        logits = self.run.logits.clone()
+        corrupted = self.run.logits
         values: dict[str, list[Tensor]] = {name: [] for name in self.plain}
-        groups, batch, slots, d_model = pack.states.shape
-        computed = logits_from_resid(
-            self.model, pack.states.reshape(-1, slots, d_model), self.run.logit_scale
-        )
-        computed = computed.view(groups, batch, slots, -1)
-        for index in range(len(pack.cells)):
-            # A run's positions follow each other, and so do their slots: slices copy fastest.
-            flat = pack.slot_of[index, pack.slot_of[index] >= 0]
-            group, slot = divmod(int(flat[0]), slots)
-            start = pack.cells[index].start
-            positions = slice(start, start + len(flat))
-            logits[:, positions] = computed[group, :, slot : slot + len(flat)]
-            version = logits._version
-            for name in self.plain:
-                values[name].append(self.full(name, logits).clone())
-            if logits._version != version:  # The metric wrote into its argument.
-                logits = self.run.logits.clone()
-            else:
-                logits[:, positions] = self.run.logits[:, positions]
+        most = max(1, self.logits_held // (len(corrupted) * corrupted.shape[-1]))
+        lengths = (pack.slot_of >= 0).sum(dim=1).tolist()
+        members = [(index, range(length)) for index, length in enumerate(lengths)]
+        for chunk in chunked(members, 1, most):
+            slots = pack.slot_of[[index for index, _ in chunk]]
+            states = pack.at(slots[slots >= 0]).transpose(0, 1)
+            with unforeseen("computing logits from the last residual stream"):
+                # [batch, token, d_vocab]
+                computed = logits_from_resid(self.model, states, self.run.logit_scale)
+            taken = 0
+            for index, span in chunk:
+                start, length = pack.cells[index].start, len(span)
+                parts = (
+                    corrupted[:, :start],
+                    computed[:, taken : taken + length],
+                    corrupted[:, start + length :],
+                )
+                for name in self.plain:
+                    values[name].append(self.full(name, torch.cat(parts, dim=1)).clone())
+                taken += length
         return {name: torch.stack(rows) for name, rows in values.items()}
 
 
+def _agree(found: Tensor, wanted: Tensor, roundings: int) -> bool:
+    """Whether logits differ by no more than so many roundings, in types of few bits by two."""
+    eps, size = torch.finfo(wanted.dtype).eps, wanted.abs()
+    if wanted.element_size() > 2:
+        allowed = roundings * eps * size.amax()
+    else:
+        allowed = 2 * eps * (size + 0.05 * size.float().square().mean().sqrt())
+    return bool(((found - wanted).abs() <= allowed).all())
+
+
 def tolerance(dtype: torch.dtype) -> float:
-    """The relative error that rounding may cause over a forward pass in ``dtype``."""
-    return {torch.float64: 1e-6, torch.float32: 1e-4}.get(dtype, 1e-1)
+    """The relative error that rounding may cause in one number, over a block or a pass."""
+    if torch.finfo(dtype).bits < 32:
+        return 8 * torch.finfo(dtype).eps
+    return 1e-6 if dtype == torch.float64 else 1e-4

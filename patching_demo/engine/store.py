@@ -131,6 +131,10 @@ class CellStore:
         finally:
             part.unlink(missing_ok=True)
 
+    def forget(self) -> None:
+        """Mark all cells as unfinished."""
+        self.done[:] = False
+
     def most_cells(self, total: int) -> int:
         """The most cells to compute between two writes."""
         return total if self.path is None else max(64, total // 20)
