@@ -26,7 +26,7 @@ from oracle import (
 from torch import Tensor
 
 from patching_demo import patching
-from patching_demo.engine import bridge, checks, packs, runner
+from patching_demo.engine import bridge, checks, runner
 from patching_demo.metrics import LogitDifference
 
 QUIET = {"progress": False}
