@@ -32,12 +32,12 @@
 # 2. **Corrupted run, patched.** Run the model on the second prompt. At one place, a layer and a
 #    position, throw away what the model computed and put in the activation of the clean run.
 #    Everything after that place is computed from it.
-# 3. **Score.** Reduce the answer to one number. Compare it with the same number of both runs left
+# 3. **Score.** Reduce the answer to one number. Compare it with the same number for each run left
 #    alone.
 #
 # If the patched model answers as in the clean run, the one activation that you moved was enough to
 # carry the difference between the prompts. If nothing changes, it carried none of it, or nothing
-# later listens.
+# later reads it.
 
 # %% tags=["hide-input"]
 # Installs the package where it is not there yet, as in Colab.
@@ -48,12 +48,12 @@ if importlib.util.find_spec("patching_demo") is None:
     # %pip install --quiet "patching-demo @ git+https://github.com/patching-demo/patching-demo"
 
 # %% tags=["remove-input"]
-from patching_demo.plots.diagram import patching_diagram
+from patching_demo import notebook
 
-patching_diagram()
+notebook.diagram()
 
 # %% [markdown]
-# Three questions come back in every chapter. Keep them at hand:
+# Three questions come up in every chapter. Keep them at hand:
 #
 # - **What was patched, and where?** Which activation, of which layer, head and position.
 # - **What does the number mean?** Which score, and what the two unpatched runs score.
@@ -62,20 +62,17 @@ patching_diagram()
 # Moving clean activations into a corrupted run is called *denoising*. It finds activations that
 # are **enough** to bring an answer back. The other direction, *noising*, finds those that the
 # answer **needs**. The two are different questions ([Heimersheim and Nanda,
-# 2024](https://arxiv.org/abs/2404.15255)). This book denoises, but for one figure of the third
-# chapter, which says so. The method is also known as causal tracing ([Meng et al.,
+# 2024](https://arxiv.org/abs/2404.15255)). Chapters 1 to 4 denoise, except for one figure in
+# chapter 3, which says so. The method is also known as causal tracing ([Meng et al.,
 # 2022](https://arxiv.org/abs/2202.05262)).
 
 # %% [markdown]
 # ## Where this runs
 #
 # Any machine will do. In Colab, choose a GPU before you start: **Runtime > Change runtime type**.
-# The sweeps of the second chapter take less time with one. On a laptop without, every chapter
-# still runs to its end.
+# It shortens the sweeps of the second chapter. Every chapter also runs on a laptop without one.
 
 # %%
-from patching_demo import notebook
-
 notebook.setup()
 
 # %% [markdown]
@@ -91,9 +88,10 @@ MODEL = "auto"
 model = notebook.model(MODEL)
 
 notebook.say(
-    f"This is a transformer of **{model.cfg.n_layers} layers** with **{model.cfg.n_heads} "
-    f"attention heads** each. Its residual stream has {model.cfg.d_model} dimensions, its "
-    f"vocabulary {model.cfg.d_vocab} tokens."
+    f"This is a transformer of **{model.cfg.n_layers} layers** with "
+    f"**{model.cfg.n_heads} attention heads** each. Its residual "
+    f"stream has {model.cfg.d_model} dimensions, its vocabulary "
+    f"{model.cfg.d_vocab} tokens."
 )
 
 # %% [markdown]
@@ -107,7 +105,7 @@ notebook.say(
 #
 # The sentences come from a much-studied task, *indirect object identification* ([Wang et al.,
 # 2022](https://arxiv.org/abs/2211.00593)). Two people are named, then one of them gives something
-# away. The sentence has to end in the other one.
+# away. The sentence has to end with the name of the other.
 #
 # Each clean prompt is paired with a corrupted one in which the *other* person gives. Nothing else
 # changes. Below, the token that differs is marked.
@@ -122,7 +120,7 @@ plots.tokens_table(task, rows=2)
 # Both prompts of a pair must have **the same number of tokens**. A patch copies position 10 to
 # position 10; if the prompts were shifted against each other, that would be another word.
 #
-# Two positions get names of their own, as they return throughout the book: **S2**, where the giver
+# Two positions have names, as they come up throughout the book: **S2**, where the giver
 # (the *subject*) is named the second time, and **END**, the last position, from which the model
 # predicts.
 
@@ -132,8 +130,9 @@ labels = task.position_labels
 
 # %% tags=["remove-input"]
 notebook.say(
-    f"Here S2 is position {S2} (`{labels[S2]}` in the longest prompt) and END is position {END} "
-    f"(`{labels[END]}`). Up to position {S2 - 1} the two prompts are the same, token for token."
+    f"Here S2 is position {S2} (`{labels[S2]}` in the longest prompt) "
+    f"and END is position {END} (`{labels[END]}`). Up to position "
+    f"{S2 - 1} the two prompts are the same, token for token."
 )
 
 # %% [markdown]
@@ -141,10 +140,10 @@ notebook.say(
 #
 # The score is the **logit difference**: the logit of the right name minus the logit of the wrong
 # one, at the last position, averaged over the prompts. Above zero the model prefers the right
-# name. "Right" means right for the *clean* prompt, also when the corrupted prompt is run.
+# name. "Right" means right for the *clean* prompt, even when the corrupted prompt is run.
 #
 # Expect a positive number for the clean run. The corrupted prompts are the clean ones in another
-# order, with right and wrong exchanged. So expect the same number with the sign turned.
+# order, with right and wrong exchanged. So expect the same number with the opposite sign.
 
 # %%
 import math
@@ -157,13 +156,13 @@ corrupted = task.metric(corrupted_logits).item()
 print(f"Clean baseline:     {clean:.4f}")
 print(f"Corrupted baseline: {corrupted:.4f}")
 notebook.say(
-    f"In the clean run the right name is, on average, exp({clean:.2f}) = "
-    f"{math.exp(clean):.0f} times as probable as the wrong one."
+    f"In the clean run the right name is, on average, exp({clean:.2f}) "
+    f"= {math.exp(clean):.0f} times as probable as the wrong one."
 )
 
 # %% [markdown]
-# These two numbers are the **baselines**. A patch that changes nothing gives the corrupted one. A
-# patch that brings everything back gives the clean one. Every other number in this book lies on
+# These two numbers are the **baselines**. A patch that changes nothing scores the corrupted one. A
+# patch that brings everything back scores the clean one. Every other number in this book lies on
 # that scale, or says something by leaving it.
 
 # %% [markdown]
@@ -181,21 +180,25 @@ clean_cache = task.clean_cache(model)
 
 def patch_by_hand(layer, position):
     def put_in_clean(activation, hook):
-        # [batch, pos, d_model]; on a copy, as others may hold the original
+        # [batch, pos, d_model]; a copy, as others may hold the original
         activation = activation.clone()
         activation[:, position] = clean_cache[hook.name][:, position]
         return activation
 
     name = f"blocks.{layer}.hook_resid_pre"
-    logits = model.run_with_hooks(task.corrupted_tokens, fwd_hooks=[(name, put_in_clean)])
+    logits = model.run_with_hooks(
+        task.corrupted_tokens, fwd_hooks=[(name, put_in_clean)]
+    )
     return task.metric(logits).item()
 
 
 first = patch_by_hand(layer=0, position=S2)
-print(f"Patched at layer 0, S2: {first:.4f} (clean baseline {clean:.4f})")
+print(
+    f"Patched at layer 0, S2: {first:.4f} (clean baseline {clean:.4f})"
+)
 
 # %% [markdown]
-# Now two places where you can tell the answer beforehand. Before S2 the two runs are the same, so
+# Now two places where you can tell the result beforehand. Before S2 the two runs are the same, so
 # a patch there puts in what was there already. And at END in layer 0 there is only the embedding
 # of the last word, which both prompts share.
 
@@ -224,14 +227,16 @@ from patching_demo import sweep
 
 result = sweep(model, task.normalised(), "resid_pre")
 print(dict(result.sizes))
-print(f"{result.attrs['what']}: {result.attrs['metric']}")
+print(f"{result.attrs['kind']}: {result.attrs['metric']}")
 
 # %% [markdown]
 # The result is a labelled array of [xarray](https://docs.xarray.dev). It knows its layers, its
 # positions and what was measured, so a figure needs no further arguments.
 
 # %%
-two_places = result.isel(position=[S2, END]).assign_coords(position=["S2", "END"])
+two_places = result.isel(position=[S2, END]).assign_coords(
+    position=["S2", "END"]
+)
 plots.curves(
     two_places.transpose("position", "layer"),
     along="layer",
@@ -241,26 +246,99 @@ plots.curves(
 # %%
 notebook.largest(result)
 
-# %%
-from patching_demo import chapter_claims
+# %% [markdown]
+# ## What was expected, and what was measured
+#
+# A prediction counts for little if nobody checks it. Each claim below has a name, what was expected,
+# the number that decides, and the threshold. `of` makes that number a part of another. If a claim
+# fails, so does the notebook.
 
-checks = chapter_claims.first_patch(
-    result, by_hand={(0, S2): first, (0, S2 - 1): before, (0, END): at_end}, task=task
+# %%
+from patching_demo.claims import Claims
+
+claims = Claims("A first patch: expected and measured")
+spread = abs(clean - corrupted)
+
+claims.check(
+    "the right name first",
+    "In the clean run the model prefers the right name: the clean "
+    "baseline is above zero, as a share of its distance from the "
+    "corrupted one.",
+    clean,
+    of=spread,
+    at_least=0.25,
 )
-checks.show()
+claims.check(
+    "the opposite sign",
+    "Both batches hold the same prompts with right and wrong "
+    "exchanged, so the two baselines add up to zero.",
+    abs(clean + corrupted),
+    of=spread,
+    at_most=0.01,
+)
+claims.check(
+    "layer 0, S2",
+    "The patch replaces all that differs, so everything comes back.",
+    result[0, S2],
+    at_least=0.99,
+)
+claims.check(
+    "layer 0, END",
+    "Both prompts end in the same word, so nothing comes back.",
+    abs(result[0, END]),
+    at_most=0.01,
+)
+claims.check(
+    "before S2",
+    "Both runs are the same there in every layer, so nothing changes.",
+    abs(result[:, :S2]).max(),
+    at_most=0.001,
+)
+
+by_hand = {S2: first, S2 - 1: before, END: at_end}
+apart = [
+    abs((by_hand[i] - corrupted) / (clean - corrupted) - result[0, i])
+    for i in by_hand
+]
+claims.check(
+    "by hand and by sweep",
+    "A sweep returns the numbers of hand-written hooks; this is the "
+    "largest disagreement.",
+    max(apart),
+    at_most=0.001,
+)
+
+quarter = model.cfg.n_layers // 4
+claims.check(
+    "early, S2 has it",
+    "In the first quarter of the layers, the stream at S2 brings back "
+    "nearly all (mean).",
+    result[:quarter, S2].mean(),
+    at_least=0.8,
+)
+claims.check(
+    "late, END has it",
+    "In the last quarter, the stream at END brings back most (mean).",
+    result[-quarter:, END].mean(),
+    at_least=0.5,
+)
+claims.show()
 
 # %% tags=["remove-input"]
-late = chapter_claims.crossing(result)
+from patching_demo.results import crossing_layer
+
+late = crossing_layer(result, S2, END)
 notebook.say(
-    f"On {task.model_name} the two curves cross at layer {late}: from there on, END knows more "
-    "about who should be named than S2 does. What moves it there? The next chapter takes the model "
-    "apart, piece by piece."
+    f"On {task.model_name} the two curves cross at layer {late}: from "
+    "there on, END knows more about who should be named than S2 does. "
+    "What moves it there? The next chapter takes the model apart, "
+    "piece by piece."
 )
 
 # %% [markdown]
 # ## Can you say it?
 #
-# <details><summary>A patch at some place gives 0.3 on the normalised scale. What was
+# <details><summary>A patch somewhere scores 0.3 on the normalised scale. What was
 # found?</summary>
 #
 # Putting that one clean activation into the corrupted run moves the logit difference 30 % of the
@@ -277,7 +355,7 @@ notebook.say(
 #
 # </details>
 #
-# <details><summary>Why is the patch at layer 0, S2 bound to give the clean baseline?</summary>
+# <details><summary>Why must the patch at layer 0, S2 score exactly the clean baseline?</summary>
 #
 # It replaces the only thing that differs by its clean version, so the whole run becomes the clean
 # run.

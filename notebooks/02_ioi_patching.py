@@ -27,6 +27,10 @@
 # 4. their queries, keys, values and patterns: **how**?
 # 5. all of that by position.
 #
+# From [chapter 1](01_setup.ipynb) you need three things. A patch copies one clean activation into the
+# corrupted run. The score is 0 at the corrupted baseline and 1 at the clean one. S2 is where the
+# prompts differ, and END is where the model predicts.
+#
 # In GPT-2 small this circuit has been taken apart head by head ([Wang et al.,
 # 2022](https://arxiv.org/abs/2211.00593)), so there is something to compare with.
 #
@@ -42,9 +46,18 @@ if importlib.util.find_spec("patching_demo") is None:
     # %pip install --quiet "patching-demo @ git+https://github.com/patching-demo/patching-demo"
 
 # %%
+import numpy as np
+import xarray as xr
 from IPython.display import display
-
-from patching_demo import chapter_claims, combine, ioi_task, notebook, plots
+from patching_demo import combine, ioi_task, notebook, plots, sweep
+from patching_demo.claims import Claims
+from patching_demo.results import (
+    attention,
+    crossing_layer,
+    effect_sizes,
+    strong_heads,
+    top_head,
+)
 from patching_demo.sweeps import sweep_metrics
 
 notebook.setup()
@@ -67,18 +80,22 @@ task = ioi_task(model)
 plots.tokens_table(task)
 
 # %% [markdown]
-# Averaging over both prompts of a pair has a purpose. Whatever favours one name over the other,
-# because it is more frequent, say, counts once for and once against the right answer, and drops
-# out.
+# Averaging over both prompts of a pair has a purpose. Anything that favours one name over the other,
+# such as its frequency, counts once for and once against the right answer, and cancels out.
 #
 # The answers are single tokens with their leading space. The first of each pair below is right for
 # the clean prompt.
 
 # %%
-for prompt, (right, wrong) in zip(task.clean_strings, task.answers.tolist(), strict=True):
-    names = [model.tokenizer.decode([token]) for token in (right, wrong)]
+for prompt, (right, wrong) in zip(
+    task.clean_strings, task.answers.tolist(), strict=True
+):
+    names = [
+        model.tokenizer.decode([token]) for token in (right, wrong)
+    ]
     print(
-        f"{names[0]!r:>10} ({right:>5}) rather than {names[1]!r:>10} ({wrong:>5}):",
+        f"{names[0]!r:>10} ({right:>5}) rather than {names[1]!r:>10} "
+        f"({wrong:>5}):",
         "".join(prompt[1:]),
     )
 
@@ -95,20 +112,18 @@ print(f"Logit difference, corrupted: {task.corrupted_baseline:.4f}")
 
 # %%
 scored = task.normalised()
-for name, tokens in (("clean", task.clean_tokens), ("corrupted", task.corrupted_tokens)):
-    value = round(scored.metric(model(tokens)).item(), 4) + 0.0  # no minus sign before a zero
+for name, tokens in (
+    ("clean", task.clean_tokens),
+    ("corrupted", task.corrupted_tokens),
+):
+    value = (
+        round(scored.metric(model(tokens)).item(), 4) + 0.0
+    )  # no minus sign before a zero
     print(f"Normalised, {name} run: {value:.4f}")
 
 # %% [markdown]
 # A value of 0.3 means: this one patch moves the logit difference 30 % of the way from corrupted to
 # clean. Values below 0 move it further away. Values above 1 overshoot.
-#
-# Every sweep below is scored by three metrics at once, as that costs little more than one. The
-# text uses the logit difference; the figure at the end of the chapter lets you compare.
-
-# %%
-METRICS = ("logit difference", "log-probability", "probability")
-tasks = {name: task.with_metric(model, name).normalised() for name in METRICS}
 
 # %% [markdown]
 # ## Where: the residual stream
@@ -116,38 +131,46 @@ tasks = {name: task.with_metric(model, name).normalised() for name in METRICS}
 # Patch the residual stream as it enters each layer, one position at a time.
 #
 # **Expect** a staircase. The prompts differ at S2, so early on, S2 holds the whole difference. The
-# answer is read off at END, so at last END must hold it. Somewhere in between it moves. All
-# positions before S2 are the same in both runs; they are hatched, as there is nothing to patch.
+# answer is read off at END, so late in the model END must hold it. Somewhere in between it moves.
+# Positions before S2 are the same in both runs, so there is nothing to patch.
 
 # %%
-BLOCK_KINDS = ["resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post"]
-block_sweeps = sweep_metrics(model, tasks, BLOCK_KINDS)
-blocks = block_sweeps["logit difference"]
+BLOCK_KINDS = [
+    "resid_pre",
+    "attn_out",
+    "resid_mid",
+    "mlp_out",
+    "resid_post",
+]
+blocks = sweep(model, scored, BLOCK_KINDS)
 
 # %% tags=["figure-headline"]
 plots.heatmap(
-    blocks.sel(kind="resid_pre"), title="Clean residual stream patched into the corrupted run"
+    blocks.sel(kind="resid_pre"),
+    title="Clean residual stream patched into the corrupted run",
 )
 
 # %%
 notebook.largest(blocks.sel(kind="resid_pre"))
 
 # %%
-S2, END = chapter_claims.positions_of(blocks)
-cross = chapter_claims.crossing(blocks.sel(kind="resid_pre"))
+S2, END = task.agree_until, task.clean_tokens.shape[1] - 1
+stream = blocks.sel(kind="resid_pre")
+step = crossing_layer(stream, S2, END)
 
 # %% tags=["remove-input"]
 notebook.say(
-    f"On {task.model_name} the information leaves S2 and arrives at END around layer **{cross}** "
-    f"of {model.cfg.n_layers}: from there on, END brings back more than S2."
+    f"On {task.model_name} the information leaves S2 and arrives at "
+    f"END around layer **{step}** of {model.cfg.n_layers}: from there "
+    "on, END brings back more than S2."
 )
 
 # %% [markdown]
 # ## What kind of part: attention or MLP
 #
 # The residual stream is a sum. Each layer adds the output of its attention, and then that of its
-# MLP. Patching the *stream* asks what has gathered up to here. Patching an *output* asks what this
-# layer adds.
+# MLP. Patching the *stream* asks what has accumulated so far. Patching an *output* asks what this layer
+# adds.
 #
 # First the stream in the middle of each layer, after attention and before the MLP. **Expect** the
 # same staircase, as only one part lies between the two.
@@ -155,7 +178,8 @@ notebook.say(
 # %%
 plots.heatmap(
     blocks.sel(kind="resid_mid"),
-    title="Clean residual stream after attention patched into the corrupted run",
+    title="Clean residual stream after attention patched into the "
+    "corrupted run",
 )
 
 # %%
@@ -167,18 +191,22 @@ notebook.largest(blocks.sel(kind="resid_mid"))
 
 # %%
 plots.heatmap(
-    blocks.sel(kind="attn_out"), title="Clean attention outputs patched into the corrupted run"
+    blocks.sel(kind="attn_out"),
+    title="Clean attention outputs patched into the corrupted run",
 )
 
 # %%
 notebook.largest(blocks.sel(kind="attn_out"))
 
 # %% [markdown]
-# And MLP outputs. An MLP works at one position by itself. So **expect** MLPs to matter at S2 in the
+# And MLP outputs. An MLP works on each position separately. So **expect** MLPs to matter at S2 in the
 # first layers, where they prepare the name, and to do less than attention at END.
 
 # %%
-plots.heatmap(blocks.sel(kind="mlp_out"), title="Clean MLP outputs patched into the corrupted run")
+plots.heatmap(
+    blocks.sel(kind="mlp_out"),
+    title="Clean MLP outputs patched into the corrupted run",
+)
 
 # %%
 notebook.largest(blocks.sel(kind="mlp_out"))
@@ -186,8 +214,9 @@ notebook.largest(blocks.sel(kind="mlp_out"))
 # %% tags=["remove-input"]
 notebook.say(
     "At S2, the MLP of the very first layer brings back "
-    f"{float(blocks.sel(kind='mlp_out', layer=0).isel(position=S2)):.0%}. Only one attention "
-    "stands before it, so it reads little more than the token itself."
+    f"{float(blocks.sel(kind='mlp_out', layer=0).isel(position=S2)):.0%}. "
+    "Only one attention stands before it, so it reads little more than "
+    "the token itself."
 )
 
 # %% [markdown]
@@ -196,10 +225,91 @@ notebook.say(
 # the stream after the layer (`resid_post`), which is the stream before the next one.
 
 # %%
-plots.heatmap(blocks, title="Clean activations of every block kind patched into the corrupted run")
+plots.heatmap(
+    blocks,
+    title="Clean activations of every block kind patched into the "
+    "corrupted run",
+)
+
+# %% [markdown]
+# What was expected is now held against what was measured. A patch is scored as a share of clean
+# minus corrupted, so each threshold means the same on any model.
 
 # %%
-chapter_claims.ioi_blocks(blocks).show()
+claims = Claims(
+    "Residual stream, attention and MLPs: expected and measured"
+)
+depth = model.cfg.n_layers
+early, late = stream[: depth // 4], stream[-(depth // 4) :]
+middle, attention_out, mlp_out = (
+    blocks.sel(kind=kind)
+    for kind in ("resid_mid", "attn_out", "mlp_out")
+)
+
+claims.check(
+    "early, S2 has it",
+    "In the first quarter of the layers, the stream at S2 brings back "
+    "nearly all (mean).",
+    early[:, S2].mean(),
+    at_least=0.8,
+)
+claims.check(
+    "early, END does not",
+    "In the same layers, the stream at END brings back nothing "
+    "(largest).",
+    abs(early[:, END]).max(),
+    at_most=0.1,
+)
+claims.check(
+    "late, S2 no longer has it",
+    "In the last quarter, the stream at S2 brings back little (mean).",
+    abs(late[:, S2]).mean(),
+    at_most=0.3,
+)
+claims.check(
+    "late, END has it",
+    "In the last quarter, the stream at END brings back most (mean).",
+    late[:, END].mean(),
+    at_least=0.5,
+)
+claims.check(
+    "the same step after attention",
+    "The stream in the middle of each layer has its step where the "
+    "stream before the layer has it; distance as a share of all "
+    "layers.",
+    abs(crossing_layer(middle, S2, END) - step) / depth,
+    at_most=0.1,
+)
+claims.check(
+    "attention brings it to END",
+    "The attention output of some single layer, at END, brings back a "
+    "good part.",
+    attention_out[:, END].max(),
+    at_least=0.1,
+)
+claims.check(
+    "it does so at the step",
+    "The layer whose attention matters most at END lies close to where "
+    "END overtakes S2; distance as a share of all layers.",
+    abs(abs(attention_out[:, END]).argmax("layer") - step) / depth,
+    at_most=0.25,
+)
+claims.check(
+    "MLPs do less at END",
+    "All MLP effects at END together, as a part of all attention "
+    "effects there.",
+    abs(mlp_out[:, END]).sum(),
+    of=abs(attention_out[:, END]).sum(),
+    at_most=0.75,
+)
+claims.check(
+    "MLPs prepare S2 early",
+    "Of all MLPs at S2, the one that brings back most stands in the "
+    "first layers; its layer as a share of all.",
+    mlp_out[:, S2].argmax("layer") / depth,
+    at_most=0.25,
+)
+claims.show()
 
 # %% [markdown]
 # ## Which: single heads
@@ -210,17 +320,19 @@ chapter_claims.ioi_blocks(blocks).show()
 
 # %%
 HEAD_KINDS = ["out", "q", "k", "v", "pattern"]
-head_sweeps = sweep_metrics(model, tasks, HEAD_KINDS, by="all_pos")
-heads = head_sweeps["logit difference"]
+heads = sweep(model, scored, HEAD_KINDS, by="all_pos")
 
-plots.heatmap(heads.sel(kind="out"), title="Clean head outputs patched into the corrupted run")
+plots.heatmap(
+    heads.sel(kind="out"),
+    title="Clean head outputs patched into the corrupted run",
+)
 
 # %%
 notebook.largest(heads.sel(kind="out"), 8)
 
 # %% [markdown]
 # Orange heads move the answer *away* from the clean one: with their clean output the corrupted run
-# does worse. In GPT-2 small such heads have been described as *negative name movers*.
+# scores lower. In GPT-2 small such heads have been described as *negative name movers*.
 #
 # Where the heads of this table look is shown <a href="#attention">further down</a>.
 
@@ -236,12 +348,19 @@ notebook.largest(heads.sel(kind="out"), 8)
 #
 # Both prompts are the same up to S2. So a head that looks back from S2 or END to the two names
 # meets the same keys in both runs. **Expect** keys to do little. And where a pattern matters,
-# **expect** its query to matter too, as that is what made it another one.
+# **expect** its query to matter too, as the query is what changed it.
 
 # %%
-for kind, what in (("q", "queries"), ("k", "keys"), ("v", "values"), ("pattern", "patterns")):
+for kind, what in (
+    ("q", "queries"),
+    ("k", "keys"),
+    ("v", "values"),
+    ("pattern", "patterns"),
+):
     part = heads.sel(kind=kind)
-    plots.heatmap(part, title=f"Clean {what} patched into the corrupted run").show()
+    plots.heatmap(
+        part, title=f"Clean {what} patched into the corrupted run"
+    ).show()
     display(notebook.largest(part, 4))
 
 # %% [markdown]
@@ -256,14 +375,18 @@ notebook.largest(heads, 8)
 
 # %% tags=["remove-input"]
 shared = model.cfg.n_heads // heads.attrs["n_key_value_heads"]
-by_pattern = chapter_claims.strong_heads(heads.sel(kind="pattern"))
-by_value = chapter_claims.strong_heads(heads.sel(kind="v"))
+by_pattern, by_value = (
+    ", ".join(strong_heads(heads.sel(kind=kind)).head_label.values)
+    for kind in ("pattern", "v")
+)
 notebook.say(
-    f"On {task.model_name}, the heads that bring back most by where they look are "
-    f"**{', '.join(by_pattern)}**; by what they carry, **{', '.join(by_value)}**."
+    f"On {task.model_name}, the heads that bring back most by where "
+    f"they look are **{by_pattern}**; by what they carry, "
+    f"**{by_value}**."
     + (
-        f" In this model {shared} query heads in a row share one key and one value. Keys and "
-        f"values are numbered by themselves: number 1 serves heads {shared} to {2 * shared - 1}."
+        f" In this model {shared} query heads in a row share one key "
+        "and one value. Keys and values are numbered by themselves: "
+        f"number 1 serves heads {shared} to {2 * shared - 1}."
         if shared > 1
         else ""
     )
@@ -278,32 +401,91 @@ notebook.say(
 # followed the same name before is an *induction head*; the next chapter is about those.
 
 # %%
+effects = effect_sizes(heads)
+strongest = {
+    (int(head["layer"]), int(head["head"]))
+    for kind in ("out", "pattern", "q")
+    for head in strong_heads(effects.sel(kind=kind), part=0)[:3]
+}
 plots.attention_patterns(
     model,
     task.clean_tokens,
-    chapter_claims.heads_to_look_at(heads),
+    sorted(strongest),
     task.position_labels,
     title="Where the strongest heads look, in the clean run",
 )
 
+# %%
+looks = attention(model, task.clean_tokens, task.position_labels)
+
 # %% tags=["remove-input"]
 for kind, what in (("out", "output"), ("pattern", "pattern")):
-    layer, head = chapter_claims.top_head(heads.sel(kind=kind))
-    where = {
-        name: chapter_claims.most_attended(model, task, layer, head, place)
-        for name, place in (("S2", S2), ("END", END))
-    }
+    best = top_head(heads.sel(kind=kind))
+    rows = looks.sel(layer=best["layer"], head=best["head"])
     notebook.say(
-        f"**L{layer}H{head}**, the strongest head by {what}, looks most at "
+        f"**{best.head_label.item()}**, the strongest head by {what}, "
+        "looks most at "
         + " and ".join(
-            f"`{label}` from {name} ({share:.0%} of its attention)"
-            for name, (label, share) in where.items()
+            f"`{rows[place].idxmax().item()}` from {name} "
+            f"({float(rows[place].max()):.0%} of its attention)"
+            for name, place in (("S2", S2), ("END", END))
         )
         + "."
     )
 
 # %%
-chapter_claims.ioi_heads(heads).show()
+claims = Claims("Single heads: expected and measured")
+out = effects.sel(kind="out")
+ordered = np.sort(out, axis=None)[::-1]
+few = round(out.size / 10)
+
+claims.check(
+    "a handful carries most",
+    f"The strongest tenth of the heads ({few} of {out.size}) carries "
+    "most of all effects of head outputs, in absolute value.",
+    ordered[:few].sum(),
+    of=ordered.sum(),
+    at_least=0.5,
+)
+claims.check(
+    "most carry nothing",
+    "The output of a head in the middle of the ranking moves the score "
+    "by next to nothing.",
+    out.median(),
+    at_most=0.02,
+)
+claims.check(
+    "the first layers do little",
+    "Of all effects of head outputs, little lies in the first quarter "
+    "of the layers.",
+    out[: depth // 4].sum(),
+    of=out.sum(),
+    at_most=0.25,
+)
+claims.check(
+    "keys do little",
+    "All that differs comes at S2 or after, so the keys of what stands "
+    "before are the same; all effects of keys, as a part of those of "
+    "outputs.",
+    effects.sel(kind="k").sum(),
+    of=out.sum(),
+    at_most=0.5,
+)
+claims.check(
+    "queries make the patterns",
+    "So where a pattern matters, it does so by its query: correlation "
+    "of both effects over all heads.",
+    xr.corr(heads.sel(kind="q"), heads.sel(kind="pattern")),
+    at_least=0.5,
+    units="",
+)
+claims.check(
+    "one head is felt",
+    "The output of some single head brings back a noticeable part.",
+    heads.sel(kind="out").max(),
+    at_least=0.1,
+)
+claims.show()
 
 # %% [markdown]
 # ## Where, for every head
@@ -314,14 +496,22 @@ chapter_claims.ioi_heads(heads).show()
 # **Expect** two columns to stand out, S2 and END. Heads that matter at S2 prepare; heads that
 # matter at END write the answer, and sit in later layers. What a head looks at is in the figure
 # <a href="#attention">above</a>.
+#
+# This sweep is scored by three metrics at once. The text keeps to the logit difference; a figure at
+# the end of the chapter compares them.
 
 # %%
+METRICS = ("logit difference", "log-probability", "probability")
+tasks = {
+    name: task.with_metric(model, name).normalised() for name in METRICS
+}
 position_sweeps = sweep_metrics(model, tasks, HEAD_KINDS, by="pos")
 by_position = position_sweeps["logit difference"]
 
 plots.heatmap(
     by_position.sel(kind="out"),
-    title="Clean head outputs patched into the corrupted run, by position",
+    title="Clean head outputs patched into the corrupted run, by "
+    "position",
 )
 
 # %%
@@ -334,7 +524,31 @@ plots.heatmap(by_position)
 notebook.largest(by_position, 8)
 
 # %%
-chapter_claims.ioi_positions(by_position).show()
+claims = Claims("Heads by position: expected and measured")
+placed = effect_sizes(by_position).sel(kind="out")
+at_s2, at_end = placed.isel(position=S2), placed.isel(position=END)
+
+claims.check(
+    "S2 and END stand out",
+    "Of all effects of head outputs, in absolute value, most lie at "
+    "these two positions.",
+    (at_s2 + at_end).sum(),
+    of=placed.sum(),
+    at_least=0.7,
+)
+first, second = (
+    placed.layer.weighted(effect.sum("head")).mean()
+    for effect in (at_s2, at_end)
+)
+claims.check(
+    "S2 first, END later",
+    "Heads that matter at S2 come before those that matter at END: "
+    "distance of their mean layers, weighted by effect, as a share of "
+    "all layers.",
+    (second - first) / depth,
+    at_least=0.05,
+)
+claims.show()
 
 # %% [markdown]
 # ## The heads that are known from GPT-2 small
@@ -348,11 +562,86 @@ chapter_claims.ioi_positions(by_position).show()
 #   which name *not* to look at;
 # - **name movers** (L9H9, L9H6, L10H0) look at the other name and copy it.
 #
-# The numbers of heads mean nothing in another model. So these claims are checked where GPT-2 small
-# runs, and are listed as not checked elsewhere.
+# Head numbers mean nothing in another model. So these claims are checked where GPT-2 small runs, and
+# are listed as not checked elsewhere.
 
 # %%
-chapter_claims.gpt2_small_heads(heads, by_position).show()
+CIRCUIT = {
+    "name mover": ["L9H9", "L9H6", "L10H0"],
+    "S-inhibition": ["L7H3", "L7H9", "L8H6", "L8H10"],
+    "induction": ["L5H5", "L6H9"],
+    "duplicate-token": ["L0H1", "L0H10", "L3H0"],
+}
+is_gpt2_small = task.model_name in (
+    "gpt2-small",
+    "gpt2",
+    "openai-community/gpt2",
+)
+claims = Claims(
+    "Published heads of GPT-2 small",
+    not_checked=""
+    if is_gpt2_small
+    else "the heads are those of GPT-2 small, and this is "
+    f"{task.model_name}",
+)
+labels = effects.head_label
+known = labels.isin(sum(CIRCUIT.values(), []))
+others = out.where(~known).mean()
+
+
+def total(kind, group):
+    """All effects of one kind of activation of a group of heads."""
+    inside = labels.isin(CIRCUIT[group])
+    return effects.sel(kind=kind).where(inside).sum()
+
+
+for group, factor in (
+    ("name mover", 3.0),
+    ("S-inhibition", 3.0),
+    ("induction", 3.0),
+    ("duplicate-token", 1.0),
+):
+    claims.check(
+        f"{group} heads",
+        f"{', '.join(CIRCUIT[group])} matter more than heads outside "
+        "the circuit do (mean absolute effect of the output, against "
+        "theirs).",
+        total("out", group) / len(CIRCUIT[group]),
+        of=others,
+        at_least=factor,
+        units="×",
+    )
+for group, where, effect in (
+    ("name mover", "END", at_end),
+    ("S-inhibition", "END", at_end),
+    ("induction", "S2", at_s2),
+    ("duplicate-token", "S2", at_s2),
+):
+    inside = labels.isin(CIRCUIT[group])
+    claims.check(
+        f"{group} heads work at {where}",
+        f"Most of what their outputs do, they do at {where}.",
+        effect.where(inside).sum(),
+        of=placed.where(inside).sum(),
+        at_least=0.6,
+    )
+claims.check(
+    "name movers look elsewhere",
+    "Their patterns matter more than their values (total effects).",
+    total("pattern", "name mover"),
+    of=total("v", "name mover"),
+    at_least=1.0,
+    units="×",
+)
+claims.check(
+    "S-inhibition heads carry something else",
+    "Their values matter more than their patterns (total effects).",
+    total("v", "S-inhibition"),
+    of=total("pattern", "S-inhibition"),
+    at_least=1.0,
+    units="×",
+)
+claims.show()
 
 # %% [markdown]
 # ## Turn the knobs
@@ -369,7 +658,7 @@ plots.explore(combine(position_sweeps, dim="metric"))
 # In Jupyter or Colab, the cell below opens a panel. Type a clean and a corrupted prompt, and a
 # right and a wrong answer. The panel says what does not fit as you type. **Run** starts the sweep
 # and **Stop** ends it. Click one of the largest effects, or choose a layer and a position, and the
-# numbers of that cell appear. **copy as code** gives the lines that repeat the sweep.
+# numbers of that cell appear. **copy as code** shows the lines that repeat the sweep.
 
 # %%
 from patching_demo.explorer import explore

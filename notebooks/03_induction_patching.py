@@ -34,6 +34,10 @@
 # This chapter looks for both in a model of two attention-only layers. There is nothing else in it,
 # so there is little room to hide.
 #
+# From the chapters before you need three things. A [sweep](01_setup.ipynb) patches one place at a
+# time. A head has an output, a query, a key, a value and a pattern, and [each can be
+# patched](02_ioi_patching.ipynb). A patch shows only what differs between the two inputs.
+#
 # In Colab no GPU is needed for this chapter; the model is tiny.
 
 # %% tags=["hide-input"]
@@ -46,13 +50,20 @@ if importlib.util.find_spec("patching_demo") is None:
 
 # %%
 from patching_demo import (
-    chapter_claims,
     combine,
     induction_task,
-    largest_cells,
     notebook,
     plots,
+    share,
     sweep,
+)
+from patching_demo.claims import Claims
+from patching_demo.results import (
+    attention,
+    attention_back,
+    effect_sizes,
+    strong_heads,
+    top_head,
 )
 from patching_demo.sweeps import sweep_metrics
 
@@ -82,12 +93,13 @@ plots.tokens_table(task, rows=1)
 #
 # The score is the **mean log-probability of A's tokens in the second half**, in nats. It asks: how
 # well would you continue the copy? Zero is certainty. The first token of the second half is left
-# out, as nothing announces it.
+# out, as nothing predicts it.
 #
 # The question is the same for both runs. In the corrupted run the second half is B, but the model
 # is still scored on A, so it can only guess.
 #
-# This score is *not* normalised, for a change. Read every number against the two baselines.
+# Unlike in the last chapters, this score is *not* normalised. Read every number against the two
+# baselines.
 
 # %%
 clean, corrupted = task.clean_baseline, task.corrupted_baseline
@@ -98,10 +110,11 @@ print(f"Corrupted baseline (AB): {corrupted:.4f} nats")
 import math
 
 notebook.say(
-    f"In the clean run the right token gets a probability of about exp({clean:.2f}) = "
-    f"{math.exp(clean):.0%}; in the corrupted run, of about exp({corrupted:.2f}) = "
-    f"{math.exp(corrupted):.2%}. With {model.cfg.d_vocab} tokens in the vocabulary, blind guessing "
-    f"gives {1 / model.cfg.d_vocab:.2%}."
+    "In the clean run the right token gets a probability of about "
+    f"exp({clean:.2f}) = {math.exp(clean):.0%}; in the corrupted run, "
+    f"of about exp({corrupted:.2f}) = {math.exp(corrupted):.2%}. With "
+    f"{model.cfg.d_vocab} tokens in the vocabulary, a blind guess is "
+    f"right {1 / model.cfg.d_vocab:.2%} of the time."
 )
 
 # %% [markdown]
@@ -115,7 +128,7 @@ notebook.say(
 #   token, so its **pattern** is wrong, so its **output** is wrong. Patching any of the three
 #   should help.
 #
-# So **expect** output, query and pattern to matter, key and value not.
+# So **expect** output, query and pattern to matter, but not key and value.
 
 # %%
 KINDS = ["out", "q", "k", "v", "pattern"]
@@ -126,16 +139,20 @@ plots.heatmap(heads)
 notebook.largest(heads)
 
 # %%
-layer, head = chapter_claims.top_head(heads.sel(kind="out"))
-strong = chapter_claims.strong_heads(heads.sel(kind="out"))
-best = largest_cells(heads.sel(kind="out"), 1).iloc[0]
+best = top_head(heads.sel(kind="out"))
+layer, head = int(best["layer"]), int(best["head"])
+brought_back = float(share(best))
+strong = strong_heads(heads.sel(kind="out"))
 
 # %% tags=["remove-input"]
 notebook.say(
-    f"On {task.model_name}, of {heads.sizes['layer'] * heads.sizes['head']} heads these bring back "
-    f"at least half as much by their output as the best: **{', '.join(strong)}**. The clean output "
-    f"of **L{layer}H{head}** alone moves the score from {corrupted:.2f} to {best['value']:.2f} "
-    f"nats, {best['share']:.0%} of the way to the clean baseline."
+    f"On {task.model_name}, of "
+    f"{heads.sizes['layer'] * heads.sizes['head']} heads these bring "
+    "back at least half as much by their output as the best: "
+    f"**{', '.join(strong.head_label.values)}**. The clean output of "
+    f"**L{layer}H{head}** alone moves the score from {corrupted:.2f} "
+    f"to {float(best):.2f} nats, {brought_back:.0%} of the way to the "
+    "clean baseline."
 )
 
 # %% [markdown]
@@ -150,21 +167,33 @@ notebook.say(
 # minus one to the left of the main one. The menu has the other heads that stand out.
 
 # %%
+effects = effect_sizes(heads)
+strongest = [
+    (int(found["layer"]), int(found["head"]))
+    for kind in ("out", "pattern", "q")
+    for found in strong_heads(effects.sel(kind=kind), part=0)[:2]
+]
 plots.attention_patterns(
-    model, task.clean_tokens, chapter_claims.heads_to_look_at(heads, 2), task.position_labels
+    model,
+    task.clean_tokens,
+    list(dict.fromkeys(strongest)),
+    task.position_labels,
 )
 
 # %% [markdown]
 # The same number for every head: mean attention from the second copy to that diagonal.
 
 # %%
-repeated = chapter_claims.induction_attention(model, task)
+looks = attention(model, task.clean_tokens, task.position_labels)
+copy = (task.clean_tokens.shape[1] - 1) // 2
+repeated = attention_back(looks, steps=copy - 1, start=copy + 1)
 plots.bars(
     repeated,
     along="head",
     title="Attention to the token after the first occurrence",
-    caption="Each bar is one head's mean attention to that token, from the second copy of the "
-    "clean input; colours are layers, and 1 would be all of its attention.",
+    caption="Each bar is one head's mean attention to that token, "
+    "from the second copy of the clean input; colours are layers, and "
+    "1 would be all of its attention.",
 )
 
 # %% [markdown]
@@ -172,10 +201,9 @@ plots.bars(
 #
 # Patch one head at one position at a time. The score is a mean over the positions of the second
 # copy, and a patch at one position mends only the prediction made there. So **expect** the effect
-# of an induction head to fall apart into many small pieces, one for each token.
+# of an induction head to break up into many small pieces, one for each token.
 #
-# The positions of the first copy are hatched: there the two inputs agree, and there is nothing to
-# patch.
+# At the positions of the first copy the two inputs agree, so there is nothing to patch.
 
 # %%
 by_position = sweep(model, task, KINDS, by="pos")
@@ -191,16 +219,18 @@ plots.curves(
     pieces,
     along="position",
     title=f"Output of L{layer}H{head}, one position at a time",
-    caption="Each point is the log-probability after patching this head at one position; dashed "
-    "lines mark the baselines, and in the grey band both inputs agree.",
+    caption="Each point is the log-probability after patching this "
+    "head at one position; dashed lines mark the baselines, and in "
+    "the grey band both inputs agree.",
 )
 
 # %% tags=["remove-input"]
 notebook.say(
     "The largest single piece brings back "
-    f"{float((pieces.max() - corrupted) / (clean - corrupted)):.0%} of clean minus corrupted. "
-    f"Together the pieces add up to {total:.0%}; patched at once, the head brought back "
-    f"{best['share']:.0%}."
+    f"{float((pieces.max() - corrupted) / (clean - corrupted)):.0%} of "
+    "clean minus corrupted. Together the pieces add up to "
+    f"{total:.0%}; patched at once, the head brought back "
+    f"{brought_back:.0%}."
 )
 
 # %% [markdown]
@@ -210,78 +240,179 @@ notebook.say(
 # the first copy, and **the first copy is the same in both inputs**. A patch only shows what
 # differs.
 #
-# To see it, corrupt the *first* half: BA. And turn the direction around. Put activations of the
-# corrupted run into the clean one, and see what *breaks*. That is noising: it finds what the
-# answer needs.
+# To see it, corrupt the *first* half: BA. And reverse the direction: put activations of the
+# corrupted run into the clean one, and see what *breaks*. That is noising. It finds what the answer
+# needs.
 #
-# `noising` makes the two inputs change places. The scale turns too: 0 is now the intact run, 1 is
-# the ruin. **Expect** the induction head to matter again, and one head of layer 0 with it.
+# `reversed()` exchanges the two inputs. The scale turns too: 0 is now the intact run, and 1 is the
+# ruined one. **Expect** the induction head to matter again, and one head of layer 0 with it.
 
 # %%
-noising = chapter_claims.noising(induction_task(model, corrupted="BA"))
+noising = induction_task(model, corrupted="BA").reversed().normalised()
 
 noised = sweep(model, noising, "out", by="all_pos")
-noised = noised.assign_attrs(corrupted_name="intact", clean_name="ruined")
+noised = noised.assign_attrs(
+    corrupted_name="intact", clean_name="ruined"
+)
 plots.heatmap(
     noised,
     title="Corrupted head outputs put into the clean run",
-    caption="Each cell is the share of the score that is lost with one head corrupted: 0 (white) "
-    "nothing, 1 (dark blue) as much as with the whole first half corrupted.",
+    caption="Each cell is the share of the score that is lost with "
+    "one head corrupted: 0 (white) nothing, 1 (dark blue) as much as "
+    "with the whole first half corrupted.",
 )
 
 # %%
 notebook.largest(noised)
 
 # %%
-_, early = chapter_claims.top_head(noised.sel(layer=[0]))
-lost = float(noised.sel(layer=0, head=early))
+early_head = top_head(noised.sel(layer=[0]))
+early, lost = int(early_head["head"]), float(early_head)
 
 # %% tags=["remove-input"]
 notebook.say(
-    f"In layer 0 it is **L0H{early}**: corrupt its output alone, and {lost:.0%} of the score is "
-    "gone. Here is what it looks at."
+    f"In layer 0 it is **L0H{early}**: corrupt its output alone, and "
+    f"{lost:.0%} of the score is gone. Here is what it looks at."
 )
 
 # %%
-plots.attention_patterns(model, task.clean_tokens, [(0, early)], task.position_labels)
+plots.attention_patterns(
+    model, task.clean_tokens, [(0, early)], task.position_labels
+)
 
 # %%
-previous = chapter_claims.previous_token_attention(model, task)
+previous = attention_back(looks, steps=1, start=2)
 plots.bars(
     previous,
     along="head",
     title="Attention to the token just before",
-    caption="Each bar is one head's mean attention to the token just before, on the clean input; "
-    "colours are layers, and 1 would be all of its attention.",
+    caption="Each bar is one head's mean attention to the token just "
+    "before, on the clean input; colours are layers, and 1 would be "
+    "all of its attention.",
 )
 
 # %% [markdown]
 # ## What was expected, and what was measured
 
 # %%
-checks = chapter_claims.induction(heads, by_position, noised, previous, repeated)
-checks.show()
+claims = Claims("Induction: expected and measured")
+shares = share(heads)
+out = shares.sel(kind="out")
+most = shares.max(["layer", "head"])
+whole = out.max()
+
+claims.check(
+    "one head stands out",
+    "The output of a single head brings back a good part of the score.",
+    whole,
+    at_least=0.15,
+)
+claims.check(
+    "it sits above layer 0",
+    "It needs what layer 0 wrote, so no head of layer 0 brings back "
+    "nearly as much; as a part of the best output.",
+    out.sel(layer=0).max(),
+    of=whole,
+    at_most=0.5,
+)
+for kind, word in (("q", "query"), ("pattern", "pattern")):
+    claims.check(
+        f"{word} matters",
+        "AB spoils the second copy, from which the head looks back, so "
+        f"its {word} brings back most of what the output does.",
+        most.sel(kind=kind),
+        of=whole,
+        at_least=0.5,
+    )
+for kind, word in (("k", "key"), ("v", "value")):
+    claims.check(
+        f"{word} does not",
+        f"The first copy is intact, and there the head finds its "
+        f"{word}s, so these bring back little of what the output does.",
+        most.sel(kind=kind),
+        of=whole,
+        at_most=0.25,
+    )
+claims.check(
+    "each position helps itself",
+    "A patch at one position mends the prediction made there, so no "
+    "single one brings back much of the mean.",
+    share(pieces).where(~pieces.agrees).max(),
+    at_most=0.25,
+)
+claims.check(
+    "induction attention",
+    f"The head found by patching (L{layer}H{head}) looks at the token "
+    "after the first occurrence.",
+    repeated.sel(layer=layer, head=head),
+    at_least=0.3,
+)
+looking = top_head(repeated)
+claims.check(
+    "patches and attention agree on it",
+    "Conversely, the head that does so most "
+    f"({looking.head_label.item()}) brings back a good part of what "
+    "the best output does.",
+    out.sel(layer=looking["layer"], head=looking["head"]),
+    of=whole,
+    at_least=0.5,
+)
+claims.check(
+    "what brings it back is needed too",
+    f"With the output of L{layer}H{head} corrupted in the clean run, a "
+    "part of the score is lost.",
+    noised.sel(layer=layer, head=head),
+    at_least=0.1,
+)
+claims.check(
+    "a layer-0 head is needed",
+    "With one head of layer 0 corrupted, a good part of the score is "
+    "lost.",
+    lost,
+    at_least=0.15,
+)
+claims.check(
+    "previous-token attention",
+    f"That head (L0H{early}) looks at the token just before.",
+    previous.sel(layer=0, head=early),
+    at_least=0.3,
+)
+looking = top_head(previous.sel(layer=[0]))
+claims.check(
+    "patches and attention agree on that too",
+    "Conversely, of what is lost with one head of layer 0, a good "
+    "part is lost with the one that does so most "
+    f"({looking.head_label.item()}).",
+    noised.sel(layer=0, head=looking["head"]),
+    of=lost,
+    at_least=0.5,
+)
+claims.show()
 
 # %% tags=["remove-input"]
 notebook.say(
     f"So on {task.model_name}: **L0H{early}** notes the previous token "
-    f"({float(previous.sel(layer=0, head=early)):.0%} of its attention goes there), and "
-    f"**L{layer}H{head}** uses the note to find where the sequence goes on "
-    f"({float(repeated.sel(layer=layer, head=head)):.0%}). Patching found both without looking at "
-    "an attention pattern; the patterns confirm it."
+    f"({float(previous.sel(layer=0, head=early)):.0%} of its attention "
+    f"goes there), and **L{layer}H{head}** uses the note to find where "
+    "the sequence goes on "
+    f"({float(repeated.sel(layer=layer, head=head)):.0%}). Patching "
+    "found both without looking at an attention pattern; the patterns "
+    "confirm it."
 )
 
 # %% [markdown]
 # ## Turn the knobs
 #
 # Choose the kind of activation and the score; the slider chooses the layer. A mean of probabilities
-# weighs the predictions of the second copy otherwise than a mean of their logarithms. Do the same
-# heads matter?
+# puts less weight on very bad predictions than a mean of their logarithms. Do the same heads
+# matter?
 
 # %%
 METRICS = ("log-probability", "probability")
 scored = {name: task.with_metric(model, name) for name in METRICS}
-plots.explore(combine(sweep_metrics(model, scored, KINDS, by="pos"), dim="metric"))
+plots.explore(
+    combine(sweep_metrics(model, scored, KINDS, by="pos"), dim="metric")
+)
 
 # %% [markdown]
 # ## Can you say it?

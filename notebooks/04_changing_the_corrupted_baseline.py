@@ -24,7 +24,11 @@
 #
 # Here is the same model with the same clean input, AA, and four corrupted ones. The induction
 # heads do the work. Which of their queries, keys, values, patterns and outputs seem to matter?
-# Each time the answer is different, and each time you can foresee it.
+# Each time the answer is different, and each time you can predict it.
+#
+# From [the last chapter](03_induction_patching.ipynb) you need two things. An induction head finds
+# where the current token stood before, and copies the token after it. The score is the mean
+# log-probability of A's tokens in the second half.
 #
 # In Colab no GPU is needed for this chapter; the model is tiny.
 
@@ -38,8 +42,15 @@ if importlib.util.find_spec("patching_demo") is None:
 
 # %%
 import pandas as pd
-
-from patching_demo import chapter_claims, combine, induction_task, notebook, plots
+from patching_demo import (
+    combine,
+    induction_task,
+    notebook,
+    plots,
+    share,
+)
+from patching_demo.claims import Claims
+from patching_demo.results import top_head
 from patching_demo.sweeps import sweep_metrics
 
 notebook.setup()
@@ -62,25 +73,41 @@ model = notebook.model(MODEL, "induction")
 # | **BB** | B | B | nothing of the mechanism, only the content |
 # | **BC** | B | C | everything |
 #
-# The score is that of the last chapter: the mean log-probability of A's tokens in the second half,
-# in nats.
+# The score is that of the last chapter, in nats.
 
 # %%
-tasks = {name: induction_task(model, corrupted=name) for name in ("AB", "BA", "BB", "BC")}
+tasks = {
+    name: induction_task(model, corrupted=name)
+    for name in ("AB", "BA", "BB", "BC")
+}
 
-rows = [(name, t.clean_baseline, t.corrupted_baseline) for name, t in tasks.items()]
+rows = [
+    (name, t.clean_baseline, t.corrupted_baseline)
+    for name, t in tasks.items()
+]
 plots.table(
-    pd.DataFrame(rows, columns=["corrupted input", "clean baseline", "corrupted baseline"]),
+    pd.DataFrame(
+        rows,
+        columns=[
+            "corrupted input",
+            "clean baseline",
+            "corrupted baseline",
+        ],
+    ),
     "Mean log-probability of A's tokens, in nats, without any patch.",
 )
 
 # %% tags=["remove-input"]
-guess, wrong = tasks["BC"].corrupted_baseline, tasks["BB"].corrupted_baseline
+guess, wrong = (
+    tasks["BC"].corrupted_baseline,
+    tasks["BB"].corrupted_baseline,
+)
 notebook.say(
-    f"Look at BB. With BC, where there is nothing to copy, the model can only guess: {guess:.2f} "
-    f"nats. With BB it scores {wrong:.2f}, **worse than guessing**. The mechanism works, and "
-    "copies B with confidence where we ask for A. Keep this in mind: under BB a patch can raise "
-    "the score by merely *breaking* the copying."
+    "Look at BB. With BC, where there is nothing to copy, the model "
+    f"can only guess: {guess:.2f} nats. With BB it scores {wrong:.2f}, "
+    "**worse than guessing**. The mechanism works, and copies B with "
+    "confidence where we ask for A. Keep this in mind: under BB a "
+    "patch can raise the score by merely *breaking* the copying."
 )
 
 # %% [markdown]
@@ -88,23 +115,52 @@ notebook.say(
 #
 # Think of an induction head as a question and an answer. The **query** asks, from the second half.
 # The **key** is what the first half offers to be found by. Both make the **pattern**, where the
-# head looks. The **value** is what it finds there. All of it makes the **output**.
+# head looks. The **value** is what it finds there. Together they make the **output**.
 #
 # A patch of one kind brings the score back if everything *else* that the head needs is still
 # right.
-#
-# | corrupted | query | key | value | pattern |
-# |---|---|---|---|---|
-# | **AB** | **yes**: all that was wrong | right already | right already | **yes** |
-# | **BA** | right already | no: finds B's values | no: not looked at | no: finds B's values |
-# | **BB** | no: finds no key | no: not asked for | **yes**: looked at already | right already |
-# | **BC** | no | no | no | no |
-#
-# The **output** is not in the table, as the answer is always yes. It is what the rest of the model
+
+# %%
+EXPECTED = pd.DataFrame(
+    {
+        "AB": {
+            "q": "yes: it is all that was wrong",
+            "k": "no: right already",
+            "v": "no: right already",
+            "pattern": "yes: it points to intact values",
+        },
+        "BA": {
+            "q": "no: right already, but nothing answers it",
+            "k": "no: it only points to B's values",
+            "v": "no: nobody looks there",
+            "pattern": "no: it points to B's values",
+        },
+        "BB": {
+            "q": "no: it finds no key",
+            "k": "no: nothing asks for it",
+            "v": "yes: the head looks there already, and finds A",
+            "pattern": "no: right already",
+        },
+        "BC": {
+            "q": "no: it finds no key",
+            "k": "no: nothing asks for it",
+            "v": "no: nobody looks there",
+            "pattern": "no: it points to B's values",
+        },
+    }
+)
+WORDS = {"q": "query", "k": "key", "v": "value", "pattern": "pattern"}
+plots.table(
+    EXPECTED.rename(index=WORDS).T.rename_axis("corrupted"),
+    "Does a clean patch of this kind bring the score back?",
+)
+
+# %% [markdown]
+# The **output** is not in the table, as there the answer is always yes. It is what the rest of the model
 # reads, whatever went wrong before it. For that reason it tells you least about *how* the head
 # works.
 #
-# Two of the *no* can do worse than nothing. Under BA, a clean key or pattern makes the head look to
+# Some of these *no* are worse than nothing. Under BA, a clean key or pattern makes the head look to
 # the right place. B stands there, and the head copies it. So **expect** some of these patches to
 # *lower* the score. **Expect** the same of an output in layer 0. The keys are made from it, so with
 # a clean one the tokens of B are found where tokens of A are looked for.
@@ -117,19 +173,26 @@ KINDS = ["out", "q", "k", "v", "pattern"]
 metrics = ("log-probability", "probability")
 measured = {
     name: sweep_metrics(
-        model, {m: task.with_metric(model, m) for m in metrics}, KINDS, by="all_pos"
+        model,
+        {m: task.with_metric(model, m) for m in metrics},
+        KINDS,
+        by="all_pos",
     )
     for name, task in tasks.items()
 }
-results = {name: by_metric["log-probability"] for name, by_metric in measured.items()}
+results = {
+    name: by_metric["log-probability"]
+    for name, by_metric in measured.items()
+}
 together = combine(results)
 
 plots.heatmap(
     together,
     title="Clean activations of heads patched into four corrupted runs",
-    caption="One row of panels for each corrupted input, one column for each kind. Each cell is "
-    "the share of clean minus corrupted that one head's patch brings back: white nothing, dark "
-    "blue all, orange less than nothing.",
+    caption="One row of panels for each corrupted input, one column "
+    "for each kind. Each cell is the share of clean minus corrupted "
+    "that one head's patch brings back: white nothing, dark blue all, "
+    "orange less than nothing.",
 )
 
 # %%
@@ -145,16 +208,15 @@ plots.bars(
     together.max(["layer", "head"], keep_attrs=True),
     along="kind",
     title="The best head for each kind, under four corrupted inputs",
-    caption="Each bar is the largest share of clean minus corrupted that one head's patch brings "
-    "back; groups are kinds, colours are corrupted inputs.",
+    caption="Each bar is the largest share of clean minus corrupted "
+    "that one head's patch brings back; groups are kinds, colours are "
+    "corrupted inputs.",
 )
 
 # %% tags=["remove-input"]
-layer, head = chapter_claims.top_head(results["BC"].sel(kind="out"))
+best = top_head(results["BC"].sel(kind="out"))
+layer, head = int(best["layer"]), int(best["head"])
 shares = together.sel(layer=layer, head=head)
-
-
-WORDS = {"out": "output", "q": "query", "k": "key", "v": "value", "pattern": "pattern"}
 
 
 def of(name, kind):
@@ -163,10 +225,14 @@ def of(name, kind):
 
 
 notebook.say(
-    f"On {tasks['AB'].model_name} the strongest head is **L{layer}H{head}**. What a patch of it "
-    "brings back, as a share of clean minus corrupted:\n\n"
+    f"On {tasks['AB'].model_name} the strongest head is "
+    f"**L{layer}H{head}**. What a patch of it brings back, as a share "
+    "of clean minus corrupted:\n\n"
     + "\n".join(
-        f"- **{name}**: " + ", ".join(f"{word} {of(name, kind)}" for kind, word in WORDS.items())
+        f"- **{name}**: output {of(name, 'out')}, "
+        + ", ".join(
+            f"{word} {of(name, kind)}" for kind, word in WORDS.items()
+        )
         for name in tasks
     )
 )
@@ -180,34 +246,38 @@ notebook.say(
 # %% tags=["remove-input"]
 level = float(results["BB"].sel(layer=layer, head=head, kind="q"))
 notebook.say(
-    f"With the clean query of L{layer}H{head} put into BB, the score rises from {wrong:.2f} to "
-    f"{level:.2f} nats, a share of {of('BB', 'q')}. That looks like a good part of the answer. But "
-    f"guessing (BC) gives {guess:.2f}, which is {'above' if guess > level else 'below'} that. A "
-    "clean query looks for A, finds none, and this head stops copying B. The number rose because "
-    "the model became less wrong, not because it became right."
+    f"With the clean query of L{layer}H{head} put into BB, the score "
+    f"rises from {wrong:.2f} to {level:.2f} nats, a share of "
+    f"{of('BB', 'q')}. That looks like a good part of the answer. But "
+    f"guessing (BC) scores {guess:.2f}, which is "
+    f"{'above' if guess > level else 'below'} that. A clean query "
+    "looks for A, finds none, and this head stops copying B. The "
+    "number rose because the model became less wrong, not because it "
+    "became right."
 )
 
 # %% [markdown]
-# **Keys and patterns under BA.** Here are patches that lower the score, as foreseen. The head now
+# **Keys and patterns under BA.** Here are patches that lower the score, as predicted. The head now
 # copies B, as it does under BB.
 
 # %% tags=["remove-input"]
 level = float(results["BA"].sel(layer=layer, head=head, kind="pattern"))
 notebook.say(
-    f"With the clean pattern of L{layer}H{head} put into BA, the score goes from "
-    f"{tasks['BA'].corrupted_baseline:.2f} to {level:.2f} nats. On BB, where every induction head "
-    f"copies B, it is {wrong:.2f}."
+    f"With the clean pattern of L{layer}H{head} put into BA, the score "
+    f"goes from {tasks['BA'].corrupted_baseline:.2f} to {level:.2f} "
+    "nats. On BB, where every induction head copies B, it is "
+    f"{wrong:.2f}."
 )
 
 # %% [markdown]
-# A head of layer 0 does the same harm by its output.
+# The output of a head in layer 0 does the same.
 
 # %% tags=["remove-input"]
 below = together.sel(corrupted="BA", kind="out", layer=0)
 early = int(below.argmin("head"))
 notebook.say(
-    f"The lowest output of layer 0 under BA is that of L0H{early}: {float(below[early]):+.0%} of "
-    "clean minus corrupted."
+    f"The lowest output of layer 0 under BA is that of L0H{early}: "
+    f"{float(below[early]):+.0%} of clean minus corrupted."
 )
 
 # %% [markdown]
@@ -222,9 +292,83 @@ notebook.say(
 # are compared with the output, which always works.
 
 # %%
-probabilities = {name: by_metric["probability"] for name, by_metric in measured.items()}
-checks = chapter_claims.baselines(results, probabilities)
-checks.show()
+claims = Claims(
+    "Four corrupted inputs, expected and measured: outputs as a share "
+    "above guessing, the other kinds as a part of what the best output "
+    "brings back"
+)
+
+
+def above_guessing(name, kind):
+    """The best patch of one kind: 0 is a guess, 1 the clean run."""
+    result = results[name]
+    floor = max(result.attrs["corrupted_baseline"], guess)
+    best = result.sel(kind=kind).max()
+    return (best - floor) / (result.attrs["clean_baseline"] - floor)
+
+
+for name in tasks:
+    output = above_guessing(name, "out")
+    claims.check(
+        f"{name}: output",
+        "It brings the score back: it is what the rest of the model "
+        "reads.",
+        output,
+        at_least=0.15,
+    )
+    for kind, text in EXPECTED[name].items():
+        yes = text.startswith("yes")
+        claims.check(
+            f"{name}: {WORDS[kind]}",
+            f"Does it bring the score back? {text}.",
+            above_guessing(name, kind),
+            of=output,
+            **{"at_least" if yes else "at_most": 0.5},
+        )
+
+# %% [markdown]
+# And the numbers that needed a second look, as shares of clean minus corrupted.
+
+# %%
+under_ba = share(results["BA"])
+for kind in ("k", "pattern"):
+    claims.check(
+        f"BA: a clean {WORDS[kind]} can lower the score",
+        "It points to the right place, and there B stands, so that "
+        "head copies B; the lowest.",
+        under_ba.sel(kind=kind).min(),
+        at_most=-0.02,
+    )
+claims.check(
+    "BA: a clean output of layer 0 can lower the score",
+    "With it tokens of B carry the notes that belong to A, so the "
+    "heads that look for such a note copy B; the lowest.",
+    under_ba.sel(kind="out", layer=0).min(),
+    at_most=-0.05,
+)
+clean = tasks["BB"].clean_baseline
+claims.check(
+    "BB is worse than guessing",
+    "On BB the model copies B where A is asked for, so it starts below "
+    "BC; as a share of clean minus BC.",
+    wrong - guess,
+    of=clean - guess,
+    at_most=-0.05,
+)
+chances = {
+    name: by_metric["probability"].attrs
+    for name, by_metric in measured.items()
+}
+low = chances["BC"]["corrupted_baseline"]
+claims.check(
+    "a probability does not tell them apart",
+    "On BB and on BC the right token has a probability near zero: "
+    "their distance, as a share of clean minus BC.",
+    abs(chances["BB"]["corrupted_baseline"] - low),
+    of=chances["BC"]["clean_baseline"] - low,
+    at_most=0.05,
+)
+claims.show()
 
 # %% [markdown]
 # ## Turn the knobs
@@ -235,7 +379,10 @@ checks.show()
 # %%
 plots.explore(
     combine(
-        {name: combine(by_metric, dim="metric") for name, by_metric in measured.items()},
+        {
+            name: combine(by_metric, dim="metric")
+            for name, by_metric in measured.items()
+        },
         dim="corrupted",
     )
 )

@@ -7,19 +7,15 @@ table; a prediction that fails fails the notebook, so no text can say what is no
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import pandas as pd
 
-from patching_demo.plots.tables import Html, table
-from patching_demo.plots.theme import number, percent
+from patching_demo.plots.tables import table
+from patching_demo.plots.theme import number
 
-__all__ = ["Checks", "Claim", "ClaimFailed"]
-
-Relation = Literal["at least", "at most"]
-
+__all__ = ["Claim", "ClaimFailed", "Claims"]
 
 class ClaimFailed(AssertionError):
     """A prediction that does not hold; the message says which, with measurement and threshold."""
@@ -30,34 +26,24 @@ class Claim:
     """One prediction and the number that decides it.
 
     Attributes:
-        name: A few words, unique within its :class:`Checks`.
+        name: A few words, unique within its :class:`Claims`.
         expected: The prediction in a sentence.
         measured: The number that decides, or None where it was not measured.
         relation: "at least" or "at most".
         threshold: What ``measured`` is compared with, in the same units.
         units: "share" (of clean minus corrupted, or of another share) or any other word.
-        not_checked: Why it was not measured; empty where it was.
     """
 
     name: str
     expected: str
     measured: float | None
-    relation: Relation
+    relation: Literal["at least", "at most"]
     threshold: float
     units: str = "share"
-    not_checked: str = ""
-
-    def __post_init__(self) -> None:
-        if self.relation not in ("at least", "at most"):
-            raise ValueError(f"relation is 'at least' or 'at most', got {self.relation!r}")
-        if not math.isfinite(self.threshold):
-            raise ValueError(f"the threshold of {self.name!r} is {self.threshold}: give a number")
-        if (self.measured is None) != bool(self.not_checked):
-            raise ValueError(f"{self.name!r} needs either a measured number or a reason for none")
 
     @property
     def holds(self) -> bool | None:
-        """Whether it holds; None where it was not checked. A measured NaN does not hold."""
+        """Whether it holds; None where it was not measured. A measured NaN does not hold."""
         if self.measured is None:
             return None
         if self.relation == "at least":
@@ -66,16 +52,14 @@ class Claim:
 
     @property
     def verdict(self) -> str:
-        """ "holds", "fails", or why there is no verdict.
+        """ "holds", "fails" or "not checked".
 
         >>> Claim("early", "it is early", 0.97, "at least", 0.5).verdict
         'holds'
         >>> Claim("early", "it is early", float("nan"), "at least", 0.5).verdict
         'fails'
         """
-        if self.holds is None:
-            return f"not checked: {self.not_checked}"
-        return "holds" if self.holds else "fails"
+        return {True: "holds", False: "fails", None: "not checked"}[self.holds]
 
     def written(self, value: float | None) -> str:
         """A number in the claim's units.
@@ -90,7 +74,7 @@ class Claim:
         if self.units == "share":
             # One decimal where rounding would hide on which side of a threshold a share lies.
             digits = 0 if abs(value) >= 0.1 or round(value, 2) == value else 1
-            return percent(value, digits)
+            return f"{value:.{digits}%}".replace("%", " %").replace("-", "−")
         return f"{number(value)} {self.units}".strip()
 
     @property
@@ -99,93 +83,77 @@ class Claim:
         return f"{self.relation} {self.written(self.threshold)}"
 
 
-class Checks:
+class Claims:
     """The predictions of one part of a chapter, as a table and as a test.
 
     Args:
         title: the table's caption.
+        not_checked: why none of them is decided here; empty where they are.
 
-    >>> checks = Checks("What the first sweep should show")
-    >>> checks.at_least("early", "The subject's position carries all of it.", 0.97, 0.9)
-    >>> checks.at_most("late", "It carries nothing in the last layers.", 0.3, 0.1)
-    >>> checks
+    >>> claims = Claims("What the first sweep should show")
+    >>> claims.check("early", "The subject's position carries all of it.", 0.97, at_least=0.9)
+    >>> claims.check("late", "It carries nothing in the last layers.", 0.3, at_most=0.1)
+    >>> claims
     What the first sweep should show
     early: The subject's position carries all of it. 97 %, at least 90 %: holds
     late: It carries nothing in the last layers. 30 %, at most 10 %: fails
-    >>> checks.verify()
+    >>> claims.verify()
     Traceback (most recent call last):
         ...
     patching_demo.claims.ClaimFailed: 'late' fails: measured 30 %, expected at most 10 % (It ...)
     """
 
-    def __init__(self, title: str) -> None:
-        self.title = title
-        self.claims: list[Claim] = []
+    def __init__(self, title: str, not_checked: str = "") -> None:
+        self.title, self.not_checked = title, not_checked
+        self.claims: dict[str, Claim] = {}
 
-    def at_least(
-        self, name: str, expected: str, measured: float, threshold: float, units: str = "share"
-    ) -> None:
-        """Add a claim that ``measured`` is at least ``threshold``.
-
-        Raises:
-            ValueError: if the name is taken or the threshold is not a number.
-        """
-        self.add(Claim(name, expected, float(measured), "at least", threshold, units))
-
-    def at_most(
-        self, name: str, expected: str, measured: float, threshold: float, units: str = "share"
-    ) -> None:
-        """Add a claim that ``measured`` is at most ``threshold``; errors as :meth:`at_least`."""
-        self.add(Claim(name, expected, float(measured), "at most", threshold, units))
-
-    def not_checked(
+    def check(
         self,
         name: str,
         expected: str,
-        relation: Relation,
-        threshold: float,
-        reason: str,
+        measured: Any,
+        *,
+        at_least: float | None = None,
+        at_most: float | None = None,
+        of: Any = 1.0,
         units: str = "share",
     ) -> None:
-        """Add a claim that cannot be decided here, and say why; errors as :meth:`at_least`."""
-        self.add(Claim(name, expected, None, relation, threshold, units, reason))
+        """Add a claim: ``measured`` is at least, or at most, the given threshold.
 
-    def add(self, claim: Claim) -> None:
-        """Add a claim.
+        Args:
+            name: a few words, unique among these claims.
+            expected: the prediction in a sentence.
+            measured: a number, or an array that holds one.
+            at_least: the threshold, in the same units; give this one
+            at_most: or this one.
+            of: what ``measured`` is a part of: the claim is then about the part. It fails where
+                ``of`` is not above zero, as there is no part of nothing.
+            units: "share" (written in per cent) or any other word.
 
         Raises:
-            ValueError: if its name is taken.
+            ValueError: if the name is taken, or there is not one finite threshold.
         """
-        if claim.name in {other.name for other in self.claims}:
-            raise ValueError(f"there is a claim {claim.name!r} already: give this one its own name")
-        self.claims.append(claim)
-
-    def __iter__(self) -> Iterator[Claim]:
-        return iter(self.claims)
-
-    def __len__(self) -> int:
-        return len(self.claims)
-
-    def __getitem__(self, name: str) -> Claim:
-        """The claim of that name; KeyError if there is none."""
-        for claim in self.claims:
-            if claim.name == name:
-                return claim
-        raise KeyError(name)
+        if name in self.claims:
+            raise ValueError(f"there is a claim {name!r} already: give this one its own name")
+        if (at_least is None) == (at_most is None):
+            raise ValueError(f"{name!r} needs one threshold: give at_least or at_most")
+        relation, threshold = ("at most", at_most) if at_least is None else ("at least", at_least)
+        if not math.isfinite(threshold):
+            raise ValueError(f"the threshold of {name!r} is {threshold}: give a number")
+        value = None
+        if not self.not_checked:
+            value = float(measured) / float(of) if float(of) > 0 else math.nan
+        self.claims[name] = Claim(name, expected, value, relation, float(threshold), units)
 
     @property
     def caption(self) -> str:
-        """The title, and how many claims were not checked and why, if any were not."""
-        open_ = [claim.not_checked for claim in self.claims if claim.holds is None]
-        if not open_:
-            return self.title
-        reasons = "; ".join(dict.fromkeys(reason for reason in open_ if reason))
-        return f"{self.title} ({len(open_)} of {len(self)} not checked here: {reasons})"
+        """The title, and why the claims were not checked if they were not."""
+        return f"{self.title} (not checked: {self.not_checked})" if self.not_checked else self.title
 
     @property
     def failed(self) -> list[Claim]:
         """The claims that were measured and do not hold."""
-        return [claim for claim in self.claims if claim.holds is False]
+        return [claim for claim in self.claims.values() if claim.holds is False]
 
     def verify(self) -> None:
         """Do nothing if every claim that was measured holds.
@@ -214,23 +182,23 @@ class Checks:
         """
         from IPython.display import display
 
-        display(Html(self._repr_html_(), repr(self)))
+        display(self)
         self.verify()
 
     def _repr_html_(self) -> str:
         # The word says it all; the sign helps to find a failure among many.
-        # Why a claim was not checked stands in the caption, once for all that share the reason.
-        verdicts = {True: "✓ holds", False: "✗ fails", None: "not checked"}
+        sign = {True: "✓ ", False: "✗ ", None: ""}
         rows = [
-            (c.expected, c.written(c.measured), c.required, verdicts[c.holds]) for c in self.claims
+            (c.name, c.expected, c.written(c.measured), c.required, sign[c.holds] + c.verdict)
+            for c in self.claims.values()
         ]
-        names = pd.Index([claim.name for claim in self.claims], name="claim")
-        columns = ["expected", "measured", "required", "verdict"]
-        return table(pd.DataFrame(rows, names, columns), self.caption)._repr_html_()
+        columns = ["claim", "expected", "measured", "required", "verdict"]
+        frame = pd.DataFrame(rows, columns=columns).set_index("claim")
+        return table(frame, self.caption)._repr_html_()
 
     def __repr__(self) -> str:
         lines = [
             f"{c.name}: {c.expected} {c.written(c.measured)}, {c.required}: {c.verdict}"
-            for c in self.claims
+            for c in self.claims.values()
         ]
         return "\n".join([self.caption, *lines])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.resources
 import os
 import platform
 import random
@@ -20,7 +21,7 @@ from patching_demo.plots.facts import baseline_names, baselines_of
 from patching_demo.plots.tables import Html, table
 from patching_demo.results import largest_cells
 
-__all__ = ["in_colab", "largest", "model", "runtime", "say", "setup", "typeset"]
+__all__ = ["diagram", "in_colab", "largest", "model", "runtime", "say", "setup", "typeset"]
 
 _LIBRARIES = ("torch", "transformer_lens", "transformers", "xarray", "plotly", "ipywidgets")
 
@@ -80,6 +81,16 @@ def model(requested: str = "auto", task: TaskName = "ioi") -> Any:
         ModelUnavailable: its files cannot be had.
     """
     return load_model(resolve_model(requested, task))
+
+
+def diagram() -> Html:
+    """The drawing that opens the first chapter: one activation moved from one run into another.
+
+    It is drawn in the colour of the text around it, and says in words what it shows.
+    """
+    path = importlib.resources.files("patching_demo") / "data" / "patching.svg"
+    drawing = path.read_text(encoding="utf-8")
+    return Html(drawing, " ".join(re.search("<desc[^>]*>(.*)</desc>", drawing, re.S)[1].split()))
 
 
 def say(text: str) -> None:

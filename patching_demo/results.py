@@ -12,20 +12,27 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 import xarray as xr
 
 __all__ = [
+    "attention",
+    "attention_back",
     "combine",
+    "crossing_layer",
+    "effect_sizes",
     "largest_cells",
     "load",
     "save",
     "share",
+    "strong_heads",
+    "top_head",
 ]
 
 _FORMAT = "patching_demo result"
@@ -154,6 +161,137 @@ def largest_cells(result: xr.DataArray, n: int = 5) -> pd.DataFrame:
         row["share"] = (row["value"] - corrupted) / spread if spread else math.nan
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def effect_sizes(result: xr.DataArray) -> xr.DataArray:
+    """How far each patch moves the metric, in either direction: the absolute :func:`share`.
+
+    0 where there is nothing to patch: at positions at which both inputs agree, and at heads that
+    do not exist. Dimensions, labels and errors are those of :func:`share`.
+    """
+    shares = share(result)
+    sizes = abs(shares).fillna(0.0).assign_attrs(shares.attrs)
+    return sizes.where(~sizes["agrees"], 0.0) if "agrees" in sizes.coords else sizes
+
+
+def top_head(result: xr.DataArray) -> xr.DataArray:
+    """The head whose patch brings back most, as one labelled cell.
+
+    Args:
+        result: with dimensions layer and head.
+
+    Returns:
+        The cell of ``result``: ``float(cell)`` is its value, and its coordinates name the head:
+        ``other.sel(layer=cell["layer"], head=cell["head"])`` reads it in another result.
+    """
+    at = share(result).fillna(-np.inf).argmax(["layer", "head"])
+    return result.isel(at)
+
+
+def strong_heads(result: xr.DataArray, part: float = 0.5) -> xr.DataArray:
+    """The heads that bring back at least ``part`` of what the best one does, best first.
+
+    Args:
+        result: with dimensions layer and head.
+        part: a part of the largest share; 0 keeps all heads that do not move the score away.
+
+    Returns:
+        Shares along ``head_label``, with ``layer`` and ``head`` as coordinates. Empty if no head
+        brings anything back.
+    """
+    shares = share(result).stack(cell=("layer", "head")).dropna("cell")
+    shares = shares.isel(cell=np.argsort(-shares.values, kind="stable"))
+    return shares[shares >= part * shares.max()].reset_index("cell").swap_dims(cell="head_label")
+
+
+def crossing_layer(result: xr.DataArray, first: int, then: int) -> int:
+    """The first layer at which a patch at position ``then`` brings back more than at ``first``.
+
+    Args:
+        result: with dimensions layer and position.
+        first: a position, counted from 0.
+        then: another one; -1 is the last.
+
+    Returns:
+        The layer, or the number of layers where there is no such layer.
+    """
+    shares = share(result)
+    ahead = (shares.isel(position=then) > shares.isel(position=first)).values
+    return int(ahead.argmax()) if ahead.any() else len(ahead)
+
+
+def attention(
+    model: Any, tokens: torch.Tensor, labels: Sequence[str] | None = None
+) -> xr.DataArray:
+    """Where every head looks: its attention pattern, averaged over the batch.
+
+    Args:
+        model: a TransformerBridge.
+        tokens: int ``[batch, pos]``.
+        labels: one for each position, such as a task's ``position_labels``.
+
+    Returns:
+        float32 ``[layer, head, query, key]``; each row along ``key`` adds up to 1.
+
+    Raises:
+        ValueError: if a layer has no attention pattern to read.
+    """
+    names = [f"blocks.{i}.attn.hook_pattern" for i in range(model.cfg.n_layers)]
+    with torch.no_grad():
+        _, cache = model.run_with_cache(tokens, names_filter=names)
+    for name in names:
+        if name not in cache:
+            raise ValueError(f"the model has no {name}: this layer shows no attention pattern")
+    values = np.stack([cache[name].float().mean(0).numpy(force=True) for name in names])
+    layers, heads = range(values.shape[0]), range(values.shape[1])
+    places = list(labels) if labels is not None else range(values.shape[2])
+    coords = {
+        "layer": layers,
+        "head": heads,
+        "query": places,
+        "key": places,
+        "head_label": (("layer", "head"), [[f"L{i}H{j}" for j in heads] for i in layers]),
+    }
+    attrs = {
+        "metric": "mean attention",
+        "units": "mean attention",
+        "clean_baseline": 1.0,
+        "corrupted_baseline": 0.0,
+        "clean_name": "all",
+        "corrupted_name": "none",
+        "model": str(model.cfg.model_name),
+    }
+    dims = ("layer", "head", "query", "key")
+    return xr.DataArray(values, dims=dims, coords=coords, attrs=attrs, name="value")
+
+
+def attention_back(pattern: xr.DataArray, steps: int, start: int = 0) -> xr.DataArray:
+    """How much each head attends to the position ``steps`` before its own, on average.
+
+    With ``steps=1`` this finds previous-token heads. On a sequence of length n that is repeated
+    once, ``steps=n - 1`` from the second copy on finds induction heads, which look at the token
+    after the first occurrence of the current one (Olsson et al., 2022).
+
+    Args:
+        pattern: of :func:`attention`.
+        steps: how far back, at least 0.
+        start: only positions from this one on count.
+
+    Returns:
+        Mean attention with dimensions layer and head.
+
+    Raises:
+        ValueError: if no position from ``start`` on has one ``steps`` before it.
+    """
+    query = np.arange(max(start, steps), pattern.sizes["query"])
+    if steps < 0 or not len(query):
+        raise ValueError(
+            f"no position from {start} on has one {steps} before it: there are "
+            f"{pattern.sizes['query']} positions"
+        )
+    place = xr.DataArray(query, dims="place")
+    looked = pattern.isel(query=place, key=place - steps)
+    return looked.mean("place").assign_attrs(pattern.attrs)
 
 
 def save(result: xr.DataArray, path: str | os.PathLike[str]) -> Path:

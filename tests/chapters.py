@@ -1,18 +1,23 @@
-"""Chapters run as a reader runs them, and the claims that a reader then finds in their tables."""
+"""Chapters run as a reader runs them, or in this process with their sweeps replaced."""
 
 from __future__ import annotations
 
-import inspect
+import itertools
 import os
 import re
-from html.parser import HTMLParser
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from unittest.mock import MagicMock
 
 import jupytext
+import pytest
+import xarray as xr
+from bs4 import BeautifulSoup
 
-from patching_demo import chapter_claims
-from patching_demo.claims import Checks
+import patching_demo
+from patching_demo import explorer, notebook, plots, sweeps
+from patching_demo.claims import Claims
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted((ROOT / "notebooks").glob("*.py"))
@@ -31,52 +36,73 @@ class Shown(NamedTuple):
     verdict: str
 
 
-class _Tables(HTMLParser):
-    """The cells of every table in a piece of HTML, by table and row."""
-
-    def __init__(self, markup: str):
-        super().__init__()
-        self.tables: list[list[list[str]]] = []
-        self._within = False
-        self.feed(markup)
-
-    def handle_starttag(self, tag, attrs):
-        if tag == "table":
-            self.tables.append([])
-        elif tag == "tr":
-            self.tables[-1].append([])
-        elif tag in {"th", "td"}:
-            self.tables[-1][-1].append("")
-            self._within = True
-
-    def handle_endtag(self, tag):
-        if tag in {"th", "td"}:
-            self._within = False
-
-    def handle_data(self, data):
-        if self._within:
-            self.tables[-1][-1][-1] += data
-
-
-def tables(markup: str) -> list[list[list[str]]]:
-    """The cells of every table in a piece of HTML, by table and row."""
-    return [[row for row in table if row] for table in _Tables(markup).tables]
-
-
 def script_of(chapter: str) -> Path:
     """The notebook whose name begins with a chapter's number."""
     (script,) = [path for path in SCRIPTS if path.stem.startswith(chapter)]
     return script
 
 
-def run(chapter: str, model: str | None = None, *, go_on: bool = False, **settings: str):
-    """The chapter, run in a fresh kernel with its model chosen by the environment.
+def cells(script: Path, kind: str) -> list:
+    """The cells of one kind, as a notebook holds them."""
+    return [cell for cell in jupytext.read(script).cells if cell.cell_type == kind]
 
-    Args:
-        chapter: the number that the notebook's name begins with.
-        model: for PATCHING_DEMO_MODEL; None leaves the choice to the notebook.
-        go_on: whether the cells after one that fails run as well.
-        settings: further environment variables of the kernel.
+
+def code(script: Path) -> list[str]:
+    """Every code cell as plain Python, magics left out."""
+    return [re.sub(r"^( *)%.*$", r"\1pass", c.source, flags=re.M) for c in cells(script, "code")]
+
+
+class Rehearsal:
+    """A chapter's own cells in this process, on a given model, with what its sweeps return changed.
+
+    What stands before the first sweep runs once, and so does each sweep. Nothing is drawn.
+    """
+
+    def __init__(self, chapter: str, model: Any) -> None:
+        sources = code(script_of(chapter))
+        first = next(i for i, s in enumerate(sources) if re.search(r"\bsweep\w*\(\s*model", s))
+        self.model, self.swept, self.said, self.start = model, [], [], {}
+        self._real = sweeps.sweep_metrics
+        self._run(sources[:first], self.start, lambda result: result)
+        self.rest = sources[first:]
+
+    def claims(
+        self, change: Callable[[xr.DataArray], xr.DataArray], **overrides: Any
+    ) -> list[Claims]:
+        """The tables of claims that the chapter shows on changed sweeps."""
+        return self._run(self.rest, {**self.start, **overrides}, change)
+
+    def _sweep_metrics(self, model, tasks, kinds, **options):
+        call = next(self._calls)
+        if call == len(self.swept):
+            self.swept.append(self._real(model, tasks, kinds, progress=False, **options))
+        return {name: self._change(result) for name, result in self.swept[call].items()}
+
+    def _sweep(self, model, task, kinds, **options):
+        return self._sweep_metrics(model, {"only": task}, kinds, **options)["only"]
+
+    def _run(self, sources: list[str], namespace: dict[str, Any], change: Callable) -> list[Claims]:
+        self._calls, self._change, shown = itertools.count(), change, []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sweeps, "sweep_metrics", self._sweep_metrics)
+            patch.setattr(patching_demo, "sweep", self._sweep)
+            patch.setattr(notebook, "model", lambda *arguments: self.model)
+            patch.setattr(notebook, "say", self.said.append)
+            patch.setattr(Claims, "show", lambda claims: shown.append(claims))
+            for module, names in (
+                (notebook, ["setup", "largest"]),
+                (plots, plots.__all__),
+                (explorer, [name for name in vars(explorer) if name.islower() and name[0] != "_"]),
+            ):
+                for name in names:
+                    patch.setattr(module, name, MagicMock())
+            for source in sources:
+                exec(compile(source, "<cell>", "exec"), namespace)
+        return shown
+
+
+def run(chapter: str, model: str):
+    """The chapter, run in a fresh kernel with its model chosen by the environment.
 
     Raises:
         CellExecutionError: a cell failed, as one does whose claims do not hold.
@@ -85,18 +111,9 @@ def run(chapter: str, model: str | None = None, *, go_on: bool = False, **settin
 
     script = script_of(chapter)
     book = jupytext.read(script)
-    environment = {**os.environ, **settings}
-    environment.pop("PATCHING_DEMO_MODEL", None)
-    if model is not None:
-        environment["PATCHING_DEMO_MODEL"] = model
-    client = NotebookClient(
-        book,
-        kernel_name="python3",
-        timeout=3600,
-        allow_errors=go_on,
-        resources={"metadata": {"path": str(script.parent)}},
-    )
-    client.execute(env=environment)
+    resources = {"metadata": {"path": str(script.parent)}}
+    client = NotebookClient(book, kernel_name="python3", timeout=3600, resources=resources)
+    client.execute(env={**os.environ, "PATCHING_DEMO_MODEL": model})
     return book
 
 
@@ -106,38 +123,24 @@ def printed(book) -> str:
     return "".join(o.text for o in outputs if o.output_type == "stream" and o.name == "stdout")
 
 
+def tables(markup: str) -> list[list[list[str]]]:
+    """The cells of every table in a piece of HTML, by table and row."""
+    return [
+        [[cell.get_text() for cell in row(["th", "td"])] for row in table("tr")]
+        for table in BeautifulSoup(markup, "html.parser")("table")
+    ]
+
+
 def claims(book) -> dict[str, list[Shown]]:
-    """The rows of each table of claims that a notebook shows, by the first words of its text."""
+    """The rows of each table of claims that a run shows, by the first words of its text."""
     found = {}
     for cell in book.cells:
         for output in cell.get("outputs", []):
             data = output.get("data", {})
             for table in tables(data.get("text/html", "")):
-                if table and table[0] == HEADS:
-                    title = data["text/plain"].splitlines()[0]
-                    found[title] = [Shown(*row) for row in table[1:]]
+                if table[0] == HEADS:
+                    found[data["text/plain"].splitlines()[0]] = [Shown(*row) for row in table[1:]]
     return found
-
-
-def published(found: dict[str, list[Shown]]) -> bool:
-    """Whether one of the tables is that of the published heads of GPT-2 small."""
-    return any(title.startswith(PUBLISHED) for title in found)
-
-
-def offered() -> set[str]:
-    """The functions of `chapter_claims` that make a table of claims."""
-    return {
-        name
-        for name, function in inspect.getmembers(chapter_claims, inspect.isfunction)
-        if inspect.signature(function).return_annotation in (Checks, "Checks")
-    }
-
-
-def claimed(script: Path) -> list[str]:
-    """Those of them that a notebook calls, in its order."""
-    sources = [cell.source for cell in jupytext.read(script).cells if cell.cell_type == "code"]
-    called = re.findall(r"chapter_claims\.(\w+)\(", "\n".join(sources))
-    return [name for name in called if name in offered()]
 
 
 def check_claims(book, chapter: str, model: str) -> dict[str, list[Shown]]:
@@ -149,7 +152,8 @@ def check_claims(book, chapter: str, model: str) -> dict[str, list[Shown]]:
     said = printed(book)
     assert f"Model: {model} (" in said, f"{model} was asked for, and the notebook says: {said}"
     found = claims(book)
-    assert len(found) == len(claimed(script_of(chapter))) > 0, list(found)
+    made = sum(source.count("= Claims(") for source in code(script_of(chapter)))
+    assert len(found) == made > 0, list(found)
     for title, rows in found.items():
         assert rows, title
         open_ = title.startswith(PUBLISHED) and model != "gpt2-small"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from types import ModuleType
 
@@ -36,6 +37,28 @@ def test_a_sentence_is_displayed_as_markdown_with_its_numbers_typeset(monkeypatc
     assert isinstance(sentence, Markdown)
     assert sentence.data == notebook.typeset("A share of -71% in `x[-1]`") != "A share of -71%"
     assert "−71 %" in sentence.data and "`x[-1]`" in sentence.data
+
+
+def test_setup_seeds_and_turns_gradients_off(capsys):
+    try:
+        notebook.setup()
+        first = torch.rand(1)
+        notebook.setup()
+        assert torch.equal(first, torch.rand(1))
+        assert not torch.is_grad_enabled()
+    finally:
+        torch.set_grad_enabled(True)
+    assert capsys.readouterr().out == 2 * (notebook.runtime() + "\n")
+
+
+def test_the_diagram_speaks_to_screen_readers_and_needs_no_network():
+    markup = notebook.diagram()._repr_html_()
+    assert 'role="img"' in markup and 'fill="currentColor"' in markup
+    for element in ("title", "desc"):
+        (identifier,) = re.findall(rf'<{element} id="([\w-]+)">', markup)
+        assert re.search(rf'aria-labelledby="[^"]*\b{identifier}\b', markup)
+    assert "http" not in markup.replace("http://www.w3.org/2000/svg", "")
+    assert repr(notebook.diagram()).startswith("Two grids of activations")
 
 
 @pytest.mark.parametrize("where", ["plain Python", "Jupyter", "Google Colab"])
