@@ -74,11 +74,11 @@ def model(requested: str = "auto", task: TaskName = "ioi") -> Any:
         task: "ioi" needs English, "induction" any model.
 
     Returns:
-        a TransformerBridge, as :func:`patching_demo.load_model` gives it.
+        a TransformerBridge, as :func:`patching_demo.load_model` returns it.
 
     Raises:
         ValueError: there is no such model, or it cannot do the task.
-        ModelUnavailable: its files cannot be had.
+        ModelUnavailable: its files can neither be found here nor fetched.
     """
     return load_model(resolve_model(requested, task))
 

@@ -126,7 +126,7 @@ def printed(book) -> str:
 def tables(markup: str) -> list[list[list[str]]]:
     """The cells of every table in a piece of HTML, by table and row."""
     return [
-        [[cell.get_text() for cell in row(["th", "td"])] for row in table("tr")]
+        [[cell.get_text(strip=True) for cell in row(["th", "td"])] for row in table("tr")]
         for table in BeautifulSoup(markup, "html.parser")("table")
     ]
 

@@ -12,6 +12,7 @@ import pytest
 from chapters import ROOT, SCRIPTS, cells, code
 
 from patching_demo import load_model
+from patching_demo.claims import Claims
 
 try:
     import tomllib
@@ -125,13 +126,27 @@ def test_claims_hold_on_the_hubs_models(chapter, model):
     chapters.check_claims(chapters.run(chapter, model), chapter, model)
 
 
-def test_claims_of_another_model_than_asked_for_do_not_count():
-    """As where the hub is out of reach, and the notebook falls back on the offline model."""
-    cell = nbformat.v4.new_code_cell(
-        outputs=[nbformat.v4.new_output("stream", text="Model: attn-only-2l-demo (offline).\n")]
-    )
-    with pytest.raises(AssertionError, match="attn-only-2l was asked for"):
-        chapters.check_claims(nbformat.v4.new_notebook(cells=[cell]), "03", "attn-only-2l")
+def test_a_run_is_held_to_the_claims_that_it_shows():
+    """Also where the hub is out of reach, and the notebook falls back on another model."""
+
+    def run(model: str, measured: float):
+        claims = Claims("title")
+        claims.check("a < b", "It is large.", measured, at_least=0.5)
+        data = {"text/plain": repr(claims), "text/html": claims._repr_html_()}
+        outputs = [
+            nbformat.v4.new_output("stream", text=f"Model: {model} (offline).\n"),
+            nbformat.v4.new_output("display_data", data),
+        ]
+        cell = nbformat.v4.new_code_cell(outputs=outputs)
+        return nbformat.v4.new_notebook(cells=[cell])
+
+    (rows,) = chapters.check_claims(run("gpt2-small", 0.7), "01", "gpt2-small").values()
+    (row,) = rows
+    assert (row.claim, row.expected, row.verdict) == ("a < b", "It is large.", "✓ holds")
+    with pytest.raises(AssertionError, match="✗ fails"):
+        chapters.check_claims(run("gpt2-small", 0.3), "01", "gpt2-small")
+    with pytest.raises(AssertionError, match="gpt2-small was asked for"):
+        chapters.check_claims(run("smollm2-135m", 0.7), "01", "gpt2-small")
 
 
 @pytest.mark.parametrize("chapter", ["03", "04"])
