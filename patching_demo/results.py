@@ -35,8 +35,8 @@ __all__ = [
     "top_head",
 ]
 
-_FORMAT = "patching_demo result"
-_VERSION = 1
+_VERSION = 2
+_VERSION_KEY, _JSON_KEY = "patching_demo_version", "patching_demo_json"
 
 
 def share(result: xr.DataArray) -> xr.DataArray:
@@ -295,38 +295,38 @@ def attention_back(pattern: xr.DataArray, steps: int, start: int = 0) -> xr.Data
 
 
 def save(result: xr.DataArray, path: str | os.PathLike[str]) -> Path:
-    """Write a result with its labels and attributes to a JSON file, whole or not at all.
+    """Write a result with its labels and attributes to a netCDF file, whole or not at all.
+
+    ``xarray.open_dataarray`` reads it as well as :func:`load`.
 
     Returns:
         The path written.
 
     Raises:
         OSError: if the file cannot be written; an earlier file of that name is then kept.
-        TypeError: if an attribute is not a number, a string, a list or a mapping of such, or
-            ``path`` is no path.
-        ValueError: if a number is infinite, or an attribute is NaN.
+        TypeError: if an attribute is not a number, a string, None, a list or a mapping of such,
+            or ``path`` is no path.
     """
     path = _file(path)
-    content = {
-        "format": _FORMAT,
-        "version": _VERSION,
-        "name": result.name,
-        "attrs": {str(k): _plain(k, v) for k, v in result.attrs.items()},
-        "values": _encode(result.variable),
-        "coords": {str(k): _encode(v.variable) for k, v in result.coords.items()},
-    }
-    text = json.dumps(content, ensure_ascii=False, allow_nan=False)
-    # In the same folder, so that the final rename cannot be a half-done copy.
-    handle, part = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    try:
-        with open(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
+    kept = result.copy(deep=False)
+    kept.attrs, others = {_VERSION_KEY: _VERSION}, {}
+    for name, value in result.attrs.items():
+        value = value.item() if isinstance(value, np.generic) else value
+        (kept.attrs if _is_plain(value) else others)[str(name)] = value
+    if others:
+        kept.attrs[_JSON_KEY] = _as_json(others)
+    for name, labels in result.coords.items():
+        if labels.dtype.kind in "UO" and not all(map(_is_plain, map(str, labels.values.flat))):
+            text = np.vectorize(json.dumps, otypes=[object])(labels.values)
+            kept = kept.assign_coords({name: (labels.dims, text, {_JSON_KEY: "each"})})
+    # In a folder beside it, so that the final rename cannot be a half-done copy, and the file
+    # itself is made with the rights that any new file has.
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        part = os.path.join(folder, "part")
+        kept.to_netcdf(part, engine="h5netcdf")
+        with open(part, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(part, path)
-    except BaseException:
-        os.unlink(part)
-        raise
     return path
 
 
@@ -340,24 +340,27 @@ def load(path: str | os.PathLike[str]) -> xr.DataArray:
     """
     path = _file(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        with xr.open_dataarray(path, engine="h5netcdf", decode_times=False) as file:
+            result = file.load()
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{path} is not a saved result, or is cut short: {error}") from None
-    if not isinstance(content, dict) or content.get("format") != _FORMAT:
-        raise ValueError(f"{path} is not a saved result (no format '{_FORMAT}')")
-    if content.get("version") != _VERSION:
+    version = result.attrs.pop(_VERSION_KEY, None)
+    if version is None:
+        raise ValueError(f"{path} is not a saved result: patching_demo.save did not write it")
+    if version != _VERSION:
         raise ValueError(
-            f"{path} has version {content.get('version')!r}, this package reads {_VERSION}: run "
-            "the sweep again"
+            f"{path} has version {version}, this package reads {_VERSION}: run the sweep again"
         )
-    try:
-        values = _decode(content["values"])
-        coords = {name: _decode(entry) for name, entry in content["coords"].items()}
-        return xr.DataArray(
-            values[1], dims=values[0], coords=coords, attrs=content["attrs"], name=content["name"]
-        )
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise ValueError(f"{path} is a damaged result: {error!r}") from None
+    others = json.loads(result.attrs.pop(_JSON_KEY, "{}"))
+    plain = {k: v.item() if isinstance(v, np.generic) else v for k, v in result.attrs.items()}
+    result.attrs = plain | others
+    for name, labels in result.coords.items():
+        if labels.attrs.pop(_JSON_KEY, None):
+            text = np.vectorize(json.loads, otypes=[object])(labels.values).astype(str)
+            result = result.assign_coords({name: (labels.dims, text)})
+    return result.drop_encoding()
 
 
 _CELL_DIMS = ("layer", "position", "head")
@@ -389,43 +392,21 @@ def _common_name(names: list[str]) -> str:
     return start + ", ".join(name[len(start) :] for name in names)
 
 
-def _plain(name: Any, value: Any) -> Any:
-    """An attribute as JSON can hold it."""
-    value = value.item() if isinstance(value, np.generic) else value
-    try:
-        json.dumps(value, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise type(error)(
-            f"the attribute {name!r} cannot be kept in a file ({error}): drop it, or make it a "
-            "number, a string or a list"
-        ) from None
-    return value
+def _is_plain(value: Any) -> bool:
+    """Whether netCDF has a type for it: no text with a NUL or half of a surrogate pair, say."""
+    if isinstance(value, str):
+        return "\0" not in value and value == value.encode("utf-8", "replace").decode()
+    return type(value) is float or (type(value) is int and abs(value) < 2**63)
 
 
-def _encode(variable: xr.Variable) -> dict[str, Any]:
-    values = np.asarray(variable.values)
-    kind = values.dtype.kind
-    if kind == "f":
-        if np.isinf(values).any():
-            raise ValueError(
-                "a result with an infinite value cannot be saved: look for an overflow"
-            )
-        # Nine significant digits bring every float32 back exactly; 17 every float64.
-        digits = 9 if values.dtype.itemsize <= 4 else 17
-        flat = [
-            None if math.isnan(x) else float(f"{x:.{digits}g}") for x in values.ravel().tolist()
-        ]
-    else:
-        flat = values.ravel().tolist()
-    dtype = values.dtype.str if kind in "fiub" else "str"
-    return {"dims": list(variable.dims), "shape": list(values.shape), "dtype": dtype, "data": flat}
-
-
-def _decode(entry: dict[str, Any]) -> tuple[list[str], np.ndarray]:
-    data = entry["data"]
-    if entry["dtype"] == "str":
-        values = np.array([str(x) for x in data])
-    else:
-        dtype = np.dtype(entry["dtype"])
-        values = np.array([np.nan if x is None else x for x in data], dtype=dtype)
-    return entry["dims"], values.reshape(entry["shape"])
+def _as_json(attrs: Mapping[str, Any]) -> str:
+    """Attributes that netCDF has no type for: truth values, None, lists, mappings."""
+    for name, value in attrs.items():
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"the attribute {name!r} cannot be kept in a file ({error}): drop it, or make it "
+                "a number, a string or a list"
+            ) from None
+    return json.dumps(attrs)
