@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import threading
 import time
@@ -13,11 +14,10 @@ import pytest
 import tiny
 import torch
 
-from patching_demo import load_model, plots, prompt_task, sweep
+from patching_demo import explorer, load_model, plots, prompt_task, sweep
 from patching_demo.engine.bridge import attached_hooks
-from patching_demo.explorer import explore
-from patching_demo.explorer import panel as explorer
-from patching_demo.explorer import tables as explorer_tables
+from patching_demo.explorer import markup, widgets
+from patching_demo.explorer import panel as make_panel
 from patching_demo.plots.theme import number
 
 PATIENCE = 60
@@ -31,7 +31,7 @@ def model():
 
 @pytest.fixture
 def panel(model):
-    return explore(model)
+    return make_panel(model)
 
 
 class Markup(HTMLParser):
@@ -55,10 +55,18 @@ class Markup(HTMLParser):
         self.text += data
 
 
-def markup(panel) -> Markup:
+def all_markup(panel) -> Markup:
     """Everything that the panel shows as HTML."""
     parts = (panel.advice, panel.status, panel.picture, panel.cell)
     return Markup("".join(part.value for part in parts))
+
+
+def looks_and_words(picture: str) -> list[tuple[str, str]]:
+    """Of each cell, in order, its CSS and what a screen reader says of it."""
+    rules = re.findall(r"(#T_[^{]*){([^}]*)}", picture)
+    css = {cell.strip()[1:]: look for cells, look in rules for cell in cells.split(",")}
+    cells = re.findall(r'<td id="([^"]*)"[^>]*><span title="([^"]*)"', picture)
+    return [(css[cell], words) for cell, words in cells]
 
 
 def finished(panel):
@@ -82,7 +90,7 @@ def test_panel_opens_ready_to_run(panel):
     ("field", "typed", "says"),
     [
         ("clean", "John gave the bag to", "as many tokens"),
-        ("clean", explorer.IOI_PROMPTS[1], "nothing to patch"),
+        ("clean", widgets.IOI_PROMPTS[1], "nothing to patch"),
         ("corrupted", "  ", "is empty"),
         ("right", "Mary", "leading space"),
         ("right", " Mary John", "2 tokens"),
@@ -116,14 +124,14 @@ def test_tokens_of_prompts_of_different_length_stand_side_by_side(panel):
 
 def test_model_in_training_mode_is_refused_in_words():
     model = tiny.fresh("gpt2").train()
-    panel = explore(model)
+    panel = make_panel(model)
     assert panel.run_button.disabled and "model.eval()" in panel.advice.value
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama-gqa"])
 def test_every_choice_of_the_menu_gives_what_sweep_gives(name):
     model = tiny.model(name)
-    panel = explore(model)
+    panel = make_panel(model)
     task = prompt_task(model, panel.clean.value, panel.corrupted.value, (" Mary", " John"))
     for _, (kinds, by) in panel.choice.options:
         panel.choice.value = (kinds, by)
@@ -137,18 +145,18 @@ def test_every_choice_of_the_menu_gives_what_sweep_gives(name):
         n_rows = (
             expected.size // expected.sizes["position" if "position" in expected.dims else "head"]
         )
-        assert cells == expected.size or n_rows > explorer_tables.MOST_ROWS
+        assert cells == expected.size or n_rows > markup.MOST_ROWS
 
 
 def test_menu_leaves_out_what_the_model_does_not_have():
-    names = [kinds for _, (kinds, _) in explore(tiny.model("neox-parallel")).choice.options]
+    names = [kinds for _, (kinds, _) in make_panel(tiny.model("neox-parallel")).choice.options]
     assert "resid_mid" not in names and "resid_pre" in names
 
 
-@pytest.mark.parametrize("metric", explorer.METRICS)
+@pytest.mark.parametrize("metric", widgets.METRICS)
 def test_code_repeats_the_numbers(model, metric):
     prompts = ('John gave the "bag" to', 'Mary gave the "bag" to')
-    panel = explore(model, clean=prompts[0], corrupted=prompts[1], metric=metric)
+    panel = make_panel(model, clean=prompts[0], corrupted=prompts[1], metric=metric)
     panel.right.value, panel.wrong.value = " John", " Mary"
     panel.choice.value = (HEADS, "all_pos")
     finished(panel)
@@ -161,7 +169,7 @@ def test_code_repeats_the_numbers(model, metric):
 
 def test_code_loads_a_model_that_has_a_name():
     settings = ("a", "b", " c", " d", ("out", "all_pos"), "probability")
-    lines = explorer._code(settings, "smollm2-135m")
+    lines = widgets._code(settings, "smollm2-135m")
     compile(lines, "code", "exec")
     assert "model = load_model('smollm2-135m')" in lines and "import load_model, " in lines
 
@@ -196,7 +204,7 @@ def test_picture_says_where_nothing_was_patched_and_colours_by_direction(panel):
     finished(panel)
     result = panel.result
     clean, corrupted = (result.attrs[f"{w}_baseline"] for w in ("clean", "corrupted"))
-    cells = re.findall(r'<td style="([^"]*)" title="([^"]*)"', panel.picture.value)
+    cells = looks_and_words(panel.picture.value)
     assert len(cells) == result.size
     rows = result.values.reshape(-1)
     agrees = np.tile(result["agrees"].values, result.sizes["layer"])
@@ -209,8 +217,8 @@ def test_picture_says_where_nothing_was_patched_and_colours_by_direction(panel):
 
 
 def test_many_heads_are_trimmed_to_the_largest_and_the_chosen(model, monkeypatch):
-    monkeypatch.setattr(explorer_tables, "MOST_ROWS", 3)
-    panel = finished(explore(model, kinds="out"))
+    monkeypatch.setattr(markup, "MOST_ROWS", 3)
+    panel = finished(make_panel(model, kinds="out"))
     rows = re.findall(r'<th scope="row"[^>]*>(L\d+H\d+)<', panel.picture.value)
     assert len(rows) == 3 and rows[0] in panel.largest.options[0][0]
     layer, _, head = panel.places.children
@@ -221,7 +229,7 @@ def test_many_heads_are_trimmed_to_the_largest_and_the_chosen(model, monkeypatch
 
 
 def test_heads_that_do_not_exist_are_gaps():
-    panel = finished(explore(tiny.model("llama-gqa"), kinds=HEADS, by="all_pos"))
+    panel = finished(make_panel(tiny.model("llama-gqa"), kinds=HEADS, by="all_pos"))
     missing = int(np.isnan(panel.result.values).sum())
     assert missing and panel.picture.value.count(': no such head"') == missing
     assert "Grey: no such head" in panel.picture.value
@@ -232,11 +240,24 @@ def test_heads_that_do_not_exist_are_gaps():
 
 def test_html_and_latex_are_shown_as_text(model):
     prompts = [f"When <script> gave $x$ to {name} <b> $b$ the" for name in ("John", "Mary")]
-    panel = explore(model, clean=prompts[0], corrupted=prompts[1])
+    panel = make_panel(model, clean=prompts[0], corrupted=prompts[1])
     finished(panel)
     panel.wrong.value = " <script>"
-    shown = markup(panel)
-    allowed = {"p", "b", "div", "table", "caption", "thead", "tbody", "tr", "th", "td", "span"}
+    shown = all_markup(panel)
+    allowed = {
+        "style",
+        "p",
+        "b",
+        "div",
+        "table",
+        "caption",
+        "thead",
+        "tbody",
+        "tr",
+        "th",
+        "td",
+        "span",
+    }
     assert set(shown.tags) <= allowed | {"code", "mark", "style"}
     assert not [name for name, _ in shown.attributes if name.startswith("on")]
     assert "<b>" not in panel.advice.value.replace("<b>Change this first:</b>", "")
@@ -256,18 +277,17 @@ def test_quotes_in_tokens_end_no_attribute(panel):
     hostile = ['"onmouseover="alert(1)', "'onclick='alert(2)", '"><script>alert(3)</script>']
     names = [f"{hostile[i % 3]} {i}" for i in range(panel.result.sizes["position"])]
     result = panel.result.assign_coords(position=names)
-    shown = Markup(explorer_tables.heatmap_table(result, (1, 12)))
-    plain = Markup(explorer_tables.heatmap_table(panel.result, (1, 12)))
+    shown = Markup(markup.heatmap_table(result, (1, 12)))
+    plain = Markup(markup.heatmap_table(panel.result, (1, 12)))
     assert shown.tags == plain.tags
     assert [name for name, _ in shown.attributes] == [name for name, _ in plain.attributes]
     assert names[1] in [value for _, value in shown.attributes]
 
 
-def test_stop_ends_a_sweep_and_leaves_everything_as_it_was(monkeypatch):
-    monkeypatch.setattr(explorer, "_PORTION_TOKENS", 1)
+def test_stop_ends_a_sweep_and_leaves_everything_as_it_was():
     model = tiny.fresh("gpt2")
     weights = {name: value.clone() for name, value in model.state_dict().items()}
-    panel = finished(explore(model))
+    panel = finished(make_panel(model))
     first = panel.result
     panel.choice.value = ("out", "pos")
 
@@ -291,41 +311,107 @@ def test_stop_ends_a_sweep_and_leaves_everything_as_it_was(monkeypatch):
     np.testing.assert_allclose(panel.result.values, expected.values, atol=1e-5)
 
 
-def test_progress_grows_with_the_runs_that_were_scored(panel, monkeypatch):
-    monkeypatch.setattr(explorer, "_PORTION_TOKENS", 8)
+def test_progress_grows_with_the_cells_that_are_done(panel):
     seen = []
     panel.progress.observe(lambda change: seen.append(change["new"]), names="value")
     panel.choice.value = ("out", "pos")
     finished(panel)
-    assert len(seen) > 3 and seen == sorted(seen) and seen[-1] == panel.progress.max
+    assert len(seen) > 1 and seen == sorted(seen) and seen[-1] == panel.progress.max
+
+
+def in_a_loop(scenario):
+    """Run a coroutine as a notebook's kernel runs cells, and wait for panels that it returns."""
+
+    async def until_done():
+        panels = await scenario()
+        while any(panel.running for panel in panels):
+            await asyncio.sleep(0.01)
+
+    asyncio.run(asyncio.wait_for(until_done(), PATIENCE))
+
+
+def test_in_a_notebook_the_kernel_stays_free_and_only_it_changes_widgets(model):
+    """Two panels at once, while cells run the model: nothing reaches anything else."""
+    one, other = make_panel(model, kinds="out"), make_panel(model, kinds="q", metric="probability")
+    alone = [
+        finished(make_panel(model, kinds=k, metric=p.metric.value)).result
+        for k, p in (("out", one), ("q", other))
+    ]
+    ids = model.to_tokens(one.clean.value)
+    with torch.no_grad():
+        logits = model(ids)
+    threads, forwards = set(), 0
+    for panel in (one, other):
+        for widget in (panel.progress, panel.status, panel.picture, panel.run_button):
+            widget.observe(lambda change: threads.add(threading.get_ident()))
+
+    async def scenario():
+        nonlocal forwards
+        one.run_button.click()
+        other.run_button.click()
+        while one.running or other.running:
+            with torch.no_grad():
+                assert torch.equal(model(ids), logits)
+                assert torch.equal(model.run_with_cache(ids)[0], logits)
+            forwards += 1
+            await asyncio.sleep(0)
+        return one, other
+
+    in_a_loop(scenario)
+    assert threads == {threading.get_ident()} and forwards > 1
+    for panel, expected in zip((one, other), alone, strict=True):
+        assert panel.error is None
+        np.testing.assert_allclose(panel.result.values, expected.values, atol=1e-5)
+
+
+def test_a_cell_may_wait_for_the_result(panel):
+    async def scenario():
+        panel.run()
+        assert panel.wait(PATIENCE) and panel.result is not None and "Done" in panel.status.value
+        return [panel]
+
+    in_a_loop(scenario)
+    assert "Done" in panel.status.value
 
 
 def test_while_a_sweep_runs_the_buttons_say_so(panel, monkeypatch):
     go_on, started = threading.Event(), threading.Event()
-    plain = explorer.sweep
+    plain, asked = widgets.sweep, panel.clean.value
 
     def slow(*args, **kwargs):
         started.set()
         assert go_on.wait(PATIENCE)
         return plain(*args, **kwargs)
 
-    monkeypatch.setattr(explorer, "sweep", slow)
-    panel.run_button.click()
-    assert started.wait(PATIENCE)
-    assert panel.running and panel.run_button.disabled and not panel.stop_button.disabled
-    assert not panel.wait(0.01)
-    with pytest.raises(RuntimeError, match="under way"):
-        panel.run()
-    # Typing meanwhile does not free the button, and the result is that of what was asked.
-    asked = panel.clean.value
-    panel.clean.value = "John gave"
-    assert panel.run_button.disabled
-    go_on.set()
-    assert panel.wait(PATIENCE)
+    monkeypatch.setattr(widgets, "sweep", slow)
+
+    async def scenario():
+        panel.run_button.click()
+        assert started.wait(PATIENCE)
+        assert panel.running and panel.run_button.disabled and not panel.stop_button.disabled
+        assert not panel.wait(0.01)
+        with pytest.raises(RuntimeError, match="under way"):
+            panel.run()
+        # Typing meanwhile does not free the button, and the result is that of what was asked.
+        panel.clean.value = "John gave"
+        assert panel.run_button.disabled
+        go_on.set()
+        return [panel]
+
+    in_a_loop(scenario)
     assert panel.run_button.disabled and "earlier settings" in panel.status.value
     assert repr(asked) in panel.code
     panel.clean.value = asked
     assert not panel.run_button.disabled
+
+
+def test_a_picture_that_fails_leaves_the_panel_free(panel, monkeypatch):
+    with monkeypatch.context() as broken:
+        broken.setattr(widgets, "heatmap_table", lambda *_: 1 / 0)
+        panel.run()
+    assert not panel.running and isinstance(panel.error, ZeroDivisionError)
+    assert "did not work" in panel.status.value and not panel.run_button.disabled
+    finished(panel)
 
 
 @pytest.mark.parametrize(
@@ -339,7 +425,7 @@ def test_an_error_is_said_in_a_line_and_kept(panel, monkeypatch, error, says):
     def fails(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(explorer, "sweep", fails)
+    monkeypatch.setattr(widgets, "sweep", fails)
     panel.run()
     assert panel.wait(PATIENCE)
     assert says in panel.status.value and "did not work" in panel.status.value
@@ -365,7 +451,7 @@ def test_numbers_in_the_picture_have_as_many_decimals_as_the_range_needs(panel):
     clean, corrupted = (panel.result.attrs[f"{w}_baseline"] for w in ("clean", "corrupted"))
     effect = np.abs(panel.result.values - corrupted).max()
     reach = max(abs(clean - corrupted), effect)
-    written = re.findall(r">(−?[\d.]+)</td>", panel.picture.value)
+    written = re.findall(r">(−?[\d.]+)</span>", panel.picture.value)
     decimals = {len(text.partition(".")[2]) for text in written}
     (places,) = decimals
     assert 10.0**-places <= reach / 10 < 10.0 ** (1 - places)
@@ -381,26 +467,33 @@ def test_effects_that_are_all_zero_have_a_picture(panel):
     finished(panel)
     flat = panel.result.copy(data=np.full(panel.result.shape, 0.5, np.float32))
     flat.attrs.update(clean_baseline=0.5, corrupted_baseline=0.5)
-    assert Markup(explorer_tables.heatmap_table(flat, (0, 0))).tags.count("td") == flat.size
-    words, _ = explorer_tables.largest_effects(flat)[0]
-    assert "%" not in words and "–" in explorer_tables.cell_table(flat, panel.task, (1, 12))
+    assert Markup(markup.heatmap_table(flat, (0, 0))).tags.count("td") == flat.size
+    words, _ = markup.largest_effects(flat)[0]
+    assert "%" not in words and "–" in markup.cell_table(flat, panel.task, (1, 12))
 
 
 def test_wrong_arguments_are_refused(model):
     with pytest.raises(ValueError, match="no tokenizer"):
-        explore(tiny.model("attn-only"))
+        make_panel(tiny.model("attn-only"))
     with pytest.raises(ValueError, match="no tokenizer"):
-        explore(SimpleNamespace())
+        make_panel(SimpleNamespace())
     with pytest.raises(ValueError, match="kinds and by must be one of .*'resid_pre'"):
-        explore(model, kinds="resid_pre", by="all_pos")
+        make_panel(model, kinds="resid_pre", by="all_pos")
     with pytest.raises(ValueError, match="metric must be one of"):
-        explore(model, metric="accuracy")
+        make_panel(model, metric="accuracy")
+
+
+def test_the_earlier_name_still_makes_a_panel(model):
+    with pytest.warns(DeprecationWarning, match="called panel"):
+        assert explorer.explore is make_panel
+    with pytest.raises(AttributeError, match="no attribute 'sweeep'"):
+        _ = explorer.sweeep
 
 
 @pytest.mark.slow
 def test_language_model_gives_its_first_picture_within_twenty_seconds():
     """Seconds of one core's work, which do not depend on what else the machine is doing."""
-    panel = explore(load_model("smollm2-135m"))
+    panel = make_panel(load_model("smollm2-135m"))
     assert panel.result is None and "15 tokens each" in panel.advice.value
     menu = [chosen for _, chosen in panel.choice.options]
     blocks = [(k, by) for k, by in menu if by == "pos" and k not in HEADS]

@@ -114,7 +114,7 @@ def _claim(path: Path, file: sqlite3.Connection, fingerprint: str, summary: Tens
         )
         ((tables,),) = file.execute("SELECT count(*) FROM sqlite_master")
         # SQLite reads what was cut off the last page as zeros.
-        if path.stat().st_size < pages[0] * pages[1]:
+        if application and path.stat().st_size < pages[0] * pages[1]:
             raise sqlite3.DatabaseError("it is cut short")
         if not application and not tables:
             file.execute(f"PRAGMA application_id = {_APPLICATION}")

@@ -1,4 +1,4 @@
-"""What the explorer shows, as HTML that every version of ipywidgets can display.
+"""What the panel shows, as HTML that every version of ipywidgets can display.
 
 Nothing here holds state or runs a model: a labelled sweep goes in, markup comes out. Whatever a
 reader typed is shown as text, neither as markup nor as a formula.
@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Sequence
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,21 +21,11 @@ from plotly.colors import sample_colorscale
 
 from patching_demo.engine.kinds import kind_label
 from patching_demo.plots import theme
+from patching_demo.plots.facts import what_is_one_patch, what_was_patched
 from patching_demo.plots.tables import table, tokens_table
-from patching_demo.plots.theme import number
+from patching_demo.plots.theme import as_html, number, percent
 from patching_demo.results import largest_cells
 from patching_demo.tasks import Task
-
-__all__ = [
-    "LARGEST",
-    "MOST_ROWS",
-    "cell_table",
-    "entries",
-    "heatmap_table",
-    "largest_effects",
-    "paragraph",
-    "prompts_table",
-]
 
 #: So many rows of heads are shown, the ones with the largest effects.
 MOST_ROWS = 30
@@ -42,23 +33,34 @@ MOST_ROWS = 30
 LARGEST = 8
 
 # Notebooks set it for light and dark pages; where nobody does, the page's own colour is inherited.
-_TEXT_COLOUR = "var(--jp-content-font-color1, inherit)"
+# A widget's lines would be as high as its buttons.
+_TEXT = "color:var(--jp-content-font-color1, inherit);line-height:1.3;white-space:normal"
 _HATCHED = (
     f"background:repeating-linear-gradient(45deg,{theme.BAND} 0 4px,{theme.HATCH} 4px 6px);"
     "color:transparent"
 )
-_CELL = "padding:1px 3px;min-width:32px;height:19px;text-align:center;font-size:11px"
-_HEAD = "padding:1px 5px;font-size:11px;font-weight:normal;white-space:pre;text-align:right"
+_CHOSEN = ";outline:3px solid #d81b60;outline-offset:-2px"
+_STYLES = [
+    {"selector": "", "props": "border-collapse:separate;border-spacing:1px;font-size:11px"},
+    {"selector": "td", "props": "padding:1px 3px;min-width:32px;height:19px;text-align:center"},
+    {"selector": "td span", "props": "display:block"},
+    {
+        "selector": "th",
+        "props": "padding:1px 5px;font-weight:normal;white-space:pre;text-align:right",
+    },
+    {"selector": "th.col_heading", "props": "text-align:center"},
+    {"selector": "caption", "props": "font-weight:bold"},
+]
+
+
+def _text_block(markup: str) -> str:
+    return f'<div class="tex2jax_ignore mathjax_ignore" style="{_TEXT}">{markup}</div>'
 
 
 def paragraph(head: str, words: str) -> str:
     """A paragraph, with ``head`` in bold before it unless that is empty."""
-    bold = f"<b>{html.escape(head)}:</b> " if head else ""
-    return (
-        f'<p class="tex2jax_ignore mathjax_ignore" style="margin:4px 0;line-height:1.4;'
-        f'white-space:normal;overflow-wrap:anywhere;color:{_TEXT_COLOUR}">'
-        f"{bold}{_plain(words)}</p>"
-    )
+    bold = f"<b>{as_html(head)}:</b> " if head else ""
+    return _text_block(f'<p style="margin:4px 0;overflow-wrap:anywhere">{bold}{as_html(words)}</p>')
 
 
 def prompts_table(prompts: Sequence[Sequence[int]], strings: Sequence[Sequence[str]]) -> str:
@@ -81,7 +83,7 @@ def prompts_table(prompts: Sequence[Sequence[int]], strings: Sequence[Sequence[s
         lengths=[length],
     )
     caption = "Your prompts, token by token; where they differ is marked."
-    return _coloured(tokens_table(shown, caption=caption).markup)
+    return _text_block(tokens_table(shown, caption=caption).markup)
 
 
 def entries(result: xr.DataArray, dim: str) -> list[str]:
@@ -101,7 +103,7 @@ def largest_effects(result: xr.DataArray) -> list[tuple[str, tuple[int, ...]]]:
         at = tuple(result[dim].values.tolist().index(entry[dim]) for dim in result.dims)
         words = [str(row[key]) for key in ("kind", "label", "position") if key in row]
         words[0] = kind_label(words[0])
-        share = "" if math.isnan(row["share"]) else f" ({_percent(row['share'])})"
+        share = "" if math.isnan(row["share"]) else f" ({percent(row['share'])})"
         found.append((f"{', '.join(words)}: {number(row['value'])}{share}", at))
     return found
 
@@ -111,12 +113,8 @@ def cell_table(result: xr.DataArray, task: Task, at: tuple[int, ...]) -> str:
     cell = result.isel(dict(zip(result.dims, at, strict=True)))
     clean, corrupted = (result.attrs[f"{which}_baseline"] for which in ("clean", "corrupted"))
     value = float(cell)
-    where = ", ".join(
-        entries(result, str(dim))[index]
-        if dim == "kind"
-        else f"{dim} {entries(result, str(dim))[index]}"
-        for dim, index in zip(result.dims, at, strict=True)
-    )
+    named = {str(dim): entries(result, str(dim))[i] for dim, i in zip(result.dims, at, strict=True)}
+    where = ", ".join(name if dim == "kind" else f"{dim} {name}" for dim, name in named.items())
     if "position" in result.dims:
         place = at[result.dims.index("position")]
         one, other = (rows[0][place] for rows in (task.clean_strings, task.corrupted_strings))
@@ -125,129 +123,106 @@ def cell_table(result: xr.DataArray, task: Task, at: tuple[int, ...]) -> str:
         where += ": no such head: heads of this model share keys and values"
     elif "agrees" in cell.coords and bool(cell["agrees"]):
         where += ": the prompts agree up to here, so there is nothing to patch"
-    there = not math.isnan(value)
     share = (value - corrupted) / (clean - corrupted) if clean != corrupted else math.nan
     rows = {
-        f"{result.attrs['metric']} ({result.attrs['units']})": number(value) if there else "–",
-        "change by the patch": number(value - corrupted) if there else "–",
-        "share of clean minus corrupted": "–" if math.isnan(share) else _percent(share),
+        f"{result.attrs['metric']} ({result.attrs['units']})": _or_dash(number, value),
+        "change by the patch": _or_dash(number, value - corrupted),
+        "share of clean minus corrupted": _or_dash(percent, share),
         "corrupted baseline": number(corrupted),
         "clean baseline": number(clean),
     }
     frame = pd.DataFrame({"this cell": list(rows), "value": list(rows.values())})
-    return _coloured(table(frame, f"{where[0].upper()}{where[1:]}.").markup)
+    return _text_block(table(frame, f"{where[0].upper()}{where[1:]}.").markup)
+
+
+def _or_dash(written: Any, value: float) -> str:
+    return "–" if math.isnan(value) else written(value)
 
 
 def heatmap_table(result: xr.DataArray, chosen: tuple[int, ...]) -> str:
     """The whole result as one or several tables whose cells are coloured by the effect.
 
     Args:
-        result: as :func:`patching_demo.sweep` gives it.
+        result: as :func:`patching_demo.sweep` returns it.
         chosen: the place along the result's dimensions of the cell to outline.
     """
     attrs = result.attrs
     clean, corrupted = attrs["clean_baseline"], attrs["corrupted_baseline"]
-    column_dim = "position" if "position" in result.dims else "head"
-    row_dims = [d for d in ("layer", "head") if d in result.dims and d != column_dim]
+    across = "position" if "position" in result.dims else "head"
+    down = [d for d in ("layer", "head") if d in result.dims and d != across]
     lead = [d for d in result.dims if d == "kind"]
-    values = result.transpose(*lead, *row_dims, column_dim).values.astype(float)
-    sizes = [result.sizes[d] for d in row_dims]
-    values = values.reshape(-1, int(np.prod(sizes)), result.sizes[column_dim])
+    sizes = [result.sizes[d] for d in down]
+    values = result.transpose(*lead, *down, across).values.astype(float)
+    values = values.reshape(-1, int(np.prod(sizes)), result.sizes[across])
     agrees = np.zeros(values.shape[2], dtype=bool)
-    if column_dim == "position":
+    if across == "position":
         agrees = result["agrees"].values
     effect = np.where(agrees, np.nan, values - corrupted)
     reach = max(abs(clean - corrupted), float(np.nanmax(np.abs(effect), initial=0.0))) or 1.0
     toward_clean = -1.0 if clean < corrupted else 1.0
-    colours = _colours(toward_clean * effect / reach)
+    looks = _colours(toward_clean * effect / reach)
+    looks[np.isnan(values)] = f"background:{theme.GAP}"
+    looks[..., agrees] = _HATCHED
     at = dict(zip(result.dims, chosen, strict=True))
-    chosen_row = int(np.ravel_multi_index([at[d] for d in row_dims], sizes))
+    here = (at.get("kind", 0), int(np.ravel_multi_index([at[d] for d in down], sizes)), at[across])
+    looks[here] += _CHOSEN
     rows, note = np.arange(values.shape[1]), ""
     if len(rows) > MOST_ROWS:
         largest = np.nan_to_num(np.abs(effect), nan=-1.0).max(axis=(0, 2))
         rows = np.argsort(-largest, kind="stable")[:MOST_ROWS]
-        if chosen_row not in rows:
-            rows = np.append(rows, chosen_row)
+        rows = rows if here[1] in rows else np.append(rows, here[1])
         note = f" Of {values.shape[1]} heads, those with the largest effects, largest first."
-    if row_dims == ["layer"]:
+    if down == ["layer"]:
         names = [f"layer {layer}" for layer in result["layer"].values]
     else:
         names = [str(name) for name in result["head_label"].values.ravel()]
+    columns = entries(result, across)
     # All cells have as many decimals, enough to tell a hundredth of the range.
     decimals = max(0, 1 - math.floor(math.log10(reach)))
-    body = "".join(
-        _panel(
-            panel,
-            values[i],
-            colours[i],
-            agrees,
-            rows,
-            names,
-            entries(result, column_dim),
-            column_dim,
-            (chosen_row, at[column_dim]) if at.get("kind", 0) == i else None,
-            decimals,
-        )
-        for i, panel in enumerate(entries(result, "kind") if lead else [""])
-    )
-    title = f"{attrs['metric']}: {attrs['what']}, {attrs['each']}."
+
+    def cell(place: tuple[int, int, int]) -> str:
+        value, words = float(values[place]), f"{names[place[1]]}, {across} {columns[place[2]]}: "
+        if math.isnan(value):
+            text, words = "", words + "no such head"
+        elif agrees[place[2]]:
+            text, words = "=", words + "prompts agree, nothing to patch"
+        else:
+            text, words = _rounded(value, decimals), words + number(value)
+        current = ' aria-current="true"' if place == here else ""
+        return f'<span title="{html.escape(words)}"{current}>{text}</span>'
+
+    tables = []
+    for panel, caption in enumerate(entries(result, "kind") if lead else [""]):
+        marked = [[cell((panel, row, column)) for column in range(len(columns))] for row in rows]
+        frame = pd.DataFrame(marked, index=[names[row] for row in rows])
+        heads = [_heading(column, across) for column in columns]
+        tables.append(_styled(frame, looks[panel, rows], heads, caption))
+    facts = filter(None, (what_was_patched(result), what_is_one_patch(result)))
+    title = f"{attrs['metric']}: {', '.join(facts)}."
+    title = title[0].upper() + title[1:]
     also = " Hatched: the prompts agree, nothing to patch." if agrees.any() else ""
     also += " Grey: no such head, as heads share keys and values." if np.isnan(values).any() else ""
-    return (
-        f'<div class="tex2jax_ignore mathjax_ignore" style="color:{_TEXT_COLOUR};line-height:1.3">'
-        "<p style='margin:4px 0;white-space:normal'>"
-        f"<b>{_plain(title[0].upper() + title[1:])}</b>{_plain(note)}</p>"
-        f"{_legend(clean, corrupted, reach, toward_clean, also)}"
+    return _text_block(
+        f"<p style='margin:4px 0'><b>{as_html(title)}</b>"
+        f"{note}</p>{_legend(clean, corrupted, reach, toward_clean, also)}"
         '<div role="region" aria-label="heatmap" tabindex="0" '
-        'style="overflow-x:auto;display:flex;flex-wrap:wrap;gap:4px 20px">'
-        f"{body}</div></div>"
+        f'style="overflow-x:auto;display:flex;flex-wrap:wrap;gap:4px 20px">{"".join(tables)}</div>'
     )
 
 
-def _panel(
-    name: str,
-    values: np.ndarray,
-    colours: np.ndarray,
-    agrees: np.ndarray,
-    rows: np.ndarray,
-    row_names: list[str],
-    columns: list[str],
-    column_dim: str,
-    chosen: tuple[int, int] | None,
-    decimals: int,
-) -> str:
-    """One table: a row per layer or head, a column per position or head."""
-    head = '<th scope="col"></th>' + "".join(
-        f'<th scope="col" style="{_HEAD};text-align:center" title="{html.escape(column)}">'
-        f"{_plain(_heading(column, column_dim))}</th>"
-        for column in columns
-    )
-    lines = []
-    for row in rows:
-        cells = []
-        for place, value in enumerate(values[row]):
-            words = f"{row_names[row]}, {column_dim} {columns[place]}: "
-            if math.isnan(value):
-                look, text, words = f"background:{theme.GAP}", "", words + "no such head"
-            elif agrees[place]:
-                look, text, words = _HATCHED, "=", words + "prompts agree, nothing to patch"
-            else:
-                look, text = colours[row, place], _rounded(value, decimals)
-                words += number(float(value))
-            marked = chosen == (row, place)
-            outline = ";outline:3px solid #d81b60;outline-offset:-2px" if marked else ""
-            current = ' aria-current="true"' if marked else ""
-            cells.append(
-                f'<td style="{_CELL};{look}{outline}" title="{html.escape(words)}"{current}>'
-                f"{text}</td>"
-            )
-        lead = f'<th scope="row" style="{_HEAD}">{_plain(row_names[row])}</th>'
-        lines.append(f"<tr>{lead}{''.join(cells)}</tr>")
-    caption = f"<caption><b>{_plain(name)}</b></caption>" if name else ""
-    return (
-        '<table class="patching-heatmap" style="border-collapse:separate;border-spacing:1px">'
-        f"{caption}<thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
-    )
+def _styled(frame: pd.DataFrame, looks: np.ndarray, heads: Sequence[str], caption: str) -> str:
+    """One table of cells that are markup already, with the CSS of each."""
+    css = pd.DataFrame(looks, index=frame.index, columns=frame.columns)
+    style = frame.style.apply(lambda _: css, axis=None).set_table_styles(_STYLES)
+    style = style.format_index(as_html, axis="index")
+    style = style.format_index(lambda column: heads[column], axis="columns")
+    if caption:
+        style = style.set_caption(as_html(caption))
+    markup = style.to_html(table_attributes='class="patching-heatmap"')
+    for which in ("col", "row"):
+        heading = rf'<th (?=[^>]*class="{which}_heading)'
+        markup = re.sub(heading, f'<th scope="{which}" ', markup)
+    return f"<div>{markup}</div>"
 
 
 def _legend(clean: float, corrupted: float, reach: float, toward_clean: float, also: str) -> str:
@@ -259,9 +234,9 @@ def _legend(clean: float, corrupted: float, reach: float, toward_clean: float, a
         f"{number(corrupted)}, the corrupted baseline",
         f"{ends[1]} (towards clean)",
     )
-    labels = "".join(f"<span>{_plain(word)}</span>" for word in words)
+    labels = "".join(f"<span>{word}</span>" for word in words)
     return (
-        '<div style="max-width:560px;font-size:12px;line-height:1.4">'
+        '<div style="max-width:560px;font-size:12px">'
         f'<div aria-hidden="true" style="height:10px;background:linear-gradient(90deg,{stops})">'
         '</div><div style="display:flex;justify-content:space-between;gap:8px">'
         f"{labels}</div><div>Clean baseline: {number(clean)}.{also}</div></div>"
@@ -279,28 +254,13 @@ def _colours(share: np.ndarray) -> np.ndarray:
     return np.array(found, dtype=object).reshape(share.shape)
 
 
-def _heading(column: str, column_dim: str) -> str:
-    if column_dim == "head":
+def _heading(column: str, across: str) -> str:
+    if across == "head":
         return f"H{column}"
     word, _, place = theme.short_label(column).rpartition(" ")
-    return f"{word}\n{place}"
+    return f'<span title="{html.escape(column)}">{as_html(word)}\n{as_html(place)}</span>'
 
 
 def _rounded(value: float, decimals: int) -> str:
     text = f"{value:.{decimals}f}"
     return (text if text.strip("-0.") else text.lstrip("-")).replace("-", "−")
-
-
-def _percent(share: float) -> str:
-    return f"{share:.0%}".replace("%", " %").replace("-", "−")
-
-
-def _coloured(markup: str) -> str:
-    # Tables take the page's own colour of text, which a dark page may not pass on to widgets, and
-    # the height of their lines, which in a widget is that of a button.
-    return f'<div style="color:{_TEXT_COLOUR};line-height:1.3">{markup}</div>'
-
-
-def _plain(text: str) -> str:
-    """Text that is shown as text: no dollar stands beside another, so none encloses a formula."""
-    return html.escape(text).replace("$", "<span>$</span>")

@@ -1,20 +1,23 @@
 """Type two prompts, press a button, read the sweep: a panel for Jupyter and Colab.
 
-:func:`explore` gives an ipywidgets panel. It checks prompts and answers as they are typed and says
-what to change, runs the sweep without blocking the notebook, draws it, gives any cell's numbers,
-and writes the lines of code that repeat it.
+:func:`panel` makes it. It checks prompts and answers as they are typed and says what to change,
+runs the sweep without blocking the notebook, draws it, shows any cell's numbers, and writes the
+lines of code that repeat it.
 
-The heatmap is an HTML table, written in ``explorer_html``. It needs nothing but ipywidgets 7.7 or
-later: a plotly figure inside an output widget stays blank in Colab, and plotly's own widget needs a
-package that is not there. :meth:`Explorer.figure` gives the same result as a plotly figure.
+The heatmap is an HTML table, made in ``markup``. It needs nothing but ipywidgets 7.7 or later: a
+plotly figure inside an output widget stays blank in Colab, and plotly's own widget needs a package
+that is not there. :meth:`Panel.figure` returns the same result as a plotly figure.
 """
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from contextlib import suppress
+from contextvars import copy_context
+from functools import partial
 from typing import Any
 
 import ipywidgets as widgets
@@ -26,7 +29,8 @@ from torch import Tensor
 from patching_demo import plots
 from patching_demo.engine.bridge import hook_point
 from patching_demo.engine.kinds import BLOCK_KINDS, HEAD_KINDS, KINDS
-from patching_demo.explorer.tables import (
+from patching_demo.engine.runner import SweepStopped
+from patching_demo.explorer.markup import (
     LARGEST,
     cell_table,
     entries,
@@ -35,24 +39,17 @@ from patching_demo.explorer.tables import (
     paragraph,
     prompts_table,
 )
-from patching_demo.metrics import Metric
 from patching_demo.models import MODELS
 from patching_demo.plots import theme
 from patching_demo.sweeps import sweep
 from patching_demo.tasks import IOI_ANSWERS, IOI_PROMPTS, METRICS, Task, prompt_task
 
-__all__ = ["Explorer", "explore"]
-
 _TOGETHER = ("resid_pre", "attn_out", "mlp_out")
-
-# A sweep is scored in portions of about so many tokens, and at each the bar moves and a stop is
-# heard. Larger ones are no faster on a CPU.
-_PORTION_TOKENS = 512
 
 _Choice = tuple[Any, str]  # kinds (a name, or several in a tuple) and by
 
 
-def explore(
+def panel(
     model: Any,
     *,
     clean: str = IOI_PROMPTS[0],
@@ -61,7 +58,7 @@ def explore(
     kinds: str | tuple[str, ...] = "resid_pre",
     by: str = "pos",
     metric: str = METRICS[0],
-) -> Explorer:
+) -> Panel:
     """A panel in which to patch prompts of your own; display it as the last line of a cell.
 
     Args:
@@ -89,11 +86,16 @@ def explore(
         raise ValueError(f"kinds and by must be one of {known}, got {chosen}")
     if metric not in METRICS:
         raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}")
-    return Explorer(model, choices, clean, corrupted, answers, chosen, metric)
+    return Panel(model, choices, clean, corrupted, answers, chosen, metric)
 
 
-class Explorer(widgets.VBox):
-    """The panel that :func:`explore` makes, with what a notebook may ask of it.
+class Panel(widgets.VBox):
+    """The panel that :func:`panel` makes, with what a notebook may ask of it.
+
+    In a notebook a sweep runs in a thread, on modules of its own, so cells may use the model
+    meanwhile and the Stop button is heard. Widgets are changed by the kernel's own loop alone, as
+    Colab does not show what a thread changes. Where no loop runs, as in a script, :meth:`run`
+    returns when the sweep has ended.
 
     Attributes:
         result: the last sweep, labelled as by :func:`patching_demo.sweep`, or None.
@@ -119,6 +121,7 @@ class Explorer(widgets.VBox):
         self._dry: Task | None = None
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
+        self._outcome: Callable[[], None] | None = None
         self._selecting = self._busy = False
         self._settings_shown: tuple[Any, ...] | None = None
 
@@ -216,10 +219,22 @@ class Explorer(widgets.VBox):
         self._stop.clear()
         self._busy, self.error = True, None
         self.run_button.disabled, self.stop_button.disabled = True, False
-        work = (self._dry, self.choice.value, self.metric.value, self._settings())
-        # A thread, so that the kernel stays free to hear the Stop button. A daemon, so that a
-        # kernel that is shut down does not wait for it.
-        self._thread = threading.Thread(target=self._work, args=work, daemon=True)
+        self.progress.value = 0
+        self._say("Measuring both prompts unpatched ...")
+        asked = (self._dry, self.choice.value, self.metric.value, self._settings())
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            self._work(lambda function, *args: function(*args), *asked)
+            return
+        context = copy_context()  # By this a kernel knows the cell that the panel belongs to.
+
+        def later(function: Callable[..., None], *args: Any) -> None:
+            with suppress(RuntimeError):  # The loop was closed: wait() still shows the end.
+                loop.call_soon_threadsafe(function, *args, context=context)
+
+        # A daemon, so that a kernel that is shut down does not wait for it.
+        self._thread = threading.Thread(target=self._work, args=(later, *asked), daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
@@ -232,6 +247,8 @@ class Explorer(widgets.VBox):
         """Wait until the sweep has ended, at most ``timeout`` seconds; whether it has."""
         if self._thread is not None:
             self._thread.join(timeout)
+            if not self._thread.is_alive():
+                self._conclude()
         return not self.running
 
     def figure(self) -> go.Figure:
@@ -265,7 +282,7 @@ class Explorer(widgets.VBox):
     def _advice(self) -> str:
         if self._dry is None:
             lines = self._problem.split("\n")
-            return paragraph("Change this first", lines[0].rstrip(":") + ".") + self._tokens()
+            return paragraph("Change this first", lines[0].rstrip(":.") + ".") + self._tokens()
         task = self._dry
         length = task.clean_tokens.shape[1]
         differ = int((task.clean_tokens != task.corrupted_tokens).sum())
@@ -305,52 +322,62 @@ class Explorer(widgets.VBox):
         else:
             self._say("The picture below is of your earlier settings. Press Run for a new one.")
 
-    # The run, in its own thread -----------------------------------------------------------------
+    # The run ------------------------------------------------------------------------------------
 
-    def _work(self, dry: Task, choice: _Choice, metric: str, settings: tuple[Any, ...]) -> None:
-        started = time.monotonic()
+    def _work(
+        self,
+        later: Callable[..., Any],
+        dry: Task,
+        choice: _Choice,
+        metric: str,
+        settings: tuple[Any, ...],
+    ) -> None:
+        """Sweep, and leave what is shown of it to ``later``, which calls a function in the loop."""
+        started, (kinds, by) = time.monotonic(), choice
+
+        def on_progress(done: int, total: int) -> bool:
+            later(self._note_progress, done, total)
+            return self._stop.is_set()
+
         try:
-            task, result = self._sweep(dry, choice, metric)
-        except _Stopped:
-            self._finish("Stopped. The model is as it was; press Run to start again.")
+            task = dry.with_metric(self._model, metric)
+            names = kinds if isinstance(kinds, str) else list(kinds)
+            result = sweep(self._model, task, names, by=by, progress=False, on_progress=on_progress)
+        except (SweepStopped, KeyboardInterrupt):
+            words = "Stopped. The model is as it was; press Run to start again."
+            self._outcome = partial(self._finish, words)
         except Exception as error:
-            self.error = error
-            self._finish(_first_line(error), "It did not work")
+            self._outcome = partial(self._fail, error)
         else:
-            self.task, self.result, self._settings_shown = task, result, settings
-            self._show(settings)
-            self.progress.value = self.progress.max
-            self._finish(f"Done in {time.monotonic() - started:.1f} s.")
+            self._outcome = partial(self._succeed, task, result, settings, started)
+        later(self._conclude)
 
-    def _sweep(self, dry: Task, choice: _Choice, metric: str) -> tuple[Task, xr.DataArray]:
-        kinds, by = choice
-        cells = _cells_to_measure(self._model, dry, kinds, by)
-        self.progress.value, self.progress.max = 0, cells
-        self._say("Measuring both prompts unpatched ...")
-        scored = 0
+    def _note_progress(self, done: int, total: int) -> None:
+        if self._busy:
+            self.progress.max, self.progress.value = total, done
+            if not self._stop.is_set():
+                self._say(f"{done} of {total} cells done ...")
 
-        def heard(runs: int) -> None:
-            nonlocal scored
-            if self._stop.is_set():
-                raise _Stopped
-            if runs:
-                scored = min(scored + runs, cells)
-                self.progress.value = scored
-                self._say(f"{scored} of about {cells} patched runs scored ...")
+    def _conclude(self) -> None:
+        """Show how the run ended, once."""
+        outcome, self._outcome = self._outcome, None
+        if outcome is not None:
+            try:
+                outcome()
+            except Exception as error:
+                self._fail(error)
 
-        task = dry.with_metric(self._model, metric)
-        task = replace(task, metric=_Heard(task.metric, heard))
-        width = self._model.cfg.d_model * next(self._model.parameters()).element_size()
-        result = sweep(
-            self._model,
-            task,
-            kinds if isinstance(kinds, str) else list(kinds),
-            by=by,
-            progress=False,
-            memory=3 * _PORTION_TOKENS * width,
-        )
-        heard(0)
-        return replace(task, metric=task.metric.metric), result
+    def _succeed(
+        self, task: Task, result: xr.DataArray, settings: tuple[Any, ...], started: float
+    ) -> None:
+        self.task, self.result, self._settings_shown = task, result, settings
+        self._show(settings)
+        self.progress.value = self.progress.max
+        self._finish(f"Done in {time.monotonic() - started:.1f} s.")
+
+    def _fail(self, error: Exception) -> None:
+        self.error = error
+        self._finish(_first_line(error), "It did not work")
 
     def _finish(self, words: str, head: str = "") -> None:
         self._busy = False
@@ -405,31 +432,6 @@ class Explorer(widgets.VBox):
         self.picture.value = heatmap_table(self.result, at)
 
 
-class _Stopped(Exception):
-    """The reader pressed Stop."""
-
-
-class _Heard(Metric):
-    """A metric that reports each time it scores, and how many patched runs at once.
-
-    Scoring is the one thing a sweep calls back for, so it is here that a sweep can be stopped.
-    """
-
-    def __init__(self, metric: Metric, heard: Callable[[int], None]) -> None:
-        self.metric, self.heard = metric, heard
-        self.name, self.units = metric.name, metric.units
-        self.positions, self.tokens = metric.positions, metric.tokens
-
-    def from_read(self, read: Tensor) -> Tensor:
-        # Leading dimensions are patched runs; without any it is a single, whole run.
-        self.heard(read.shape[:-3].numel() if read.ndim > 3 else 0)
-        return self.metric.from_read(read)
-
-    def __call__(self, logits: Tensor) -> Tensor:
-        self.heard(1)
-        return self.metric(logits)
-
-
 class _Dry:
     """A model without its forward pass: enough to check prompts and answers at typing speed."""
 
@@ -457,15 +459,6 @@ def _choices(model: Any) -> dict[str, _Choice]:
     if len(heads) > 1:
         found["every kind of head activation, all positions at once"] = (tuple(heads), "all_pos")
     return found | {f"{KINDS[k].describes}, position by position": (k, "pos") for k in heads}
-
-
-def _cells_to_measure(model: Any, task: Task, kinds: str | tuple[str, ...], by: str) -> int:
-    """About how many patched runs a sweep scores: none where both prompts agree."""
-    names = (kinds,) if isinstance(kinds, str) else kinds
-    cells = model.cfg.n_layers * len(names)
-    if names[0] in HEAD_KINDS:
-        cells *= model.cfg.n_heads
-    return cells * (task.clean_tokens.shape[1] - task.agree_until if by == "pos" else 1)
 
 
 def _first_line(error: BaseException) -> str:
