@@ -16,8 +16,7 @@ import torch
 
 from patching_demo import explorer, load_model, plots, prompt_task, sweep
 from patching_demo.engine.bridge import attached_hooks
-from patching_demo.explorer import markup, widgets
-from patching_demo.explorer import panel as make_panel
+from patching_demo.explorer import Panel, markup, widgets
 from patching_demo.plots.theme import number
 
 PATIENCE = 60
@@ -31,7 +30,7 @@ def model():
 
 @pytest.fixture
 def panel(model):
-    return make_panel(model)
+    return Panel(model)
 
 
 class Markup(HTMLParser):
@@ -124,14 +123,14 @@ def test_tokens_of_prompts_of_different_length_stand_side_by_side(panel):
 
 def test_model_in_training_mode_is_refused_in_words():
     model = tiny.fresh("gpt2").train()
-    panel = make_panel(model)
+    panel = Panel(model)
     assert panel.run_button.disabled and "model.eval()" in panel.advice.value
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama-gqa"])
 def test_every_choice_of_the_menu_gives_what_sweep_gives(name):
     model = tiny.model(name)
-    panel = make_panel(model)
+    panel = Panel(model)
     task = prompt_task(model, panel.clean.value, panel.corrupted.value, (" Mary", " John"))
     for _, (kinds, by) in panel.choice.options:
         panel.choice.value = (kinds, by)
@@ -149,14 +148,14 @@ def test_every_choice_of_the_menu_gives_what_sweep_gives(name):
 
 
 def test_menu_leaves_out_what_the_model_does_not_have():
-    names = [kinds for _, (kinds, _) in make_panel(tiny.model("neox-parallel")).choice.options]
+    names = [kinds for _, (kinds, _) in Panel(tiny.model("neox-parallel")).choice.options]
     assert "resid_mid" not in names and "resid_pre" in names
 
 
 @pytest.mark.parametrize("metric", widgets.METRICS)
 def test_code_repeats_the_numbers(model, metric):
     prompts = ('John gave the "bag" to', 'Mary gave the "bag" to')
-    panel = make_panel(model, clean=prompts[0], corrupted=prompts[1], metric=metric)
+    panel = Panel(model, clean=prompts[0], corrupted=prompts[1], metric=metric)
     panel.right.value, panel.wrong.value = " John", " Mary"
     panel.choice.value = (HEADS, "all_pos")
     finished(panel)
@@ -218,7 +217,7 @@ def test_picture_says_where_nothing_was_patched_and_colours_by_direction(panel):
 
 def test_many_heads_are_trimmed_to_the_largest_and_the_chosen(model, monkeypatch):
     monkeypatch.setattr(markup, "MOST_ROWS", 3)
-    panel = finished(make_panel(model, kinds="out"))
+    panel = finished(Panel(model, kinds="out"))
     rows = re.findall(r'<th scope="row"[^>]*>(L\d+H\d+)<', panel.picture.value)
     assert len(rows) == 3 and rows[0] in panel.largest.options[0][0]
     layer, _, head = panel.places.children
@@ -229,7 +228,7 @@ def test_many_heads_are_trimmed_to_the_largest_and_the_chosen(model, monkeypatch
 
 
 def test_heads_that_do_not_exist_are_gaps():
-    panel = finished(make_panel(tiny.model("llama-gqa"), kinds=HEADS, by="all_pos"))
+    panel = finished(Panel(tiny.model("llama-gqa"), kinds=HEADS, by="all_pos"))
     missing = int(np.isnan(panel.result.values).sum())
     assert missing and panel.picture.value.count(': no such head"') == missing
     assert "Grey: no such head" in panel.picture.value
@@ -240,7 +239,7 @@ def test_heads_that_do_not_exist_are_gaps():
 
 def test_html_and_latex_are_shown_as_text(model):
     prompts = [f"When <script> gave $x$ to {name} <b> $b$ the" for name in ("John", "Mary")]
-    panel = make_panel(model, clean=prompts[0], corrupted=prompts[1])
+    panel = Panel(model, clean=prompts[0], corrupted=prompts[1])
     finished(panel)
     panel.wrong.value = " <script>"
     shown = all_markup(panel)
@@ -287,7 +286,7 @@ def test_quotes_in_tokens_end_no_attribute(panel):
 def test_stop_ends_a_sweep_and_leaves_everything_as_it_was():
     model = tiny.fresh("gpt2")
     weights = {name: value.clone() for name, value in model.state_dict().items()}
-    panel = finished(make_panel(model))
+    panel = finished(Panel(model))
     first = panel.result
     panel.choice.value = ("out", "pos")
 
@@ -332,9 +331,9 @@ def in_a_loop(scenario):
 
 def test_in_a_notebook_the_kernel_stays_free_and_only_it_changes_widgets(model):
     """Two panels at once, while cells run the model: nothing reaches anything else."""
-    one, other = make_panel(model, kinds="out"), make_panel(model, kinds="q", metric="probability")
+    one, other = Panel(model, kinds="out"), Panel(model, kinds="q", metric="probability")
     alone = [
-        finished(make_panel(model, kinds=k, metric=p.metric.value)).result
+        finished(Panel(model, kinds=k, metric=p.metric.value)).result
         for k, p in (("out", one), ("q", other))
     ]
     ids = model.to_tokens(one.clean.value)
@@ -474,18 +473,18 @@ def test_effects_that_are_all_zero_have_a_picture(panel):
 
 def test_wrong_arguments_are_refused(model):
     with pytest.raises(ValueError, match="no tokenizer"):
-        make_panel(tiny.model("attn-only"))
+        Panel(tiny.model("attn-only"))
     with pytest.raises(ValueError, match="no tokenizer"):
-        make_panel(SimpleNamespace())
+        Panel(SimpleNamespace())
     with pytest.raises(ValueError, match="kinds and by must be one of .*'resid_pre'"):
-        make_panel(model, kinds="resid_pre", by="all_pos")
+        Panel(model, kinds="resid_pre", by="all_pos")
     with pytest.raises(ValueError, match="metric must be one of"):
-        make_panel(model, metric="accuracy")
+        Panel(model, metric="accuracy")
 
 
 def test_the_earlier_name_still_makes_a_panel(model):
-    with pytest.warns(DeprecationWarning, match="called panel"):
-        assert explorer.explore is make_panel
+    with pytest.warns(DeprecationWarning, match="now explorer.Panel"):
+        assert explorer.explore is Panel
     with pytest.raises(AttributeError, match="no attribute 'sweeep'"):
         _ = explorer.sweeep
 
@@ -493,7 +492,7 @@ def test_the_earlier_name_still_makes_a_panel(model):
 @pytest.mark.slow
 def test_language_model_gives_its_first_picture_within_twenty_seconds():
     """Seconds of one core's work, which do not depend on what else the machine is doing."""
-    panel = make_panel(load_model("smollm2-135m"))
+    panel = Panel(load_model("smollm2-135m"))
     assert panel.result is None and "15 tokens each" in panel.advice.value
     menu = [chosen for _, chosen in panel.choice.options]
     blocks = [(k, by) for k, by in menu if by == "pos" and k not in HEADS]

@@ -35,11 +35,14 @@ SOURCE = """\
 import time
 import tiny
 from patching_demo import explorer
-explorer._PORTION_TOKENS = 1
-panel = explorer.explore(tiny.model("gpt2"))
-panel.progress.observe(
-    lambda change: time.sleep(0.5 if panel.choice.value == ("out", "pos") else 0), names="value"
-)
+from patching_demo.explorer import widgets
+panel, sweep = explorer.Panel(tiny.model("gpt2")), widgets.sweep
+def slow(*args, on_progress, **options):
+    def asleep(done, total):
+        time.sleep(1.0 if panel.choice.value == ("out", "pos") else 0)
+        return on_progress(done, total)
+    return sweep(*args, on_progress=asleep, **options)
+widgets.sweep = slow
 panel"""
 # JupyterLab would ask, over the notebook, whether to fetch news.
 NEWS = "user-settings/@jupyterlab/apputils-extension/notification.jupyterlab-settings"
@@ -206,7 +209,7 @@ def test_prompts_are_typed_run_and_read(page, tmp_path):
     box = table.bounding_box()
     assert box["width"] > 300 and box["height"] > 30
     read = table.locator("td").evaluate_all(
-        "cells => cells.map(c => [c.title, getComputedStyle(c).backgroundColor])"
+        "cells => cells.map(c => [c.firstChild.title, getComputedStyle(c).backgroundColor])"
     )
     agrees = [bool(a) for _ in expected["layer"] for a in expected["agrees"].values]
     for (words, colour), value, agree in zip(read, expected.values.ravel(), agrees, strict=True):
@@ -227,17 +230,17 @@ def test_a_click_shows_the_numbers_of_a_cell(page):
     page.get_by_label("position", exact=True).select_option(index=PATCHED)
     place = f"layer 1, position {expected['position'].values[PATCHED]}"
     page.wait_for_function(
-        "place => document.querySelector('td[aria-current]')?.title.startsWith(place)", arg=place
+        "place => document.querySelector('td [aria-current]')?.title.startsWith(place)", arg=place
     )
     assert page.get_by_text(place.capitalize(), exact=False).count() == 1
     page.get_by_label("largest effects").select_option(index=2)
-    marked = page.locator("table.patching-heatmap td[aria-current]")
+    marked = page.locator("table.patching-heatmap td [aria-current]")
     chosen = page.get_by_label("largest effects").evaluate(
         "list => list.selectedOptions[0].textContent"
     )
     value = re.search(r":\s(\S+)", chosen)[1]
     page.wait_for_function(
-        """value => document.querySelector('td[aria-current]')?.title.endsWith(': ' + value)""",
+        """value => document.querySelector('td [aria-current]')?.title.endsWith(': ' + value)""",
         arg=value,
     )
     assert marked.count() == 1
@@ -259,7 +262,7 @@ def test_a_sweep_is_stopped(page):
     kinds.select_option(label="head outputs, position by position")
     page.get_by_text("of your earlier settings").wait_for()
     run_button(page).click()
-    page.get_by_text("patched runs scored").wait_for()
+    page.get_by_text("cells done").wait_for()
     assert run_button(page).is_disabled()
     stop_button(page).click()
     page.get_by_text("Stopped.").wait_for()

@@ -276,7 +276,7 @@ def test_largest_cells_number_what_has_no_labels():
 def _odd() -> xr.DataArray:
     """Everything that a sweep's labels and attributes may hold, and more."""
     words = ["<b>\n$x$ é 0", "a\0b", "\ud800 half", "", "😀", "∅", '"quoted"']
-    out = _result("gpt2", "resid_pre").assign_coords(position=words, run=0.1)
+    out = _result("gpt2", "resid_pre").copy(deep=True).assign_coords(position=words, run=0.1)
     out.values[0, :2] = np.nan, np.inf
     out.attrs |= {"note": "Ω\0", "list": [1, 2.5, None], "numpy": np.float32(0.5), "none": None}
     out.attrs |= {"flag": True, "nan": float("nan"), "large": 2**70, "units": "seconds"}

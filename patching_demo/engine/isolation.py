@@ -37,51 +37,36 @@ def isolated(model: Any) -> Any:
     for _ in range(_ATTEMPTS):
         copier = _Copier()
         copied = copier.of(model)
-        foreign = _handles_of_calls_elsewhere(model)
-        kept = [
-            (point, handle)
-            for point in copier.originals
-            if isinstance(point, HookPoint)
-            for handle in (*copier.of(point).fwd_hooks, *copier.of(point).bwd_hooks)
-            if id(handle) not in foreign
-        ]
-        if all(handle in (*point.fwd_hooks, *point.bwd_hooks) for point, handle in kept):
+        for point, handle in _hooks_of_calls_elsewhere(model):
+            own = copier.of(point)
+            own.fwd_hooks = [kept for kept in own.fwd_hooks if kept is not handle]
+            own.bwd_hooks = [kept for kept in own.bwd_hooks if kept is not handle]
+            own._forward_hooks.pop(handle.hook.id, None)
+            own._backward_hooks.pop(handle.hook.id, None)
+        # A call that ended meanwhile has left the list of those under way, and its hooks here.
+        if all(copier.of(m)._forward_hooks.keys() <= m._forward_hooks.keys() for m in copier.seen):
             break
-    for point in copier.originals if foreign else ():
-        if isinstance(point, HookPoint):
-            _without(copier.of(point), foreign)
     copied.__dict__["_isolated"] = True
     return copied
 
 
-def _handles_of_calls_elsewhere(model: Any) -> set[int]:
-    """Identities of the hooks that calls under way in other threads will take off again."""
-    found = set()
+def _hooks_of_calls_elsewhere(model: Any) -> list[tuple[HookPoint, Any]]:
+    """The hooks, with their points, that calls under way in other threads will take off again."""
+    found = []
     for thread, frame in sys._current_frames().items():
         while frame is not None and thread != threading.get_ident():
             if frame.f_code in _CALLS and frame.f_locals.get("self") is model:
                 added = list(frame.f_locals.get("added_hooks") or ())
-                found |= {id(handle) for _, _, handle in added}
+                found += [(point, handle) for point, _, handle in added]
             frame = frame.f_back
     return found
-
-
-def _without(point: HookPoint, foreign: set[int]) -> None:
-    """Take hooks off one of our own hook points, and leave the caller's as it is."""
-    for handles, hooks in (
-        (point.fwd_hooks, point._forward_hooks),
-        (point.bwd_hooks, point._backward_hooks),
-    ):
-        for handle in [handle for handle in handles if id(handle) in foreign]:
-            handles.remove(handle)
-            hooks.pop(handle.hook.id, None)
 
 
 class _Copier:
     """Copies modules and what refers to them; everything else is shared."""
 
     def __init__(self) -> None:
-        self.originals: list[Any] = []
+        self.seen: list[nn.Module] = []
         self._copies: dict[int, Any] = {}
 
     def of(self, value: Any) -> Any:
@@ -90,9 +75,9 @@ class _Copier:
         if kind in _SHARED:
             return value
         if kind in (dict, OrderedDict):
-            return kind([(key, self.of(entry)) for key, entry in value.items()])
+            return kind([(key, self.of(entry)) for key, entry in list(value.items())])
         if kind in (list, tuple, set):
-            return kind([self.of(entry) for entry in value])
+            return kind([self.of(entry) for entry in list(value)])
         if kind is MethodType:
             return MethodType(self.of(value.__func__), self.of(value.__self__))
         if kind is partial:
@@ -108,7 +93,8 @@ class _Copier:
         if id(value) in self._copies:
             return self._copies[id(value)]
         copied = self._copies[id(value)] = object.__new__(type(value))
-        self.originals.append(value)
+        if isinstance(value, nn.Module):
+            self.seen.append(value)
         own = copied.__dict__
         own.update(value.__dict__)
         for name, entry in own.items():

@@ -1,6 +1,6 @@
 """Type two prompts, press a button, read the sweep: a panel for Jupyter and Colab.
 
-:func:`panel` makes it. It checks prompts and answers as they are typed and says what to change,
+:class:`Panel` checks prompts and answers as they are typed and says what to change,
 runs the sweep without blocking the notebook, draws it, shows any cell's numbers, and writes the
 lines of code that repeat it.
 
@@ -49,17 +49,13 @@ _TOGETHER = ("resid_pre", "attn_out", "mlp_out")
 _Choice = tuple[Any, str]  # kinds (a name, or several in a tuple) and by
 
 
-def panel(
-    model: Any,
-    *,
-    clean: str = IOI_PROMPTS[0],
-    corrupted: str = IOI_PROMPTS[1],
-    answers: tuple[str, str] = IOI_ANSWERS[0],
-    kinds: str | tuple[str, ...] = "resid_pre",
-    by: str = "pos",
-    metric: str = METRICS[0],
-) -> Panel:
+class Panel(widgets.VBox):
     """A panel in which to patch prompts of your own; display it as the last line of a cell.
+
+    In a notebook a sweep runs in a thread, on modules of its own, so cells may use the model
+    meanwhile and the Stop button is heard. Widgets are changed by the kernel's own loop alone, as
+    Colab does not show what a thread changes. Where no loop runs, as in a script, :meth:`run`
+    returns when the sweep has ended.
 
     Args:
         model: a TransformerBridge with a tokenizer, in eval mode.
@@ -70,50 +66,40 @@ def panel(
         by: "pos", or "all_pos" for whole heads.
         metric: one of :data:`patching_demo.tasks.METRICS`.
 
-    Raises:
-        ValueError: if the model has no tokenizer, or the menus do not have ``kinds``, ``by`` or
-            ``metric``. Prompts that do not fit raise nothing; the panel says what to change.
-    """
-    if getattr(model, "tokenizer", None) is None:
-        raise ValueError(
-            "this model has no tokenizer, so it cannot read prompts: load one that does, for "
-            'instance load_model("smollm2-135m"), or use induction_task and sweep'
-        )
-    choices = _choices(model)
-    chosen = (kinds if isinstance(kinds, str) else tuple(kinds), by)
-    if chosen not in choices.values():
-        known = ", ".join(map(str, choices.values()))
-        raise ValueError(f"kinds and by must be one of {known}, got {chosen}")
-    if metric not in METRICS:
-        raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}")
-    return Panel(model, choices, clean, corrupted, answers, chosen, metric)
-
-
-class Panel(widgets.VBox):
-    """The panel that :func:`panel` makes, with what a notebook may ask of it.
-
-    In a notebook a sweep runs in a thread, on modules of its own, so cells may use the model
-    meanwhile and the Stop button is heard. Widgets are changed by the kernel's own loop alone, as
-    Colab does not show what a thread changes. Where no loop runs, as in a script, :meth:`run`
-    returns when the sweep has ended.
-
     Attributes:
         result: the last sweep, labelled as by :func:`patching_demo.sweep`, or None.
         task: the prompts and metric of that sweep, or None.
         code: the lines that repeat it, or "".
         error: the exception that ended the last run, or None.
+
+    Raises:
+        ValueError: if the model has no tokenizer, or the menus do not have ``kinds``, ``by`` or
+            ``metric``. Prompts that do not fit raise nothing; the panel says what to change.
     """
 
     def __init__(
         self,
         model: Any,
-        choices: dict[str, _Choice],
-        clean: str,
-        corrupted: str,
-        answers: tuple[str, str],
-        chosen: _Choice,
-        metric: str,
+        *,
+        clean: str = IOI_PROMPTS[0],
+        corrupted: str = IOI_PROMPTS[1],
+        answers: tuple[str, str] = IOI_ANSWERS[0],
+        kinds: str | tuple[str, ...] = "resid_pre",
+        by: str = "pos",
+        metric: str = METRICS[0],
     ) -> None:
+        if getattr(model, "tokenizer", None) is None:
+            raise ValueError(
+                "this model has no tokenizer, so it cannot read prompts: load one that does, for "
+                'instance load_model("smollm2-135m"), or use induction_task and sweep'
+            )
+        choices = _choices(model)
+        chosen = (kinds if isinstance(kinds, str) else tuple(kinds), by)
+        if chosen not in choices.values():
+            known = ", ".join(map(str, choices.values()))
+            raise ValueError(f"kinds and by must be one of {known}, got {chosen}")
+        if metric not in METRICS:
+            raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}")
         self._model = model
         self.result: xr.DataArray | None = None
         self.task: Task | None = None
@@ -125,63 +111,43 @@ class Panel(widgets.VBox):
         self._selecting = self._busy = False
         self._settings_shown: tuple[Any, ...] | None = None
 
-        wide = {"width": "98%"}
-        named = {"description_width": "120px"}
+        def made(kind: Any, name: str = "", width: str = "98%", **options: Any) -> Any:
+            layout = {"width": width, "max_width": "98%"} if width else {}
+            if name:
+                options |= {"description": name, "style": {"description_width": "120px"}}
+            return kind(layout=widgets.Layout(**layout), **options)
 
-        def prompt(text: str, name: str) -> widgets.Textarea:
-            return widgets.Textarea(
-                text, description=name, rows=2, layout=widgets.Layout(**wide), style=named
-            )
+        def row(*parts: Any) -> widgets.HBox:
+            return widgets.HBox(parts, layout=widgets.Layout(flex_flow="row wrap"))
 
-        self.clean = prompt(clean, "clean prompt")
-        self.corrupted = prompt(corrupted, "corrupted prompt")
-        self.right = widgets.Text(answers[0], description="right answer", style=named)
-        self.wrong = widgets.Text(answers[1], description="wrong answer", style=named)
-        self.choice = widgets.Dropdown(
-            options=list(choices.items()),
-            value=chosen,
-            description="patch",
-            style=named,
-            layout=widgets.Layout(width="540px", max_width="98%"),
-        )
-        self.metric = widgets.Dropdown(
-            options=METRICS, value=metric, description="metric", style=named
-        )
-        self.advice = widgets.HTML(layout=widgets.Layout(**wide))
+        self.clean = made(widgets.Textarea, "clean prompt", rows=2, value=clean)
+        self.corrupted = made(widgets.Textarea, "corrupted prompt", rows=2, value=corrupted)
+        self.right = made(widgets.Text, "right answer", "", value=answers[0])
+        self.wrong = made(widgets.Text, "wrong answer", "", value=answers[1])
+        options = list(choices.items())
+        self.choice = made(widgets.Dropdown, "patch", "540px", options=options, value=chosen)
+        self.metric = made(widgets.Dropdown, "metric", "", options=METRICS, value=metric)
+        self.advice, self.status, self.picture, self.cell = (made(widgets.HTML) for _ in range(4))
         self.run_button = widgets.Button(description="Run", button_style="primary", icon="play")
         self.stop_button = widgets.Button(description="Stop", icon="stop", disabled=True)
-        self.progress = widgets.IntProgress(min=0, max=1, layout=widgets.Layout(width="180px"))
-        self.status = widgets.HTML(layout=widgets.Layout(**wide))
-        self.picture = widgets.HTML(layout=widgets.Layout(**wide))
-        self.largest = widgets.Select(
-            options=[],
-            rows=LARGEST,
-            description="largest effects",
-            style=named,
-            layout=widgets.Layout(width="460px", max_width="98%"),
-        )
-        self.places = widgets.HBox(layout=widgets.Layout(flex_flow="row wrap"))
-        self.cell = widgets.HTML(layout=widgets.Layout(**wide))
-        self.code_box = widgets.Textarea(
-            rows=14, description="copy as code", style=named, layout=widgets.Layout(**wide)
-        )
-        row = widgets.Layout(flex_flow="row wrap")
+        self.progress = made(widgets.IntProgress, width="180px", min=0, max=1)
+        self.largest = made(widgets.Select, "largest effects", "460px", options=[], rows=LARGEST)
+        self.places = row()
+        self.code_box = made(widgets.Textarea, "copy as code", rows=14)
         # The numbers of a cell stand above the picture, so that both fit on a screen.
-        chosen_cell = widgets.VBox(
-            [self.places, self.cell], layout=widgets.Layout(flex="1 1 320px")
-        )
+        beside = widgets.VBox([self.places, self.cell], layout=widgets.Layout(flex="1 1 320px"))
         self._answer = widgets.VBox(
-            [widgets.HBox([self.largest, chosen_cell], layout=row), self.picture, self.code_box],
+            [row(self.largest, beside), self.picture, self.code_box],
             layout=widgets.Layout(display="none"),
         )
         super().__init__(
             [
                 self.clean,
                 self.corrupted,
-                widgets.HBox([self.right, self.wrong], layout=row),
-                widgets.HBox([self.choice, self.metric], layout=row),
+                row(self.right, self.wrong),
+                row(self.choice, self.metric),
                 self.advice,
-                widgets.HBox([self.run_button, self.stop_button, self.progress], layout=row),
+                row(self.run_button, self.stop_button, self.progress),
                 self.status,
                 self._answer,
             ]
@@ -221,7 +187,7 @@ class Panel(widgets.VBox):
         self.run_button.disabled, self.stop_button.disabled = True, False
         self.progress.value = 0
         self._say("Measuring both prompts unpatched ...")
-        asked = (self._dry, self.choice.value, self.metric.value, self._settings())
+        asked = (self._dry, self._settings())
         try:
             loop = asyncio.get_running_loop()
         except RuntimeError:
@@ -276,40 +242,27 @@ class Panel(widgets.VBox):
         except (TypeError, ValueError) as error:
             # The panel has one pair, and shows the tokens as a table below the sentence.
             self._problem = str(error).removeprefix("pair 1: ").replace(" of prompt 1", "")
-        self.advice.value = self._advice()
-        self._note_change()
-
-    def _advice(self) -> str:
-        if self._dry is None:
-            lines = self._problem.split("\n")
-            return paragraph("Change this first", lines[0].rstrip(":.") + ".") + self._tokens()
-        task = self._dry
-        length = task.clean_tokens.shape[1]
-        differ = int((task.clean_tokens != task.corrupted_tokens).sum())
-        answers = " and ".join(repr(answer.value) for answer in (self.right, self.wrong))
-        where = "positions" if differ > 1 else "position"
-        return (
-            paragraph(
-                "Ready",
-                f"{length} tokens each, which differ at {differ} {where}, the first being "
-                f"{task.agree_until}. The answers {answers} are one token each.",
+            words = self._problem.split("\n")[0].rstrip(":.") + "."
+            self.advice.value = paragraph("Change this first", words) + self._tokens()
+        else:
+            differ = int((self._dry.clean_tokens != self._dry.corrupted_tokens).sum())
+            words = (
+                f"{self._dry.clean_tokens.shape[1]} tokens each, which differ at {differ} position"
+                f"{'s' * (differ > 1)}, the first being {self._dry.agree_until}. The answers "
+                f"{typed[2]!r} and {typed[3]!r} are one token each."
             )
-            + self._tokens()
-        )
+            self.advice.value = paragraph("Ready", words) + self._tokens()
+        self._note_change()
 
     def _tokens(self) -> str:
         """Both prompts token by token, also where they cannot make a task."""
-        rows = [self._row(prompt.value) for prompt in (self.clean, self.corrupted)]
-        if not all(rows):
+        prompts = [self.clean.value, self.corrupted.value]
+        if not all(prompt.strip() for prompt in prompts):
             return ""
+        rows = [self._model.to_tokens(prompt, truncate=False)[0].tolist() for prompt in prompts]
         decode = self._model.tokenizer.decode
         strings = [[decode([i], clean_up_tokenization_spaces=False) for i in row] for row in rows]
         return prompts_table(rows, strings)
-
-    def _row(self, text: str) -> list[int]:
-        if not text.strip():
-            return []
-        return self._model.to_tokens(text, truncate=False)[0].tolist()
 
     def _note_change(self) -> None:
         if self.running:
@@ -324,16 +277,9 @@ class Panel(widgets.VBox):
 
     # The run ------------------------------------------------------------------------------------
 
-    def _work(
-        self,
-        later: Callable[..., Any],
-        dry: Task,
-        choice: _Choice,
-        metric: str,
-        settings: tuple[Any, ...],
-    ) -> None:
+    def _work(self, later: Callable[..., Any], dry: Task, settings: tuple[Any, ...]) -> None:
         """Sweep, and leave what is shown of it to ``later``, which calls a function in the loop."""
-        started, (kinds, by) = time.monotonic(), choice
+        started, (*_, (kinds, by), metric) = time.monotonic(), settings
 
         def on_progress(done: int, total: int) -> bool:
             later(self._note_progress, done, total)
@@ -370,8 +316,9 @@ class Panel(widgets.VBox):
     def _succeed(
         self, task: Task, result: xr.DataArray, settings: tuple[Any, ...], started: float
     ) -> None:
-        self.task, self.result, self._settings_shown = task, result, settings
+        self.task, self.result, self._settings_shown = task, result, None
         self._show(settings)
+        self._settings_shown = settings
         self.progress.value = self.progress.max
         self._finish(f"Done in {time.monotonic() - started:.1f} s.")
 
