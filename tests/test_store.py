@@ -274,6 +274,8 @@ def test_a_finished_cell_is_never_written_again(tmp_path: Path) -> None:
     with store.CellStore.open(tmp_path / "cells.sweep", *inputs) as file:
         read = torch.zeros(1, len(cells))
         assert file.unfinished(read) == [] and torch.equal(read, values)
+        file.forget()
+        assert file.unfinished(read) == cells
 
 
 @contextmanager

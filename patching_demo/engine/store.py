@@ -94,7 +94,9 @@ class CellStore:
 
     def forget(self) -> None:
         """Mark all cells as unfinished."""
-        self.done[:] = False
+        if self.path is not None:
+            with _named(self.path), self.file:
+                self.file.execute("DELETE FROM finished")
 
     def most_cells(self, total: int) -> int:
         """The most cells to compute between two writes."""
