@@ -661,9 +661,9 @@ plots.explore(combine(position_sweeps, dim="metric"))
 # numbers of that cell appear. **copy as code** shows the lines that repeat the sweep.
 
 # %%
-from patching_demo.explorer import explore
+from patching_demo.explorer import Panel
 
-explore(model)
+Panel(model)
 
 # %% [markdown]
 # ## Can you say it?

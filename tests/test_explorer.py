@@ -112,15 +112,6 @@ def test_what_does_not_fit_is_refused_in_words_as_it_is_typed(panel, field, type
     assert not panel.run_button.disabled and "Ready" in panel.advice.value
 
 
-def test_tokens_of_prompts_of_different_length_stand_side_by_side(panel):
-    panel.clean.value = "When John gave the bag to"
-    panel.corrupted.value = "When Mary gave the bag"
-    shown = Markup(panel.advice.value)
-    # The name differs, and the last token has no partner: a mark in each row for each.
-    assert shown.tags.count("mark") == 4
-    assert "clean" in shown.text and " to" in shown.text
-
-
 def test_model_in_training_mode_is_refused_in_words():
     model = tiny.fresh("gpt2").train()
     panel = Panel(model)
@@ -164,13 +155,6 @@ def test_code_repeats_the_numbers(model, metric):
     np.testing.assert_allclose(namespace["result"].values, panel.result.values, atol=1e-5)
     assert namespace["result"].attrs == panel.result.attrs
     assert panel.figure() == plots.heatmap(namespace["result"])
-
-
-def test_code_loads_a_model_that_has_a_name():
-    settings = ("a", "b", " c", " d", ("out", "all_pos"), "probability")
-    lines = widgets._code(settings, "smollm2-135m")
-    compile(lines, "code", "exec")
-    assert "model = load_model('smollm2-135m')" in lines and "import load_model, " in lines
 
 
 def test_selection_shows_the_numbers_of_the_cell(panel):
@@ -363,16 +347,6 @@ def test_in_a_notebook_the_kernel_stays_free_and_only_it_changes_widgets(model):
         np.testing.assert_allclose(panel.result.values, expected.values, atol=1e-5)
 
 
-def test_a_cell_may_wait_for_the_result(panel):
-    async def scenario():
-        panel.run()
-        assert panel.wait(PATIENCE) and panel.result is not None and "Done" in panel.status.value
-        return [panel]
-
-    in_a_loop(scenario)
-    assert "Done" in panel.status.value
-
-
 def test_while_a_sweep_runs_the_buttons_say_so(panel, monkeypatch):
     go_on, started = threading.Event(), threading.Event()
     plain, asked = widgets.sweep, panel.clean.value
@@ -402,6 +376,16 @@ def test_while_a_sweep_runs_the_buttons_say_so(panel, monkeypatch):
     assert repr(asked) in panel.code
     panel.clean.value = asked
     assert not panel.run_button.disabled
+
+
+def test_a_cell_may_wait_for_the_result(panel):
+    async def scenario():
+        panel.run()
+        assert panel.wait(PATIENCE) and panel.result is not None
+        return [panel]
+
+    in_a_loop(scenario)
+    assert "Done" in panel.status.value
 
 
 def test_a_picture_that_fails_leaves_the_panel_free(panel, monkeypatch):
