@@ -106,7 +106,9 @@ def tokens_table(task: Task, rows: int | None = None, caption: str | None = None
                 f"{pair + 1} {side:<9} " + "|".join(f"*{t}*" if d else t for t, d in marked)
             )
     frame = pd.DataFrame(body, columns=list(head), index=pd.MultiIndex.from_tuples(index))
-    wraps = [{"selector": "td.col0", "props": _WRAPPED}] if shared else []
+    # Narrow enough to have the first token that differs beside it on a telephone.
+    start = [("min-width", "9em"), ("white-space", "normal")]
+    wraps = [{"selector": "td.col0", "props": start}] if shared else []
     return Html(framed(frame.style, caption, wraps), "\n".join(lines))
 
 
