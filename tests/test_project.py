@@ -69,7 +69,7 @@ def pins(path: Path, python: str) -> dict[str, str]:
 
 def text_files() -> list[Path]:
     """The project's own text files, without what builds and tools leave beside them."""
-    ignored = {"_build", "generated", "data", "__pycache__"}
+    ignored = {"_build", "build", "data", "__pycache__"}
     kinds = {".py", ".md", ".yml", ".yaml", ".toml", ".cff", ".ipynb", ".txt", ".sh", ""}
     found = []
     for folder, folders, names in os.walk(ROOT):
