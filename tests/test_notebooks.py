@@ -149,12 +149,11 @@ def test_a_run_is_held_to_the_claims_that_it_shows():
         chapters.check_claims(run("smollm2-135m", 0.7), "01", "gpt2-small")
 
 
-@pytest.mark.parametrize("chapter", ["03", "04"])
-def test_two_runs_say_the_same(chapter):
-    """The induction chapters on the shipped model; the others use the same seeds and sweeps."""
+def test_two_runs_say_the_same():
+    """Chapter 4, on the shipped model; the others use the same seeds and sweeps."""
     said = []
     for _ in range(2):
-        cells = chapters.Rehearsal(chapter, load_model("attn-only-2l-demo"))
+        cells = chapters.Rehearsal("04", load_model("attn-only-2l-demo"))
         said.append([*map(repr, cells.claims(lambda result: result)), *cells.said])
         said[-1] += [r.values.tobytes() for swept in cells.swept for r in swept.values()]
     assert said[0] == said[1] and len(said[0]) > 3
