@@ -89,12 +89,10 @@ class Rehearsal:
             patch.setattr(notebook, "model", lambda *arguments: self.model)
             patch.setattr(notebook, "say", self.said.append)
             patch.setattr(Claims, "show", lambda claims: shown.append(claims))
-            for module, names in (
-                (notebook, ["setup", "largest"]),
-                (plots, plots.__all__),
-                (explorer, [name for name in vars(explorer) if name.islower() and name[0] != "_"]),
-            ):
-                for name in names:
+            patch.setattr(notebook, "setup", MagicMock())
+            patch.setattr(notebook, "largest", MagicMock())
+            for module in (plots, explorer):
+                for name in module.__all__:
                     patch.setattr(module, name, MagicMock())
             for source in sources:
                 exec(compile(source, "<cell>", "exec"), namespace)
