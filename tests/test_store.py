@@ -92,7 +92,7 @@ def test_an_interrupted_sweep_resumes_where_it_was(
     tmp_path: Path, plain: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if plain:
-        monkeypatch.setattr(runner, "_reasons_for_plain_loop", lambda model, cells: ["a test"])
+        monkeypatch.setattr(runner, "_reasons_for_plain_loop", lambda *_: ["a test"])
     path = tmp_path / "cells.sweep"
     whole = sweep(None)
     with pytest.raises(Interrupt):
