@@ -1,0 +1,258 @@
+"""Models that the engine cannot serve are found out before any number, and take the plain loop."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import oracle
+import pytest
+import tiny
+import torch
+from oracle import Pair, assert_close, make_pair
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from patching_demo import patching
+from patching_demo.engine import checks, runner
+from patching_demo.metrics import LogitDifference
+
+
+@pytest.fixture(autouse=True)
+def _alone() -> Iterator[None]:
+    torch.set_num_threads(1)
+    checks._warned.clear()
+    yield
+
+
+def changed(module: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
+    """Let a module do something to its output, without hooks."""
+    kind = type(module)
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        out = kind.forward(self, *args, **kwargs)
+        return (change(out[0]), *out[1:]) if isinstance(out, tuple) else change(out)
+
+    module.__class__ = type(kind.__name__, (kind,), {"forward": forward})
+
+
+def swept(model: Any, data: Pair, sweep: str, metric: Any, **options: Any) -> Tensor:
+    call = getattr(patching, f"get_act_patch_{sweep}")
+    return call(model, data.corrupted, data.cache, metric, progress=False, **options)
+
+
+def plainly(model: Any, data: Pair, sweep: str, metric: Any) -> Tensor:
+    with torch.no_grad(), oracle.quiet():
+        call = getattr(oracle.plain_patching, f"get_act_patch_{sweep}")
+        return call(model, data.corrupted, data.cache, metric)
+
+
+@contextmanager
+def aloud(reason: str) -> Iterator[None]:
+    with pytest.warns(UserWarning, match=f"takes the plain loop: .*{reason}"):
+        yield
+
+
+def slots(states: Tensor) -> Tensor:
+    return torch.arange(states.shape[1])[:, None]
+
+
+BY_SLOT: dict[str, Callable[[Tensor], Tensor]] = {
+    "the last slot": lambda h: torch.where(slots(h) == h.shape[1] - 1, 1.3 * h, h),
+    "the first slot": lambda h: torch.where(slots(h) == 0, h + 1, h),
+    "scaled by slot": lambda h: h * (1 + 0.01 * slots(h)),
+    "every third slot": lambda h: h + (slots(h) % 3 == 0),
+    "late slots": lambda h: h + (slots(h) > 12),
+    "long inputs": lambda h: h + (h.shape[1] > 15),
+    "the slot before": lambda h: h + 0.3 * nn.functional.pad(h, (0, 0, 1, 0))[:, :-1],
+    "the slot after": lambda h: h + 0.3 * nn.functional.pad(h, (0, 0, 0, 1))[:, 1:],
+    "the mean of slots": lambda h: h + 0.3 * h.mean(dim=1, keepdim=True),
+}
+
+
+@pytest.mark.parametrize(("n_pos", "first", "batch"), [(7, 3, 2), (24, 4, 1), (40, 30, 3)])
+@pytest.mark.parametrize("kind", BY_SLOT)
+def test_a_model_that_works_by_slot_takes_the_plain_loop(
+    kind: str, n_pos: int, first: int, batch: int
+) -> None:
+    for name, layer, sweep in (("gpt2", 1, "resid_pre"), ("llama-gqa", 0, "attn_out")):
+        model = tiny.fresh(name)
+        changed(model.blocks[layer], BY_SLOT[kind])
+        data = make_pair(model, batch, n_pos, tuple(range(first, n_pos)))
+        checks._warned.clear()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found = swept(model, data, sweep, data.metrics["difference"], check=0)
+        wanted = plainly(model, data, sweep, data.metrics["difference"])
+        assert_close(found, wanted, metric_axis=False)
+        if kind not in ("late slots", "long inputs"):
+            assert any("works by the place in its input" in str(w.message) for w in caught)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_types_of_few_bits_are_held_to_what_rounding_does(dtype: torch.dtype) -> None:
+    model = tiny.fresh("llama-gqa").to(dtype)
+    data = make_pair(model, 2, 24, (4, 9))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        swept(model, data, "resid_pre", data.metrics["difference"], check=5)
+    assert not any("plain loop" in str(w.message) for w in caught), [str(w) for w in caught]
+    changed(model.blocks[1], lambda h: torch.where(slots(h) == h.shape[1] - 1, 1.3 * h, h))
+    with aloud("works by the place in its input"):
+        swept(model, data, "resid_pre", data.metrics["difference"], check=0)
+
+
+def steer(*arguments: Any) -> Any:
+    out = arguments[-1]
+    states = (out[0] if isinstance(out, tuple) else out).clone()
+    states[:, 5] += 1.0
+    return (states, *out[1:]) if isinstance(out, tuple) else states
+
+
+@pytest.mark.parametrize("how", ["hook", "pre-hook", "everywhere"])
+@pytest.mark.parametrize("name", ["gpt2", "llama-gqa"])
+def test_hooks_of_pytorch_take_part_by_the_plain_loop(name: str, how: str) -> None:
+    model = tiny.fresh(name)
+    layers = getattr(model.original_model, "transformer", None)
+    layer = (layers.h if layers is not None else model.original_model.model.layers)[1]
+    inner = layer.mlp
+    remove: Callable[[], None] = lambda: None  # noqa: E731
+    if how == "hook":
+        layer.register_forward_hook(steer)
+    elif how == "pre-hook":
+        inner.register_forward_pre_hook(lambda module, args: (steer(args[0]), *args[1:]))
+    else:
+        hook = lambda module, args, out: steer(out) if module is inner else None  # noqa: E731
+        remove = nn.modules.module.register_module_forward_hook(hook).remove
+    try:
+        data = make_pair(model, 2, 9, (3,))
+        with aloud("the model has hooks attached"):
+            found = swept(model, data, "resid_pre", oracle.all_logits)
+        assert_close(found, plainly(model, data, "resid_pre", oracle.all_logits), False)
+    finally:
+        remove()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama-gqa"])
+def test_a_clean_pattern_that_reaches_into_the_future_is_exact(name: str) -> None:
+    model = tiny.model(name)
+    data = make_pair(model, 2, 8, (3,))
+    edited = {key: value.clone() for key, value in data.cache.items()}
+    for key in edited:
+        if key.endswith("hook_pattern"):
+            edited[key][:] = edited[key].mean(dim=-1, keepdim=True)
+    data.cache = edited
+    with aloud("attends to later positions"):
+        found = swept(model, data, "attn_head_pattern_by_pos", oracle.all_logits)
+    wanted = plainly(model, data, "attn_head_pattern_by_pos", oracle.all_logits)
+    assert_close(found, wanted, metric_axis=False)
+
+
+@pytest.mark.filterwarnings("ignore:the model runs in bfloat16")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["gpt2", "llama-gqa"])
+def test_an_adapter_on_the_unembedding_is_read(name: str, dtype: torch.dtype) -> None:
+    model = tiny.fresh(name).to(dtype)
+    draw = torch.Generator().manual_seed(0)
+    adapter = (0.2 * torch.randn(32, tiny.D_VOCAB, generator=draw)).to(dtype)
+    head = model.unembed.original_component
+    kind = type(head)
+
+    def forward(self: Any, states: Tensor) -> Tensor:
+        return kind.forward(self, states) + states @ adapter
+
+    head.__class__ = type(kind.__name__, (kind,), {"forward": forward})
+    data = make_pair(model, 2, 9, (3,))
+    metric = data.metrics["difference"]
+    found = swept(model, data, "resid_pre", metric, check=9)
+    wanted = plainly(model, data, "resid_pre", metric)
+    spread = float(wanted.max() - wanted.min())
+    allowed = 1e-4 if dtype == torch.float32 else 0.05
+    assert float((found - wanted).abs().max()) <= allowed * spread
+
+
+@pytest.mark.parametrize("error", [AttributeError, RuntimeError, KeyError])
+def test_whatever_fails_in_a_packed_call_leads_to_the_plain_loop(error: type[Exception]) -> None:
+    model = tiny.fresh("gpt2")
+
+    def fail(states: Tensor) -> Tensor:
+        if len(states) != 2:
+            raise error("not with so many rows")
+        return states
+
+    changed(model.blocks[1], fail)
+    data = make_pair(model, 2, 9, (3,))
+    with aloud(f"block 1 on packed runs raises {error.__name__}"):
+        found = swept(model, data, "resid_pre", oracle.all_logits)
+    assert_close(found, plainly(model, data, "resid_pre", oracle.all_logits), False)
+
+
+def test_each_call_of_a_metric_has_logits_of_its_own() -> None:
+    model, kept = tiny.model("gpt2"), []
+    data = make_pair(model, 2, 9, (3,))
+
+    def metric(logits: Tensor) -> Tensor:
+        kept.append((logits[0], logits[0].clone()))
+        return oracle.all_logits(logits)
+
+    with torch.inference_mode():
+        found = swept(model, data, "resid_pre", metric, check=0)
+    assert all(torch.equal(view, copy) for view, copy in kept)
+    assert len({copy.numpy().tobytes() for _, copy in kept}) == len(torch.unique(found))
+
+
+class NoFloat64(TorchDispatchMode):
+    """A device without float64."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        assert not (isinstance(out, Tensor) and out.dtype == torch.float64), func
+        return out
+
+
+@pytest.mark.parametrize("metric", ["difference", "log-probability", "all logits"])
+def test_no_float64_is_made(metric: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.model("gpt2")
+    data = make_pair(model, 2, 9, (3,))
+    monkeypatch.setattr(runner, "tolerance", lambda dtype: 0.0)  # So that rounding is measured.
+    with NoFloat64():
+        swept(model, data, "attn_head_out_by_pos", data.metrics[metric], check=3)
+
+
+def test_memory_counts_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    right = runner.Scorer.__init__.__globals__["logits_from_resid"]
+
+    def spy(model: Any, resid: Tensor, *scale: float) -> Tensor:
+        sizes.append(resid.shape[0] * resid.shape[1])
+        return right(model, resid, *scale)
+
+    monkeypatch.setitem(runner.Scorer.__init__.__globals__, "logits_from_resid", spy)
+    model = tiny.model("gpt2")
+    data = make_pair(model, 2, 12, (3,))
+    for metric in (oracle.all_logits, data.metrics["log-probability"]):
+        sizes.clear()
+        swept(model, data, "attn_head_out_by_pos", metric, memory=10_000, check=0)
+        assert max(sizes) <= 2 * 12, "no more than one run's logits at once"
+
+
+def test_a_metric_may_say_where_it_reads_and_not_which_tokens() -> None:
+    class Own:
+        positions = torch.tensor([[8], [7]])
+
+        def read(self, logits: Tensor) -> Tensor:
+            return logits[torch.arange(2)[:, None], self.positions]
+
+        def from_read(self, read: Tensor) -> Tensor:
+            return (read[..., 5] - read[..., 9])[..., 0]
+
+        def __call__(self, logits: Tensor) -> Tensor:
+            return self.from_read(self.read(logits)).mean()
+
+    model = tiny.model("gpt2")
+    data = make_pair(model, 2, 9, (3,))
+    usual = LogitDifference([[5, 9], [5, 9]], positions=[8, 7])
+    found = swept(model, data, "resid_pre", Own())
+    assert_close(found, swept(model, data, "resid_pre", usual), metric_axis=False)
