@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from patching_demo.engine.tokens import whole_numbers
+
 __all__ = [
     "FunctionMetric",
     "LogProb",
@@ -94,7 +96,7 @@ class Metric(ABC):
         """Rescale so that the corrupted baseline is 0 and the clean baseline is 1.
 
         Raises:
-            ValueError: if the baselines are equal or not finite, as there is then no scale.
+            ValueError: if the baselines are equal, differ by rounding alone, or are not finite.
         """
         return Normalised(self, clean, corrupted)
 
@@ -242,23 +244,12 @@ class Normalised(Metric):
     0 and above 1 are possible and mean what they say.
 
     Raises:
-        ValueError: if the baselines are equal or not finite.
+        ValueError: if the baselines are equal, differ by rounding alone, or are not finite.
     """
 
     def __init__(self, metric: Metric, clean: float, corrupted: float) -> None:
         clean, corrupted = float(clean), float(corrupted)
-        for which, value in (("clean", clean), ("corrupted", corrupted)):
-            if not math.isfinite(value):
-                raise ValueError(
-                    f"the {which} baseline of '{metric.name}' is {value}: look for a metric or "
-                    "a model that overflows before normalising"
-                )
-        if clean == corrupted:
-            raise ValueError(
-                f"clean and corrupted baselines of '{metric.name}' are both {clean}: a share of "
-                "their difference does not exist. Choose prompts on which the model's answers "
-                "differ, or use the metric un-normalised"
-            )
+        check_scale(clean, corrupted, metric.name, metric.units)
         self.metric, self.clean, self.corrupted = metric, clean, corrupted
         self.name = f"{metric.name}, normalised"
         self.units = "share of clean - corrupted"
@@ -269,6 +260,31 @@ class Normalised(Metric):
 
     def from_read(self, read: Tensor) -> Tensor:
         return (self.metric.from_read(read) - self.corrupted) / (self.clean - self.corrupted)
+
+
+def check_scale(clean: float, corrupted: float, name: str, units: str) -> None:
+    """Refuse baselines between which there is nothing to share out.
+
+    Raises:
+        ValueError: if one is not finite, or they differ by no more than rounding may.
+    """
+    for which, value in (("clean", clean), ("corrupted", corrupted)):
+        if not math.isfinite(value):
+            raise ValueError(
+                f"the {which} baseline of '{name}' is {value}: look for a metric or "
+                "a model that overflows before normalising"
+            )
+    # Logits are of order ten, and carry seven digits in single precision.
+    size = max(abs(clean), abs(corrupted), 1.0 if units in ("logits", "nats") else 0.0)
+    if abs(clean - corrupted) <= 1e-5 * size:
+        are = (
+            f"both {clean}" if clean == corrupted else f"{clean} and {corrupted}, as good as equal"
+        )
+        raise ValueError(
+            f"clean and corrupted baselines of '{name}' are {are}: a share of their difference "
+            "would be rounding, magnified. Choose prompts on which the model's answers differ, or "
+            "use the metric un-normalised"
+        )
 
 
 class PerExample:
@@ -392,19 +408,12 @@ def _at_least_float32(values: Tensor) -> Tensor:
 
 
 def _indices(values: Any, what: str) -> Tensor:
-    """Integers as an int64 tensor, refusing what would be rounded or wrapped in silence."""
-    try:
-        tensor = values.detach() if isinstance(values, Tensor) else torch.as_tensor(values)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{what} must be integers, got {type(values).__name__}: {error}") from None
-    if tensor.dtype == torch.bool or tensor.is_floating_point() or tensor.is_complex():
-        raise TypeError(f"{what} must be integers, got {tensor.dtype}")
-    if tensor.numel() == 0:
-        raise ValueError(f"{what} is empty")
+    """Indices as an int64 tensor, none of them negative."""
+    tensor = whole_numbers(values, what)
     if int(tensor.min()) < 0:
         hint = "; count from the start: the last of n positions is n - 1" * (what == "positions")
         raise ValueError(f"{what} must not be negative, got {int(tensor.min())}{hint}")
-    return tensor.to(torch.int64, copy=True)
+    return tensor
 
 
 def _positions(values: Any, batch: int | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""The sweeps of ``transformer_lens.patching``: same names, same arguments, same numbers, sooner.
+"""The sweeps of ``transformer_lens.patching``: same names, same arguments, same numbers, faster.
 
 Activation patching (Meng et al., 2022; Wang et al., 2022) copies one activation of a clean run
 into a corrupted run and measures how much of the right answer comes back. A sweep does so for
@@ -7,15 +7,14 @@ every layer, position and head in turn. This module stands in for ``transformer_
     import patching_demo.patching as patching
 
     patching.get_act_patch_resid_pre(model, corrupted_tokens, clean_cache, metric)
-
-Each sweep is a row of :data:`SWEEPS`, each combination of sweeps a row of :data:`COMBINED`.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import pandas as pd
 import torch
@@ -38,87 +37,55 @@ from transformer_lens.utilities import get_act_name
 
 from patching_demo.engine import checks, runner
 from patching_demo.engine.bridge import embedding
-from patching_demo.engine.cells import Cell, differing_positions
+from patching_demo.engine.cells import Cell
 from patching_demo.engine.isolation import isolated
-from patching_demo.engine.kinds import HEAD_KINDS, kind_of_activation
+from patching_demo.engine.kinds import HEAD_KINDS, KINDS, Kind, kind_of_activation
 from patching_demo.engine.scoring import measured
+from patching_demo.engine.skipping import Survey, differing_positions
+from patching_demo.engine.tokens import key_value_heads, text_lengths
 
-SETTERS = {
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+Cache = Mapping[str, Tensor]
+Setter = Callable[..., Tensor]
+Metrics = Callable[..., Any] | Mapping[str, Callable[..., Any]]
+Values = Tensor | tuple[Tensor, pd.DataFrame] | PatchingResult
+
+SETTERS: dict[Setter, tuple[str, ...]] = {
     layer_pos_patch_setter: ("layer", "pos"),
     layer_pos_head_vector_patch_setter: ("layer", "pos", "head"),
     layer_head_vector_patch_setter: ("layer", "head"),
-    layer_head_pattern_patch_setter: ("layer", "head"),
-    layer_head_pos_pattern_patch_setter: ("layer", "head", "pos"),
-    layer_head_dest_src_pos_pattern_patch_setter: ("layer", "head", "pos", "source"),
+    layer_head_pattern_patch_setter: ("layer", "head_index"),
+    layer_head_pos_pattern_patch_setter: ("layer", "head_index", "dest_pos"),
+    layer_head_dest_src_pos_pattern_patch_setter: ("layer", "head_index", "dest_pos", "src_pos"),
 }
-"""What the indices given to each patch setter mean, in order."""
-
-PATTERN_SETTERS = tuple(setter for setter in SETTERS if "_pattern_" in setter.__name__)
-
-SWEEPS: dict[str, tuple[str, Callable[..., Tensor], tuple[str, ...]]] = {
-    **{
-        kind: (kind, layer_pos_patch_setter, ("layer", "pos"))
-        for kind in ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
-    },
-    **{
-        f"attn_head_{kind}_by_pos": (
-            site,
-            layer_pos_head_vector_patch_setter,
-            ("layer", "pos", "head"),
-        )
-        for kind, site in (("out", "z"), ("q", "q"), ("k", "k"), ("v", "v"))
-    },
-    "attn_head_pattern_by_pos": (
-        "pattern",
-        layer_head_pos_pattern_patch_setter,
-        ("layer", "head_index", "dest_pos"),
-    ),
-    "attn_head_pattern_dest_src_pos": (
-        "pattern",
-        layer_head_dest_src_pos_pattern_patch_setter,
-        ("layer", "head_index", "dest_pos", "src_pos"),
-    ),
-    **{
-        f"attn_head_{kind}_all_pos": (site, layer_head_vector_patch_setter, ("layer", "head"))
-        for kind, site in (("out", "z"), ("q", "q"), ("k", "k"), ("v", "v"))
-    },
-    "attn_head_pattern_all_pos": (
-        "pattern",
-        layer_head_pattern_patch_setter,
-        ("layer", "head_index"),
-    ),
-}
-"""Name of a sweep: the activation it patches, how, and the axes of its result."""
-
-COMBINED: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
-    "block_every": (
-        ("resid_pre", "attn_out", "mlp_out"),
-        ("resid_pre", "attn_out", "mlp_out"),
-        ("layer", "pos"),
-    ),
-    "attn_head_all_pos_every": (
-        tuple(f"attn_head_{kind}_all_pos" for kind in HEAD_KINDS),
-        HEAD_KINDS,
-        ("layer", "head"),
-    ),
-    "attn_head_by_pos_every": (
-        tuple(f"attn_head_{kind}_by_pos" for kind in HEAD_KINDS),
-        HEAD_KINDS,
-        ("layer", "pos", "head"),
-    ),
-}
-"""Name of a combination: its sweeps, what each is called in the result, and the result's axes."""
+"""The indices that each patch setter takes, in order; a sweep over all of them has these axes."""
 
 _SAME_AXIS = {"head_index": "head", "dest_pos": "pos"}
-_OPTIONS = tuple(runner.Options.__dataclass_fields__)
+
+
+class SweepOptions(TypedDict, total=False):
+    """What every sweep takes by keyword: see :func:`generic_activation_patch`."""
+
+    return_index_df: bool
+    reduce: str
+    baseline: bool
+    attention_mask: Any
+    memory: int | None
+    check: int | None
+    seed: int
+    progress: bool
+    on_progress: Callable[[int, int], bool | None] | None
+    store: str | os.PathLike[str] | None
 
 
 def generic_activation_patch(
     model: Any,
     corrupted_tokens: Tensor,
-    clean_cache: Mapping[str, Tensor],
-    patching_metric: Callable[..., Any] | Mapping[str, Callable[..., Any]],
-    patch_setter: Callable[..., Tensor],
+    clean_cache: Cache,
+    patching_metric: Metrics,
+    patch_setter: Setter,
     activation_name: str,
     index_axis_names: Sequence[str] | None = None,
     index_df: pd.DataFrame | None = None,
@@ -127,7 +94,7 @@ def generic_activation_patch(
     reduce: str = "scalar",
     baseline: bool = False,
     **options: Any,
-) -> Tensor | tuple[Tensor, pd.DataFrame] | PatchingResult:
+) -> Values:
     """Patch one kind of activation at every index of some axes, and measure each time.
 
     Args:
@@ -141,12 +108,14 @@ def generic_activation_patch(
         activation_name: as for ``transformer_lens.utilities.get_act_name``, for instance "z".
         index_axis_names: axes to sweep in full: "layer", "pos", "head" ("head_index"),
             "dest_pos", "src_pos".
-        index_df: instead, one row of indices per cell; the result is then flat.
+        index_df: instead, one row of indices per cell, its columns named like those axes, in any
+            order; the result is then flat. A setter of your own takes them in the order given.
         return_index_df: also return the indices.
         reduce: "scalar" (the metric returns a number), "mean" (it returns ``[batch]``, averaged)
             or "none" (``[batch]`` is kept, in a ``PatchingResult``).
         baseline: measure the unpatched corrupted run too, and return a ``PatchingResult``.
-        **options: ``memory``, ``check``, ``seed``, ``progress``, ``store``, see
+        **options: ``attention_mask`` ``[batch, pos]`` says which tokens are padding (on the
+            right); for ``memory``, ``check``, ``seed``, ``progress`` and ``store`` see
             :class:`patching_demo.engine.runner.Options`.
 
     Returns:
@@ -156,26 +125,24 @@ def generic_activation_patch(
     Raises:
         TypeError: for inputs of the wrong type, as in ``checks``.
         ValueError: for inputs that do not fit each other or the model, and for a metric that
-            gives NaN or infinity, naming the cell.
+            returns NaN or infinity, naming the cell.
 
     Source: ``transformer_lens.patching.generic_activation_patch``.
     """
     metrics, has_metric_axis = _metrics(patching_metric)
     _check_choices(reduce, return_index_df, has_metric_axis or baseline)
-    tokens, options_ = _prepare(model, corrupted_tokens, options)
-    names, index = _indices(
-        model, tokens, patch_setter, activation_name, index_axis_names, index_df
-    )
+    tokens, lengths, options_ = _prepare(model, corrupted_tokens, options)
+    index, rows = _indices(model, tokens, patch_setter, activation_name, index_axis_names, index_df)
     plan = _Plan(model, tokens, clean_cache)
-    plan.add(patch_setter, activation_name, index)
-    values, base = plan.run(metrics, reduce, options_)
-    shape = tuple(index.max() + 1) if index_df is None else (len(index),)
+    plan.add(patch_setter, activation_name, rows)
+    values, base = plan.run(metrics, reduce, lengths, options_)
+    shape = _shape(index) if index_df is None else (len(index),)
     values = _shaped(values, shape, reduce)
     if not (has_metric_axis or baseline or reduce == "none"):
         return (values[0], index) if return_index_df else values[0]
     return PatchingResult(
         values=values if has_metric_axis else values[0],
-        axis_names=names,
+        axis_names=list(index.columns) if index_df is None else [],
         index_df=index,
         metric_names=list(metrics),
         reduced=reduce != "none",
@@ -187,60 +154,285 @@ def generic_activation_patch(
 def combined_activation_patch(
     model: Any,
     corrupted_tokens: Tensor,
-    clean_cache: Mapping[str, Tensor],
-    metric: Callable[..., Any] | Mapping[str, Callable[..., Any]],
+    clean_cache: Cache,
+    metric: Metrics,
     *,
-    sweeps: Sequence[str],
-    names: Sequence[str],
-    axes: Sequence[str],
+    kinds: Sequence[str],
+    by: str = "pos",
     reduce: str = "scalar",
     baseline: bool = False,
     **options: Any,
 ) -> Tensor | PatchingResult:
-    """Several sweeps over the same axes in one pass, stacked on a leading axis.
+    """Sweep several kinds of activation over the same axes in one pass.
 
-    The result is ``[patch_type, *axes]``. Where a kind has fewer heads than the model (keys and
-    values under grouped-query attention), the heads that do not exist are NaN.
+    The result is ``[patch_type, layer, pos]``, ``[patch_type, layer, pos, head]`` or, with
+    ``by="all_pos"``, ``[patch_type, layer, head]``. Cells that do not exist are NaN: heads beyond
+    those of keys and values under grouped-query attention, and, after a warning, a kind whose
+    hook is not live on this model.
 
-    Args, Raises: as for :func:`generic_activation_patch`; ``sweeps`` are keys of :data:`SWEEPS`,
-        ``names`` what to call them, ``axes`` the order of the result's axes.
+    Args, Raises: as for :func:`generic_activation_patch`; ``kinds`` are names of
+        :data:`patching_demo.engine.kinds.KINDS`, all with heads or all without.
     """
     metrics, has_metric_axis = _metrics(metric)
     _check_choices(reduce, False, has_metric_axis or baseline)
-    tokens, options_ = _prepare(model, corrupted_tokens, options)
-    plan = _Plan(model, tokens, clean_cache)
-    parts = []
-    for sweep in sweeps:
-        activation, setter, axis_names = SWEEPS[sweep]
-        own, index = _indices(model, tokens, setter, activation, axis_names, None)
-        first = len(plan.cells)
-        plan.add(setter, activation, index)
-        parts.append((slice(first, len(plan.cells)), own, tuple(index.max() + 1)))
-    values, base = plan.run(metrics, reduce, options_)
-    sizes = [
-        max(shape[[_SAME_AXIS.get(a, a) for a in own].index(axis)] for _, own, shape in parts)
-        for axis in axes
-    ]
-    stacked = []
-    for rows, own, shape in parts:
+    tokens, lengths, options_ = _prepare(model, corrupted_tokens, options)
+    axes = _axes(KINDS[kinds[0]], by)
+    live = list(kinds)
+    while True:
+        plan, parts = _Plan(model, tokens, clean_cache), {}
+        try:
+            for name in live:
+                activation, setter = KINDS[name].activation, _setter(KINDS[name], by)
+                hooks = [get_act_name(activation, layer) for layer in range(model.cfg.n_layers)]
+                checks.refuse_uncalled_hooks(plan.model, tokens, clean_cache, hooks)
+                index, rows = _indices(model, tokens, setter, activation, axes, None)
+                first = len(plan.cells)
+                plan.add(setter, activation, rows)
+                parts[name] = slice(first, len(plan.cells)), _shape(index)
+            values, base = plan.run(metrics, reduce, lengths, options_)
+            break
+        except checks.HookNotLive as reason:
+            left = [name for name in live if not reason.hook.endswith(KINDS[name].hook)]
+            if not left or left == live:
+                raise
+            gone = ", ".join(name for name in live if name not in left)
+            checks.warn_once(f"{gone!r} is NaN in this sweep, as {reason}")
+            live = left
+    sizes = [max(each) for each in zip(*(shape for _, shape in parts.values()), strict=True)]
+    if "head" in axes:
+        sizes[-1] = model.cfg.n_heads
+    trailing = values.shape[2:] if reduce == "none" else ()
+    result = values.new_full((len(metrics), len(kinds), *sizes, *trailing), float("nan"))
+    for name, (rows, shape) in parts.items():
         part = _shaped(values[:, rows], shape, reduce)
-        order = [1 + [_SAME_AXIS.get(a, a) for a in own].index(axis) for axis in axes]
-        part = part.permute(0, *order, *range(1 + len(shape), part.ndim))
-        whole = part.new_full((len(part), *sizes, *part.shape[1 + len(axes) :]), float("nan"))
-        whole[(slice(None), *(slice(n) for n in part.shape[1 : 1 + len(axes)]))] = part
-        stacked.append(whole)
-    result = torch.stack(stacked, dim=1)
+        result[(slice(None), kinds.index(name), *(slice(size) for size in shape))] = part
     if not (has_metric_axis or baseline or reduce == "none"):
         return result[0]
     return PatchingResult(
         values=result if has_metric_axis else result[0],
         axis_names=["patch_type", *axes],
-        index_df=make_df_from_ranges([len(sweeps), *sizes], ["patch_type", *axes]),
+        index_df=make_df_from_ranges([len(kinds), *sizes], ["patch_type", *axes]),
         metric_names=list(metrics),
         reduced=reduce != "none",
         baseline=_baseline(base, reduce, has_metric_axis) if baseline else None,
         has_metric_axis=has_metric_axis,
-        patch_type_names=list(names),
+        patch_type_names=list(kinds),
+    )
+
+
+def get_act_patch_resid_pre(
+    model: Any,
+    corrupted_tokens: Tensor,
+    clean_cache: Cache,
+    patching_metric: Metrics,
+    **how: Unpack[SweepOptions],
+) -> Values:
+    """Patch the residual stream before each block: ``[layer, pos]``."""
+    return _sweep("resid_pre", "pos", model, corrupted_tokens, clean_cache, patching_metric, how)
+
+
+def get_act_patch_resid_mid(
+    model: Any,
+    corrupted_tokens: Tensor,
+    clean_cache: Cache,
+    patching_metric: Metrics,
+    **how: Unpack[SweepOptions],
+) -> Values:
+    """Patch the residual stream between attention and MLP: ``[layer, pos]``."""
+    return _sweep("resid_mid", "pos", model, corrupted_tokens, clean_cache, patching_metric, how)
+
+
+def get_act_patch_resid_post(
+    model: Any,
+    corrupted_tokens: Tensor,
+    clean_cache: Cache,
+    patching_metric: Metrics,
+    **how: Unpack[SweepOptions],
+) -> Values:
+    """Patch the residual stream after each block: ``[layer, pos]``. Not in TransformerLens."""
+    return _sweep("resid_post", "pos", model, corrupted_tokens, clean_cache, patching_metric, how)
+
+
+def get_act_patch_attn_out(
+    model: Any,
+    corrupted_tokens: Tensor,
+    clean_cache: Cache,
+    patching_metric: Metrics,
+    **how: Unpack[SweepOptions],
+) -> Values:
+    """Patch the output of each attention layer: ``[layer, pos]``."""
+    return _sweep("attn_out", "pos", model, corrupted_tokens, clean_cache, patching_metric, how)
+
+
+def get_act_patch_mlp_out(
+    model: Any,
+    corrupted_tokens: Tensor,
+    clean_cache: Cache,
+    patching_metric: Metrics,
+    **how: Unpack[SweepOptions],
+) -> Values:
+    """Patch the output of each MLP: ``[layer, pos]``."""
+    return _sweep("mlp_out", "pos", model, corrupted_tokens, clean_cache, patching_metric, how)
+
+
+def get_act_patch_attn_head_out_by_pos(
+    model: Any,
+    corrupted_tokens: Tensor,
+    clean_cache: Cache,
+    patching_metric: Metrics,
+    **how: Unpack[SweepOptions],
+) -> Values:
+    """Patch each head's output at one position: ``[layer, pos, head]``."""
+    return _sweep("out", "pos", model, corrupted_tokens, clean_cache, patching_metric, how)
+
+
+def get_act_patch_attn_head_q_by_pos(
+    model: Any,
+    corrupted_tokens: Tensor,
+    clean_cache: Cache,
+    patching_metric: Metrics,
+    **how: Unpack[SweepOptions],
+) -> Values:
+    """Patch each head's query at one position: ``[layer, pos, head]``."""
+    return _sweep("q", "pos", model, corrupted_tokens, clean_cache, patching_metric, how)
+
+
+def get_act_patch_attn_head_k_by_pos(
+    model: Any,
+    corrupted_tokens: Tensor,
+    clean_cache: Cache,
+    patching_metric: Metrics,
+    **how: Unpack[SweepOptions],
+) -> Values:
+    """Patch each head's key at one position: ``[layer, pos, head]``."""
+    return _sweep("k", "pos", model, corrupted_tokens, clean_cache, patching_metric, how)
+
+
+def get_act_patch_attn_head_v_by_pos(
+    model: Any,
+    corrupted_tokens: Tensor,
+    clean_cache: Cache,
+    patching_metric: Metrics,
+    **how: Unpack[SweepOptions],
+) -> Values:
+    """Patch each head's value at one position: ``[layer, pos, head]``."""
+    return _sweep("v", "pos", model, corrupted_tokens, clean_cache, patching_metric, how)
+
+
+def get_act_patch_attn_head_pattern_by_pos(
+    model: Any,
+    corrupted_tokens: Tensor,
+    clean_cache: Cache,
+    patching_metric: Metrics,
+    **how: Unpack[SweepOptions],
+) -> Values:
+    """Patch one destination row of each head's pattern: ``[layer, head_index, dest_pos]``."""
+    return _sweep("pattern", "pos", model, corrupted_tokens, clean_cache, patching_metric, how)
+
+
+def get_act_patch_attn_head_pattern_dest_src_pos(
+    model: Any,
+    corrupted_tokens: Tensor,
+    clean_cache: Cache,
+    patching_metric: Metrics,
+    **how: Unpack[SweepOptions],
+) -> Values:
+    """Patch single entries of patterns: ``[layer, head_index, dest_pos, src_pos]``."""
+    return _sweep("pattern", "entry", model, corrupted_tokens, clean_cache, patching_metric, how)
+
+
+def get_act_patch_attn_head_out_all_pos(
+    model: Any,
+    corrupted_tokens: Tensor,
+    clean_cache: Cache,
+    patching_metric: Metrics,
+    **how: Unpack[SweepOptions],
+) -> Values:
+    """Patch each head's outputs at all positions: ``[layer, head]``."""
+    return _sweep("out", "all_pos", model, corrupted_tokens, clean_cache, patching_metric, how)
+
+
+def get_act_patch_attn_head_q_all_pos(
+    model: Any,
+    corrupted_tokens: Tensor,
+    clean_cache: Cache,
+    patching_metric: Metrics,
+    **how: Unpack[SweepOptions],
+) -> Values:
+    """Patch each head's queries at all positions: ``[layer, head]``."""
+    return _sweep("q", "all_pos", model, corrupted_tokens, clean_cache, patching_metric, how)
+
+
+def get_act_patch_attn_head_k_all_pos(
+    model: Any,
+    corrupted_tokens: Tensor,
+    clean_cache: Cache,
+    patching_metric: Metrics,
+    **how: Unpack[SweepOptions],
+) -> Values:
+    """Patch each head's keys at all positions: ``[layer, head]``."""
+    return _sweep("k", "all_pos", model, corrupted_tokens, clean_cache, patching_metric, how)
+
+
+def get_act_patch_attn_head_v_all_pos(
+    model: Any,
+    corrupted_tokens: Tensor,
+    clean_cache: Cache,
+    patching_metric: Metrics,
+    **how: Unpack[SweepOptions],
+) -> Values:
+    """Patch each head's values at all positions: ``[layer, head]``."""
+    return _sweep("v", "all_pos", model, corrupted_tokens, clean_cache, patching_metric, how)
+
+
+def get_act_patch_attn_head_pattern_all_pos(
+    model: Any,
+    corrupted_tokens: Tensor,
+    clean_cache: Cache,
+    patching_metric: Metrics,
+    **how: Unpack[SweepOptions],
+) -> Values:
+    """Patch each head's whole pattern: ``[layer, head_index]``."""
+    return _sweep("pattern", "all_pos", model, corrupted_tokens, clean_cache, patching_metric, how)
+
+
+def get_act_patch_block_every(
+    model: Any,
+    corrupted_tokens: Tensor,
+    clean_cache: Cache,
+    metric: Metrics,
+    **how: Unpack[SweepOptions],
+) -> Values:
+    """Sweep resid_pre, attn_out and mlp_out: ``[patch_type, layer, pos]``."""
+    kinds = ("resid_pre", "attn_out", "mlp_out")
+    return combined_activation_patch(
+        model, corrupted_tokens, clean_cache, metric, kinds=kinds, **how
+    )
+
+
+def get_act_patch_attn_head_all_pos_every(
+    model: Any,
+    corrupted_tokens: Tensor,
+    clean_cache: Cache,
+    metric: Metrics,
+    **how: Unpack[SweepOptions],
+) -> Values:
+    """Sweep out, q, k, v and pattern of heads: ``[patch_type, layer, head]``."""
+    return combined_activation_patch(
+        model, corrupted_tokens, clean_cache, metric, kinds=HEAD_KINDS, by="all_pos", **how
+    )
+
+
+def get_act_patch_attn_head_by_pos_every(
+    model: Any,
+    corrupted_tokens: Tensor,
+    clean_cache: Cache,
+    metric: Metrics,
+    **how: Unpack[SweepOptions],
+) -> Values:
+    """Sweep out, q, k, v and pattern of heads: ``[patch_type, layer, pos, head]``."""
+    return combined_activation_patch(
+        model, corrupted_tokens, clean_cache, metric, kinds=HEAD_KINDS, **how
     )
 
 
@@ -359,7 +551,7 @@ class _Paths:
                 "direct path patching takes one metric, got a mapping: give one function"
             )
         self.metric = partial(measured, "metric", metrics["metric"], per_example=False)
-        survey = checks.Survey(self.clean)
+        survey = Survey(self.clean)
         for name, activation in self.corrupted.items():
             survey.compare(name, activation)
         survey.warn_if_nothing_moves(_Plan(model, tokens, clean_cache).differing)
@@ -414,36 +606,38 @@ class _Plan:
             return everywhere
         return differing_positions(clean.to(corrupted.device), corrupted)
 
-    def add(self, setter: Callable[..., Tensor], activation: str, index: pd.DataFrame) -> None:
-        """Add one cell per row of ``index``."""
-        known = _is_known(setter, activation)
-        n_pos = self.tokens.shape[1]
-        columns = index.to_numpy().tolist()
-        for row in columns:
-            layer = row[0]
-            name = get_act_name(activation, layer)
+    def add(self, setter: Setter, activation: str, rows: Sequence[Sequence[int]]) -> None:
+        """Add one cell for each row of the indices that ``setter`` takes."""
+        kind = kind_of_activation(activation) if _is_known(setter, activation) else None
+        everywhere = tuple(range(self.tokens.shape[1]))
+        names = [_SAME_AXIS.get(axis, axis) for axis in SETTERS[setter]] if kind else []
+        for row in rows:
+            name = get_act_name(activation, row[0])
             if name not in self.clean:
                 self.clean[name] = checks.checked_activation(
                     self.model, self.clean_cache, name, self.tokens
                 )
-            where = dict(zip(SETTERS[setter], row, strict=True)) if known else {}
-            positions = (where["pos"],) if "pos" in where else tuple(range(n_pos))
+            where = dict(zip(names, row, strict=False))
             self.cells.append(
                 Cell(
                     row=len(self.cells),
-                    kind=kind_of_activation(activation) if known else None,
+                    kind=kind,
                     hook_name=name,
-                    layer=layer,
-                    positions=positions,
+                    layer=row[0],
+                    positions=(where["pos"],) if "pos" in where else everywhere,
                     head=where.get("head"),
-                    source=where.get("source"),
+                    source=where.get("src_pos"),
                     setter=setter,
                     index=tuple(row),
                 )
             )
 
     def run(
-        self, metrics: Mapping[str, Callable[..., Any]], reduce: str, options: runner.Options
+        self,
+        metrics: Mapping[str, Callable[..., Any]],
+        reduce: str,
+        lengths: Tensor | None,
+        options: runner.Options,
     ) -> tuple[Tensor, Tensor]:
         return runner.run_cells(
             self.model,
@@ -452,6 +646,7 @@ class _Plan:
             self.cells,
             metrics,
             differing=self.differing,
+            lengths=lengths,
             per_example=reduce != "scalar",
             options=options,
         )
@@ -483,23 +678,85 @@ def _check_choices(reduce: str, return_index_df: bool, rich: bool) -> None:
 
 def _prepare(
     model: Any, corrupted_tokens: Any, options: dict[str, Any]
-) -> tuple[Tensor, runner.Options]:
-    unknown = sorted(options.keys() - set(_OPTIONS))
+) -> tuple[Tensor, Tensor | None, runner.Options]:
+    """Checked tokens, the lengths of their texts if a mask tells them, and the engine's options."""
+    known = [*runner.Options.__dataclass_fields__, "attention_mask"]
+    unknown = sorted(options.keys() - set(known))
     if unknown:
-        raise TypeError(f"unknown option {unknown[0]!r}: the options are {', '.join(_OPTIONS)}")
+        raise TypeError(f"unknown option {unknown[0]!r}: the options are {', '.join(known)}")
     checks.checked_model(model)
-    return checks.checked_tokens(model, corrupted_tokens), runner.Options(**options)
+    mask = options.pop("attention_mask", None)
+    tokens = checks.checked_tokens(model, corrupted_tokens, masked=mask is not None)
+    lengths = None if mask is None else text_lengths(mask, tokens)
+    return tokens, lengths, runner.Options(**options)
+
+
+def _sweep(
+    kind: str,
+    by: str,
+    model: Any,
+    corrupted_tokens: Tensor,
+    clean_cache: Cache,
+    patching_metric: Metrics,
+    options: SweepOptions,
+) -> Values:
+    """One kind over all that its patch setter takes."""
+    setter = _setter(KINDS[kind], by)
+    return generic_activation_patch(
+        model,
+        corrupted_tokens,
+        clean_cache,
+        patching_metric,
+        setter,
+        KINDS[kind].activation,
+        **{"index_axis_names": SETTERS[setter], **options},
+    )
+
+
+def _setter(kind: Kind, by: str) -> Setter:
+    """The patch setter that writes one cell of a kind."""
+    if not kind.of_heads:
+        return layer_pos_patch_setter
+    of_pattern = "source" in kind.axes
+    if by == "entry":
+        return layer_head_dest_src_pos_pattern_patch_setter
+    if by == "pos":
+        return (
+            layer_head_pos_pattern_patch_setter
+            if of_pattern
+            else layer_pos_head_vector_patch_setter
+        )
+    return layer_head_pattern_patch_setter if of_pattern else layer_head_vector_patch_setter
+
+
+def _axes(kind: Kind, by: str) -> tuple[str, ...]:
+    """The axes of a sweep that stacks several kinds."""
+    return ("layer", *(("pos",) if by == "pos" else ()), *(("head",) if kind.of_heads else ()))
+
+
+def _is_known(setter: Setter, activation: str) -> bool:
+    """Whether the engine knows what ``setter`` does to ``activation``.
+
+    The same setter means something else on an activation of another layout: on a pattern
+    ``[batch, head, dest, src]``, the setter of positions would pick heads.
+    """
+    axes, kind = SETTERS.get(setter), kind_of_activation(activation)
+    if axes is None or kind is None:
+        return False
+    return ("head_index" in axes) == ("source" in kind.axes) and (
+        "head" not in axes or kind.of_heads
+    )
 
 
 def _indices(
     model: Any,
     tokens: Tensor,
-    setter: Callable[..., Tensor],
+    setter: Setter,
     activation: str,
     axis_names: Sequence[str] | None,
     index_df: pd.DataFrame | None,
-) -> tuple[list[str], pd.DataFrame]:
-    """The axes of the result (none if flat), and one row of whole numbers per cell.
+) -> tuple[pd.DataFrame, list[list[int]]]:
+    """One row of whole numbers per cell: as asked for, and in the order that the setter takes.
 
     Raises:
         TypeError: if the setter is not a function or the activation's name not a string.
@@ -511,72 +768,57 @@ def _indices(
         raise TypeError(f"activation_name must be a str, got {type(activation).__name__}")
     if (axis_names is None) == (index_df is None):
         raise ValueError("give either index_axis_names or index_df, and not both")
-    heads = model.cfg.n_heads
-    if activation in ("k", "v"):
-        heads = getattr(model.cfg, "n_key_value_heads", None) or heads
+    heads = key_value_heads(model) if activation in ("k", "v") else model.cfg.n_heads
     sizes = {"layer": model.cfg.n_layers}
     sizes |= dict.fromkeys(("pos", "dest_pos", "src_pos"), tokens.shape[1])
     sizes |= dict.fromkeys(("head", "head_index"), heads)
     if index_df is None:
         axes = [axis_names] if isinstance(axis_names, str) else list(axis_names)
-        if (
-            not axes
-            or axes[0] != "layer"
-            or any(axis not in sizes for axis in axes)
-            or len(set(axes)) < len(axes)
-        ):
+        if axes[:1] != ["layer"] or set(axes) - set(sizes) or len(set(axes)) < len(axes):
             raise ValueError(
                 f"index_axis_names must start with 'layer' and hold only {', '.join(sizes)}, each "
                 f"once, got {axes}"
             )
-        whole = make_df_from_ranges([sizes[axis] for axis in axes], axes)
+        index = make_df_from_ranges([sizes[axis] for axis in axes], axes)
     else:
-        axes, whole = [], _whole_numbers(index_df)
-    meaning = SETTERS.get(setter) if _is_known(setter, activation) else None
-    if setter in SETTERS and len(SETTERS[setter]) != whole.shape[1]:
+        index = _whole_numbers(index_df)
+    columns = [_SAME_AXIS.get(column, column) for column in index.columns]
+    takes = SETTERS.get(setter)
+    if takes is None and columns[0] != "layer":
+        raise ValueError(f"the first column of index_df must be 'layer', got {index.columns[0]!r}")
+    order = columns if takes is None else [_SAME_AXIS.get(axis, axis) for axis in takes]
+    if sorted(map(str, columns)) != sorted(map(str, order)):
         raise ValueError(
-            f"{setter.__name__} takes {len(SETTERS[setter])} indices "
-            f"({', '.join(SETTERS[setter])}), got {list(whole.columns)}"
+            f"{setter.__name__} takes {len(takes)} indices by name ({', '.join(takes)}), got "
+            f"{list(index.columns)}"
         )
-    counted = whole.to_numpy(copy=True)
-    for place, column in enumerate(whole.columns):
-        kind = meaning[place] if meaning else column
-        size = sizes.get("src_pos" if kind == "source" else kind)
+    counted = index.to_numpy(copy=True)
+    for place, column in enumerate(index.columns):
+        size = sizes.get(column)
         if size is None:
             continue
         outside = counted[(counted[:, place] < -size) | (counted[:, place] >= size), place]
         if len(outside):
-            what = "index_df" if index_df is not None else "the index"
-            raise ValueError(f"{what} has {column} {outside[0]}, but there are only {size} of them")
+            raise ValueError(
+                f"index_df has {column} {outside[0]}, but there are only {size} of them"
+            )
         counted[counted[:, place] < 0, place] += size
-    return axes, pd.DataFrame(counted, index=whole.index, columns=whole.columns)
+    index = pd.DataFrame(counted, index=index.index, columns=index.columns)
+    return index, counted[:, [columns.index(axis) for axis in order]].tolist()
 
 
 def _whole_numbers(index_df: Any) -> pd.DataFrame:
     """A copy of ``index_df`` in int64."""
     if not isinstance(index_df, pd.DataFrame) or index_df.empty:
         raise ValueError("index_df must be a DataFrame with one row per cell, and not empty")
-    if index_df.columns[0] != "layer":
-        raise ValueError(
-            f"the first column of index_df must be 'layer', got {index_df.columns[0]!r}"
-        )
     whole = index_df.apply(pd.to_numeric, errors="coerce")
     if whole.isna().any(axis=None) or (whole % 1 != 0).any(axis=None):
         raise ValueError("index_df must hold whole numbers only")
     return whole.astype("int64")
 
 
-def _is_known(setter: Callable[..., Tensor], activation: str) -> bool:
-    """Whether the engine knows what ``setter`` does to ``activation``.
-
-    The same setter means something else on an activation of another layout: on a pattern
-    ``[batch, head, dest, src]``, the setter of positions would pick heads.
-    """
-    meaning, kind = SETTERS.get(setter), kind_of_activation(activation)
-    if meaning is None or kind is None:
-        return False
-    of_patterns = setter in PATTERN_SETTERS
-    return of_patterns == (activation == "pattern") and ("head" not in meaning or kind.of_heads)
+def _shape(index: pd.DataFrame) -> tuple[int, ...]:
+    return tuple(index.max() + 1)
 
 
 def _shaped(values: Tensor, shape: Sequence[int], reduce: str) -> Tensor:
@@ -588,33 +830,3 @@ def _shaped(values: Tensor, shape: Sequence[int], reduce: str) -> Tensor:
 def _baseline(base: Tensor, reduce: str, has_metric_axis: bool) -> Tensor:
     base = base.mean(dim=-1) if reduce == "mean" else base
     return base if has_metric_axis else base[0]
-
-
-def _documented(name: str, function: Callable[..., Any], what: str, axes: Sequence[str]) -> Any:
-    function.__doc__ = f"""Patch {what}; the result is ``[{", ".join(axes)}]``.
-
-    Args: ``(model, corrupted_tokens, clean_cache, metric, *, reduce, baseline, ...)`` as for
-    :func:`generic_activation_patch`. Source: ``transformer_lens.patching.{name}``.
-    """
-    return function
-
-
-for _name, (_activation, _setter, _axes) in SWEEPS.items():
-    globals()[f"get_act_patch_{_name}"] = _documented(
-        f"get_act_patch_{_name}",
-        partial(
-            generic_activation_patch,
-            patch_setter=_setter,
-            activation_name=_activation,
-            index_axis_names=_axes,
-        ),
-        f"'{_activation}' at each {', '.join(_axes)}",
-        _axes,
-    )
-for _name, (_sweeps, _names, _axes) in COMBINED.items():
-    globals()[f"get_act_patch_{_name}"] = _documented(
-        f"get_act_patch_{_name}",
-        partial(combined_activation_patch, sweeps=_sweeps, names=_names, axes=_axes),
-        f"{', '.join(_names)} in turn",
-        ("patch_type", *_axes),
-    )

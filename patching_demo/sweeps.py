@@ -13,10 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 import xarray as xr
+from torch import Tensor
 
 from patching_demo import patching
+from patching_demo.engine import checks
 from patching_demo.engine.isolation import isolated
 from patching_demo.engine.kinds import BLOCK_KINDS, HEAD_KINDS, KINDS
+from patching_demo.engine.tokens import device_of, key_value_heads, name_of
+from patching_demo.metrics import Normalised
 from patching_demo.tasks import Task
 
 __all__ = ["sweep", "sweep_metrics"]
@@ -53,12 +57,12 @@ def sweep(
         an activation by itself.
 
     Raises:
-        ValueError: if a kind or ``by`` is unknown or does not fit the others.
-        TypeError: if engine options ask for anything but one number per cell.
+        ValueError: if a kind or ``by`` is unknown or does not fit the others, or the task's
+            baselines are another model's.
+        TypeError: if the model is no TransformerBridge, the task none, or an option asks for
+            anything but one number per cell.
     """
-    return sweep_metrics(model, {task.metric.name: task}, kinds, by=by, **engine_options)[
-        task.metric.name
-    ]
+    return sweep_metrics(model, {"metric": task}, kinds, by=by, **engine_options)["metric"]
 
 
 def sweep_metrics(
@@ -78,12 +82,19 @@ def sweep_metrics(
         kinds: as for :func:`sweep`, like the other arguments.
 
     Returns:
-        For each name what :func:`sweep` gives for that task.
+        For each name what :func:`sweep` returns for that task.
 
     Raises:
         ValueError: as :func:`sweep`, and if the tasks have different prompts.
         TypeError: as :func:`sweep`.
     """
+    checks.check_bridge(model)
+    for task in tasks.values():
+        if not isinstance(task, Task):
+            raise TypeError(
+                f"sweep(model, task, kinds) needs a Task, got {type(task).__name__}: make one with "
+                "prompt_task"
+            )
     several = not isinstance(kinds, str)
     names = list(kinds) if several else [kinds]
     _check_kinds(names, by)
@@ -94,18 +105,56 @@ def sweep_metrics(
         same = torch.equal(task.clean_tokens, first.clean_tokens)
         if not same or not torch.equal(task.corrupted_tokens, first.corrupted_tokens):
             raise ValueError(f"{name!r} has other prompts than the first task: sweep it by itself")
-    for option in ("reduce", "baseline", "return_index_df"):
+    for option in ("reduce", "baseline", "return_index_df", "attention_mask"):
         if option in engine_options:
             raise TypeError(
                 f"a labelled result has one number per cell, which {option!r} changes: call the "
                 "functions of patching_demo.patching for that"
             )
     model = isolated(model)
-    values = _values(model, first, tasks, names, by, engine_options)
+    with torch.no_grad():
+        logits, cache = model.run_with_cache(
+            first.clean_tokens.to(device_of(model)), names_filter=_hook_names(model, names)
+        )
+        for task in tasks.values():
+            _check_baseline(task, "clean", float(task.metric(logits)), logits)
+    out = patching.combined_activation_patch(
+        model,
+        first.corrupted_tokens,
+        cache,
+        {name: task.metric for name, task in tasks.items()},
+        kinds=names,
+        by=by,
+        baseline=True,
+        attention_mask=first.attention_mask,
+        **engine_options,
+    )
+    for task, value in zip(tasks.values(), out.baseline.tolist(), strict=True):
+        _check_baseline(task, "corrupted", value, logits)
+    values = out.values.detach().float().cpu().numpy()
     return {
         name: _labelled(model, task, values[i] if several else values[i, 0], names, by, several)
         for i, (name, task) in enumerate(tasks.items())
     }
+
+
+def _check_baseline(task: Task, which: str, measured: float, logits: Tensor) -> None:
+    """Refuse a task whose baseline was measured on another model.
+
+    Raises:
+        ValueError: with both numbers, if they differ by more than another machine's rounding.
+    """
+    expected = task.clean_baseline if which == "clean" else task.corrupted_baseline
+    scale = 1.0
+    if isinstance(task.metric, Normalised):
+        scale = abs(task.metric.clean - task.metric.corrupted)
+    share = max(1e-5, 4 * torch.finfo(logits.dtype).eps)
+    if abs(measured - expected) > share * (float(logits.abs().max()) / scale + abs(expected)):
+        raise ValueError(
+            f"the {which} baseline of the task is {expected:.6g}, measured on {task.model_name!r}, "
+            f"but this model's own is {measured:.6g} ({task.metric.name}): the task belongs to "
+            "another model, or the model was changed. Sweep task.on(model)"
+        )
 
 
 def _check_kinds(names: list[str], by: str) -> None:
@@ -132,41 +181,11 @@ def _hook_names(model: Any, names: Sequence[str]) -> list[str]:
     return [f"blocks.{i}.{KINDS[name].hook}" for i in range(model.cfg.n_layers) for name in names]
 
 
-def _values(
-    model: Any,
-    first: Task,
-    tasks: Mapping[str, Task],
-    names: list[str],
-    by: str,
-    options: dict[str, Any],
-) -> np.ndarray:
-    """Metric values, float32 ``[metric, kind, layer, pos and/or head]``."""
-    heads = names[0] in HEAD_KINDS
-    suffix = "by_pos" if by == "pos" else "all_pos"
-    out = patching.combined_activation_patch(
-        model,
-        first.corrupted_tokens,
-        first.clean_cache(model, _hook_names(model, names)),
-        {name: task.metric for name, task in tasks.items()},
-        sweeps=[f"attn_head_{name}_{suffix}" if heads else name for name in names],
-        names=names,
-        axes=_axes(names, by, position="pos"),
-        **options,
-    )
-    return out.values.detach().float().cpu().numpy()
-
-
-def _axes(names: list[str], by: str, position: str) -> tuple[str, ...]:
-    if names[0] in BLOCK_KINDS:
-        return ("layer", position)
-    return ("layer", position, "head") if by == "pos" else ("layer", "head")
-
-
 def _labelled(
     model: Any, task: Task, values: np.ndarray, names: list[str], by: str, several: bool
 ) -> xr.DataArray:
-    dims = _axes(names, by, position="position")
-    dims = ("kind", *dims) if several else dims
+    heads = names[0] in HEAD_KINDS
+    dims = ["kind"] * several + ["layer"] + ["position"] * (by == "pos") + ["head"] * heads
     sizes = dict(zip(dims, values.shape, strict=True))
     coords: dict[str, Any] = {"layer": np.arange(sizes["layer"])}
     if several:
@@ -186,18 +205,15 @@ def _labelled(
         "clean_baseline": float(task.clean_baseline),
         "corrupted_baseline": float(task.corrupted_baseline),
         "task": task.name,
-        "model": task.model_name,
+        "model": name_of(model),
         "by": by,
         "kind": "" if several else names[0],
-        "n_key_value_heads": _key_value_heads(model) if names[0] in HEAD_KINDS else 0,
+        "direction": task.direction,
+        "n_key_value_heads": key_value_heads(model) if heads else 0,
         "what": _what(names),
         "each": _each(names, by),
     }
     return xr.DataArray(values, dims=dims, coords=coords, attrs=attrs, name="value")
-
-
-def _key_value_heads(model: Any) -> int:
-    return int(getattr(model.cfg, "n_key_value_heads", None) or model.cfg.n_heads)
 
 
 def _what(names: Sequence[str]) -> str:

@@ -8,15 +8,27 @@ different lengths, answers of several tokens, prompts that do not differ.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from patching_demo.engine.checks import check_bridge, warn_once
 from patching_demo.engine.isolation import isolated
-from patching_demo.metrics import LogitDifference, LogProb, Metric, Probability
+from patching_demo.engine.tokens import (
+    check_ids,
+    check_length,
+    config_number,
+    device_of,
+    name_of,
+    pads,
+    whole_numbers,
+)
+from patching_demo.metrics import LogitDifference, LogProb, Metric, Normalised, Probability
 
 __all__ = [
     "CORRUPTIONS",
@@ -78,6 +90,8 @@ class Task:
         answers: int64 ``[batch, 2]`` (right, wrong), or ``[batch, n]`` right tokens.
         lengths: int64 ``[batch]``, the tokens of each prompt without padding.
         model_name: The model that the baselines belong to.
+        direction: "denoising" patches what the answer needs into prompts that lack it;
+            "noising" is the reverse, see :meth:`reversed`.
     """
 
     name: str
@@ -93,6 +107,7 @@ class Task:
     answers: Tensor
     lengths: Tensor
     model_name: str
+    direction: str = "denoising"
 
     @property
     def agree_until(self) -> int:
@@ -107,7 +122,7 @@ class Task:
         """The same task scored from 0 (corrupted baseline) to 1 (clean baseline).
 
         Raises:
-            ValueError: if the two baselines are equal.
+            ValueError: if the two baselines are equal, or differ by rounding alone.
         """
         metric = self.metric.normalised(self.clean_baseline, self.corrupted_baseline)
         return replace(self, metric=metric, clean_baseline=1.0, corrupted_baseline=0.0)
@@ -139,10 +154,77 @@ class Task:
         if isinstance(metric, str):
             metric = _named_metric(metric, self.answers, self.metric.positions)
         clean, corrupted = _baselines(model, self.clean_tokens, self.corrupted_tokens, metric)
-        return replace(self, metric=metric, clean_baseline=clean, corrupted_baseline=corrupted)
+        return replace(
+            self,
+            metric=metric,
+            clean_baseline=clean,
+            corrupted_baseline=corrupted,
+            model_name=name_of(model),
+        )
+
+    def on(self, model: Any) -> Task:
+        """The same prompts with the baselines of another model, such as a fine-tuned copy.
+
+        A normalised task is normalised anew, by that model's baselines.
+
+        Raises:
+            ValueError: if the model reads the tokens as other text, or cannot take them.
+        """
+        check_bridge(model)
+        for which, tokens, strings in (
+            ("clean tokens", self.clean_tokens, self.clean_strings),
+            ("corrupted tokens", self.corrupted_tokens, self.corrupted_strings),
+        ):
+            check_ids(model, tokens, which)
+            check_length(model, tokens.shape[1], which)
+            theirs = [_strings(model, row) for row in tokens.tolist()]
+            for ours, other in zip(chain(*strings), chain(*theirs), strict=True):
+                if ours != other and getattr(model, "tokenizer", None) is not None:
+                    raise ValueError(
+                        f"the {which} have {ours!r} where the tokenizer of {name_of(model)} reads "
+                        f"{other!r}: make the task with this model"
+                    )
+        device = device_of(model)
+        moved = replace(
+            self,
+            clean_tokens=self.clean_tokens.to(device),
+            corrupted_tokens=self.corrupted_tokens.to(device),
+        )
+        if isinstance(self.metric, Normalised):
+            return moved.with_metric(model, self.metric.metric).normalised()
+        return moved.with_metric(model, self.metric)
+
+    def reversed(self) -> Task:
+        """The same task with clean and corrupted prompts swapped: noising.
+
+        Corrupted activations are patched into the clean run, and what the answer needs shows as
+        a fall. Answers, metric and labels stay; a normalised metric is still 1 on the run that
+        activations are taken from and 0 on the run they are patched into.
+        """
+        clean, corrupted, metric = self.corrupted_baseline, self.clean_baseline, self.metric
+        if isinstance(metric, Normalised):
+            clean, corrupted = self.clean_baseline, self.corrupted_baseline
+            metric = metric.metric.normalised(metric.corrupted, metric.clean)
+        return replace(
+            self,
+            clean_tokens=self.corrupted_tokens,
+            corrupted_tokens=self.clean_tokens,
+            clean_strings=self.corrupted_strings,
+            corrupted_strings=self.clean_strings,
+            clean_baseline=clean,
+            corrupted_baseline=corrupted,
+            metric=metric,
+            direction="noising" if self.direction == "denoising" else "denoising",
+        )
+
+    @property
+    def attention_mask(self) -> Tensor:
+        """Which tokens are text and not padding: bool ``[batch, pos]``."""
+        places = torch.arange(self.clean_tokens.shape[1], device=self.clean_tokens.device)
+        return places < self.lengths.to(places.device)[:, None]
 
     def clean_cache(self, model: Any, names_filter: Any = None) -> Any:
-        """Activations of the clean run, as ``run_with_cache`` gives them, without gradients.
+        """Activations of the clean run, as ``run_with_cache`` returns them, without gradients.
 
         ``names_filter`` limits what is kept: a hook name, a list of them, or a function of one.
         """
@@ -222,7 +304,8 @@ def induction_task(
             f"seq_len must be a whole number of at least 2, got {seq_len!r}: the first token of "
             "the second copy is not predictable and not scored"
         )
-    context = _context_length(model)
+    check_bridge(model)
+    context = config_number(model, "n_ctx")
     if context is not None and 1 + 2 * seq_len > context:
         raise ValueError(
             f"seq_len {seq_len} makes inputs of {1 + 2 * seq_len} tokens, and this model takes at "
@@ -235,7 +318,7 @@ def induction_task(
             f"({len(choices)}): use a smaller one"
         )
     copies = _random_sequences(choices, batch, seq_len, seed)
-    device = _device(model)
+    device = device_of(model)
     first = torch.full((batch, 1), bos)
 
     def tokens(spelling: str) -> Tensor:
@@ -275,12 +358,13 @@ def prompt_task(
 
     Args:
         model: a TransformerBridge with a tokenizer.
-        clean: a prompt or a list of them (or integer tokens ``[batch, pos]``, padded on the right
-            if at all).
+        clean: a prompt or a list of them, a tokenizer's output, or integer tokens
+            ``[batch, pos]``. What is padding, the tokenizer's attention mask says; of tokens
+            alone, only a pad token that neither begins nor ends texts is taken as padding.
         corrupted: as many prompts, each with as many tokens as its clean one.
-        answers: (right, wrong), or a list of such pairs, one for each prompt. Strings of one
-            token each, with the leading space a word has inside a sentence; token ids are taken
-            as they are.
+        answers: (right, wrong), or a list of such pairs, one for each prompt or one for all.
+            Strings of one token each, with the leading space a word has inside a sentence; token
+            ids are taken as they are.
         metric: one of :data:`METRICS`; the last two score the right answer alone.
         name: used in figure titles.
 
@@ -289,7 +373,7 @@ def prompt_task(
         ValueError: if they cannot make a meaningful task; the message shows the tokens and what
             to change.
     """
-    tokenizer = getattr(model, "tokenizer", None)
+    check_bridge(model)
     if isinstance(clean, str) != isinstance(corrupted, str):
         raise TypeError(
             "give clean and corrupted prompts in the same form: both str, or both lists"
@@ -315,13 +399,13 @@ def prompt_task(
             )
     answer_rows = _answer_rows(model, answers, clean_rows, clean)
     lengths = torch.tensor([len(row) for row in clean_rows])
-    pad = getattr(tokenizer, "pad_token_id", None)
+    pad = getattr(getattr(model, "tokenizer", None), "pad_token_id", None)
     clean_tokens, corrupted_tokens = (
-        _right_padded(rows, 0 if pad is None else pad).to(_device(model))
+        _right_padded(rows, 0 if pad is None else pad).to(device_of(model))
         for rows in (clean_rows, corrupted_rows)
     )
-    positions = (lengths - 1)[:, None].to(_device(model))
-    answer_tokens = torch.tensor(answer_rows, device=_device(model))
+    positions = (lengths - 1)[:, None].to(device_of(model))
+    answer_tokens = torch.tensor(answer_rows, device=device_of(model))
     return _build(
         model,
         name=name,
@@ -366,8 +450,6 @@ def _build(
     lengths: Tensor,
     names: list[str] | None,
 ) -> Task:
-    _check_tokens(model, clean, "clean")
-    _check_tokens(model, corrupted, "corrupted")
     if torch.equal(clean, corrupted):
         raise ValueError("clean and corrupted tokens are the same, so there is nothing to patch")
     clean_strings = [_strings(model, row) for row in clean.tolist()]
@@ -388,7 +470,7 @@ def _build(
         corrupted_strings=corrupted_strings,
         answers=answers,
         lengths=lengths,
-        model_name=str(getattr(getattr(model, "cfg", None), "model_name", None) or "model"),
+        model_name=name_of(model),
     )
 
 
@@ -426,13 +508,8 @@ def _prompt_rows(model: Any, prompts: Any, which: str) -> list[list[int]]:
         rows = _rows_of_tokens(model, prompts, which)
     if not rows:
         raise ValueError(f"there is no {which} prompt")
-    context = _context_length(model)
     for number, row in enumerate(rows, 1):
-        if context is not None and len(row) > context:
-            raise ValueError(
-                f"{which} prompt {number} has {len(row)} tokens, and this model takes at most "
-                f"{context}: shorten it"
-            )
+        check_length(model, len(row), f"{which} prompt {number}")
     return rows
 
 
@@ -445,73 +522,93 @@ def _tokenise(model: Any, text: str, what: str) -> list[int]:
     if not text.strip():
         raise ValueError(f"{what} is empty")
     # One by one and untruncated: the tokenizer's own padding side and limit must not matter.
-    return model.to_tokens(text, truncate=False)[0].tolist()
+    ids = model.to_tokens(text, truncate=False)[0].tolist()
+    bos = getattr(model.tokenizer, "bos_token", None)
+    if bos and text.startswith(bos) and ids[:2] == [model.tokenizer.bos_token_id] * 2:
+        warn_once(f"the prompts begin with {bos!r} already, so no other BOS is put before them")
+        return ids[1:]
+    return ids
 
 
 def _rows_of_tokens(model: Any, prompts: Any, which: str) -> list[list[int]]:
-    try:
-        tokens = torch.as_tensor(prompts)
-    except (TypeError, ValueError, RuntimeError) as error:
+    what, mask = f"{which} tokens", None
+    if isinstance(prompts, Mapping) and "input_ids" in prompts:
+        prompts, mask = prompts["input_ids"], prompts.get("attention_mask")
+    elif not hasattr(prompts, "__len__"):
         raise TypeError(
-            f"{which} prompts must be a str, a list of str, or integer tokens [batch, pos], got "
-            f"{type(prompts).__name__}: {error}"
-        ) from None
-    if tokens.dtype == torch.bool or tokens.is_floating_point() or tokens.is_complex():
-        raise TypeError(f"{which} tokens must be integers, got {tokens.dtype}")
+            f"{which} prompts must be a str, a list of str, integer tokens [batch, pos] or a "
+            f"tokenizer's output, got {type(prompts).__name__}"
+        )
+    tokens = whole_numbers(prompts, what)
     if tokens.ndim == 1:
         tokens = tokens[None]
-    if tokens.ndim != 2 or tokens.shape[1] == 0:
-        raise ValueError(f"{which} tokens must be [batch, pos], got shape {tuple(tokens.shape)}")
-    tokens = tokens.long()
-    _check_tokens(model, tokens, which)
-    tokenizer = getattr(model, "tokenizer", None)
-    pad, bos = (getattr(tokenizer, f"{kind}_token_id", None) for kind in ("pad", "bos"))
-    rows = tokens.tolist()
-    return (
-        rows if pad is None else [_unpadded(r, pad, bos, which, i) for i, r in enumerate(rows, 1)]
-    )
-
-
-def _unpadded(row: list[int], pad: int, bos: int | None, which: str, number: int) -> list[int]:
-    leading = next((i for i, token in enumerate(row) if token != pad), len(row))
-    # Where the pad token serves as BOS too (GPT-2), the first one is the BOS.
-    if leading > (1 if pad == bos else 0):
+    if tokens.ndim != 2:
+        raise ValueError(f"{what} must be [batch, pos], got shape {tuple(tokens.shape)}")
+    check_ids(model, tokens, what)
+    if mask is not None:
+        mask = whole_numbers(mask, "attention_mask").view_as(tokens) != 0
+        rows = [row[text].tolist() for row, text in zip(tokens, mask, strict=True)]
+        if [] in rows:
+            raise ValueError(
+                f"{which} prompt {rows.index([]) + 1} is empty: its mask is 0 throughout"
+            )
+        return rows
+    _, sure, _ = pads(model, tokens, "left")
+    pad, after, may = pads(model, tokens, "right")
+    if sure[:, 0].any():
+        number = int(sure[:, 0].nonzero()[0])
         raise ValueError(
-            f"{which} prompt {number} is padded on the left ({leading} pad tokens): patching runs "
-            "take no attention mask, so the pads would be read as text and shift the positions. "
-            "Pad on the right, or give the prompts as text"
+            f"{which} prompt {number + 1} is padded on the left ({int(sure[number].sum())} pad "
+            "tokens): patching runs take no attention mask, so the pads would be read as text and "
+            "shift the positions. Pad on the right, or give the prompts as text"
         )
-    length = len(row)
-    while length > 1 and row[length - 1] == pad:
-        length -= 1
-    return row[:length]
+    if (after & may.any()).any():
+        raise ValueError(
+            f"{which} tokens end in several of token {pad}, which ends texts and pads them: give "
+            "text, or the tokenizer's whole output with its attention mask"
+        )
+    if may.any():
+        warn_once(
+            f"some {which} prompts end in token {pad}, which ends texts and pads them. It is read "
+            "as text: if it is padding, give the tokenizer's whole output with its attention mask"
+        )
+    return [row[~padding].tolist() for row, padding in zip(tokens, after, strict=True)]
 
 
 def _answer_rows(
     model: Any, answers: Any, prompt_rows: list[list[int]], prompts: Any
 ) -> list[list[int]]:
-    if isinstance(answers, Tensor) or hasattr(answers, "tolist"):
+    if hasattr(answers, "tolist"):
         answers = answers.tolist()
     if not isinstance(answers, (list, tuple)) or not answers:
         raise TypeError(
             "answers must be (right, wrong) or a list of such pairs, got "
             f"{type(answers).__name__} {answers!r}"
         )
-    if len(answers) == 2 and not any(isinstance(a, (list, tuple)) for a in answers):
-        pairs = [tuple(answers)] * len(prompt_rows)
-    else:
-        pairs = [tuple(p) if isinstance(p, (list, tuple)) else (p,) for p in answers]
-    if len(pairs) != len(prompt_rows):
+    pairs = [p.tolist() if hasattr(p, "tolist") else p for p in answers]
+    count = len(prompt_rows)
+    if not any(isinstance(p, (list, tuple)) for p in pairs):
+        if len(pairs) == count == 2:
+            raise ValueError(
+                f"answers {answers!r} for 2 prompts may be one (right, wrong) pair for both, or "
+                f"one right answer each: for the first write [({pairs[0]!r}, {pairs[1]!r})], for "
+                f"the second [({pairs[0]!r}, wrong), ({pairs[1]!r}, wrong)]"
+            )
+        pairs = [tuple(pairs)] if len(pairs) == 2 else [(p,) for p in pairs]
+    if len(pairs) == 1:
+        pairs = pairs * count
+    if len(pairs) != count:
         raise ValueError(
-            f"there are {len(pairs)} pairs of answers for {len(prompt_rows)} prompts: give one "
-            "pair for each prompt, or one pair for all"
+            f"there are {len(pairs)} pairs of answers for {count} prompts: give one pair for each "
+            "prompt, or one pair for all"
         )
     texts = [prompts] if isinstance(prompts, str) else prompts
     rows = []
     for number, pair in enumerate(pairs, 1):
-        if len(pair) != 2:
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
             raise ValueError(f"answers of prompt {number} must be (right, wrong), got {pair!r}")
-        text = texts[number - 1] if isinstance(texts[number - 1], str) else None
+        text = texts[number - 1] if isinstance(texts, (list, tuple)) else None
+        text = text if isinstance(text, str) else None
         row = [
             _answer_token(model, answer, text, f"the {which} answer of prompt {number}")
             for which, answer in zip(("right", "wrong"), pair, strict=True)
@@ -526,11 +623,9 @@ def _answer_rows(
 
 
 def _answer_token(model: Any, answer: Any, prompt: str | None, what: str) -> int:
-    if isinstance(answer, int) and not isinstance(answer, bool):
-        size = _vocabulary_size(model)
-        if answer < 0 or (size is not None and answer >= size):
-            raise ValueError(f"{what} is token {answer}, outside the vocabulary of {size}")
-        return answer
+    if isinstance(answer, Integral) and not isinstance(answer, bool):
+        check_ids(model, torch.tensor([int(answer)]), what)
+        return int(answer)
     if not isinstance(answer, str):
         raise TypeError(f"{what} must be a string or a token id, got {type(answer).__name__}")
     if getattr(model, "tokenizer", None) is None:
@@ -573,7 +668,7 @@ def _answer_ids(model: Any, text: str) -> list[int]:
 
 def _induction_vocabulary(model: Any) -> tuple[int, Tensor]:
     """The BOS token and the tokens that random sequences are drawn from."""
-    size = _vocabulary_size(model)
+    size = config_number(model, "d_vocab")
     if size is None:
         raise ValueError("the model's config does not give a vocabulary size (cfg.d_vocab)")
     tokenizer = getattr(model, "tokenizer", None)
@@ -605,17 +700,6 @@ def _right_padded(rows: list[list[int]], pad: int) -> Tensor:
     return torch.tensor([row + [pad] * (length - len(row)) for row in rows])
 
 
-def _check_tokens(model: Any, tokens: Tensor, which: str) -> None:
-    size = _vocabulary_size(model)
-    low, high = int(tokens.min()), int(tokens.max())
-    if low < 0 or (size is not None and high >= size):
-        bad = low if low < 0 else high
-        raise ValueError(
-            f"{which} tokens contain {bad}, outside the vocabulary of {size}: were they made by "
-            "another model's tokenizer?"
-        )
-
-
 def _strings(model: Any, ids: Sequence[int]) -> list[str]:
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None:
@@ -642,20 +726,3 @@ def _aligned(model: Any, one: Sequence[int], other: Sequence[int]) -> str:
         body = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
         lines.append(f"  {title:<9}  {body.rstrip()}")
     return "\n".join(lines)
-
-
-def _vocabulary_size(model: Any) -> int | None:
-    return _config_int(model, "d_vocab")
-
-
-def _context_length(model: Any) -> int | None:
-    return _config_int(model, "n_ctx")
-
-
-def _config_int(model: Any, name: str) -> int | None:
-    value = getattr(getattr(model, "cfg", None), name, None)
-    return value if isinstance(value, int) and value > 0 else None
-
-
-def _device(model: Any) -> Any:
-    return getattr(getattr(model, "cfg", None), "device", None) or "cpu"

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ import transformer_lens.patching as plain
 from transformer_lens.patching import make_df_from_ranges
 
 from patching_demo import induction_task, ioi_task, load_model, patching
-from patching_demo.engine.kinds import kind_of_activation
+from patching_demo.engine.kinds import HEAD_KINDS, kind_of_activation
 
 OUT = Path(__file__).resolve().parent.parent / "benchmark"
 WHOLE_UNDER_SECONDS = 120
@@ -40,12 +41,26 @@ SAMPLE_CELLS = 20
 MOST_RUNS, REPEAT_FOR_SECONDS = 5, 12
 
 BLOCKS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
-BY_POS = tuple(f"attn_head_{kind}_by_pos" for kind in patching.HEAD_KINDS)
-ALL_POS = tuple(f"attn_head_{kind}_all_pos" for kind in patching.HEAD_KINDS)
+BY_POS = tuple(f"attn_head_{kind}_by_pos" for kind in HEAD_KINDS)
+ALL_POS = tuple(f"attn_head_{kind}_all_pos" for kind in HEAD_KINDS)
 NOTEBOOK_2 = (
     "resid_pre", "resid_mid", "attn_out", "mlp_out",
     "attn_head_all_pos_every", "attn_head_by_pos_every",
 )  # fmt: skip
+_PARTS = ("activation_name", "patch_setter", "index_axis_names")
+# The sweeps of transformer_lens.patching, and resid_post: activation, patch setter, axes.
+SWEEPS = {
+    name.removeprefix("get_act_patch_"): tuple(found.keywords[part] for part in _PARTS)
+    for name, found in vars(plain).items()
+    if isinstance(found, partial) and name.startswith("get_act_patch_")
+}
+SWEEPS["resid_post"] = ("resid_post", *SWEEPS["resid_pre"][1:])
+# Combinations: their sweeps, and the axes of the result.
+COMBINED = {
+    "block_every": (("resid_pre", "attn_out", "mlp_out"), ("layer", "pos")),
+    "attn_head_all_pos_every": (ALL_POS, ("layer", "head")),
+    "attn_head_by_pos_every": (BY_POS, ("layer", "pos", "head")),
+}
 PLAIN_METRIC = ("resid_pre", "attn_head_out_by_pos", "attn_head_out_all_pos")
 """Sweeps that are also timed with a metric that is a bare function of full logits."""
 
@@ -57,7 +72,7 @@ MARKS = {
         | dict.fromkeys((*ALL_POS, "attn_head_all_pos_every"), 8.0)
         | {"all of notebook 2": 35.0}
     ),
-    "attn-only-2l-demo": dict.fromkeys((*patching.SWEEPS, *patching.COMBINED), 10.0),
+    "attn-only-2l-demo": dict.fromkeys((*SWEEPS, *COMBINED), 10.0),
 }
 SHARE_MARK = 0.75
 PLAIN_METRIC_SHARE_OF_MARK = 2 / 3
@@ -152,7 +167,7 @@ def needed_flops(model: Any, task: Any, sweep: str) -> tuple[float, float]:
     Returns:
         That of the blocks, and that of the unembedding.
     """
-    sweeps = patching.COMBINED[sweep][0] if sweep in patching.COMBINED else (sweep,)
+    sweeps = COMBINED[sweep][0] if sweep in COMBINED else (sweep,)
     clean, corrupted = task.clean_tokens, task.corrupted_tokens
     differ = (clean != corrupted).any(0).nonzero()[:, 0].tolist()
     read = set(task.metric.positions.flatten().tolist())
@@ -160,7 +175,7 @@ def needed_flops(model: Any, task: Any, sweep: str) -> tuple[float, float]:
     end, n_layers = max(read) + 1, len(model.blocks)
     in_blocks = in_unembedding = 0.0
     for name in sweeps:
-        activation, _, axes = patching.SWEEPS[name]
+        activation, _, axes = SWEEPS[name]
         heads = model.cfg.n_heads
         if activation in ("k", "v"):
             heads = getattr(model.cfg, "n_key_value_heads", None) or heads
@@ -228,7 +243,7 @@ def plain_sweep(name: str) -> Callable[..., Any]:
     found = getattr(plain, f"get_act_patch_{name}", None)
     if found is not None:
         return found
-    activation, setter, axes = patching.SWEEPS[name]
+    activation, setter, axes = SWEEPS[name]
     return lambda *inputs: plain.generic_activation_patch(
         *inputs, patch_setter=setter, activation_name=activation, index_axis_names=axes
     )
@@ -239,14 +254,14 @@ def sample_plain(
 ) -> tuple[float, float]:
     """Seconds per cell of the plain loop on some random cells, and their largest difference."""
     rng = np.random.default_rng(0)
-    sweeps = patching.COMBINED[name][0] if name in patching.COMBINED else (name,)
+    sweeps = COMBINED[name][0] if name in COMBINED else (name,)
     seconds, worst, count = 0.0, 0.0, 0
     for number, sweep in enumerate(sweeps):
-        activation, setter, axes = patching.SWEEPS[sweep]
-        own = result[number] if name in patching.COMBINED else result
-        order = patching.COMBINED[name][2] if name in patching.COMBINED else axes
+        activation, setter, axes = SWEEPS[sweep]
+        own = result[number] if name in COMBINED else result
+        order = COMBINED[name][1] if name in COMBINED else axes
         short = [{"head_index": "head", "dest_pos": "pos"}.get(axis, axis) for axis in axes]
-        if name in patching.COMBINED:
+        if name in COMBINED:
             own = own.permute(*[list(order).index(axis) for axis in short])
             if activation in ("k", "v"):
                 own = own[..., : getattr(model.cfg, "n_key_value_heads", None) or own.shape[-1]]
@@ -372,7 +387,7 @@ def write(rows: list[Row], about: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--models", nargs="+", default=["attn-only-2l-demo", "smollm2-135m"])
-    parser.add_argument("--sweeps", nargs="+", default=[*patching.SWEEPS, *patching.COMBINED])
+    parser.add_argument("--sweeps", nargs="+", default=[*SWEEPS, *COMBINED])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 from unittest import mock
 
@@ -13,13 +13,46 @@ import tiny
 import torch
 import transformer_lens.patching as plain_patching
 from torch import Tensor
+from transformer_lens.patching import make_df_from_ranges
 
-from patching_demo import patching
 from patching_demo.metrics import LogitDifference, LogProb
 
 BATCH, N_POS = 2, 6
-#: Sweeps of ``transformer_lens.patching``; resid_post is ours alone.
-SINGLE = tuple(name for name in patching.SWEEPS if name != "resid_post")
+_PARTS = ("activation_name", "patch_setter", "index_axis_names")
+#: The sweeps of ``transformer_lens.patching``: activation, patch setter and axes of each.
+SWEEPS = {
+    name.removeprefix("get_act_patch_"): tuple(found.keywords[part] for part in _PARTS)
+    for name, found in vars(plain_patching).items()
+    if isinstance(found, partial) and name.startswith("get_act_patch_")
+}
+SINGLE = tuple(SWEEPS)
+#: And the one that is ours alone.
+SWEEPS["resid_post"] = ("resid_post", *SWEEPS["resid_pre"][1:])
+_HEADS = ("out", "q", "k", "v", "pattern")
+#: Combinations: their sweeps, what each is called in the result, and the axes of the result.
+COMBINED = {
+    "block_every": (("resid_pre", "attn_out", "mlp_out"),) * 2 + (("layer", "pos"),),
+    "attn_head_all_pos_every": (
+        tuple(f"attn_head_{kind}_all_pos" for kind in _HEADS),
+        _HEADS,
+        ("layer", "head"),
+    ),
+    "attn_head_by_pos_every": (
+        tuple(f"attn_head_{kind}_by_pos" for kind in _HEADS),
+        _HEADS,
+        ("layer", "pos", "head"),
+    ),
+}
+
+
+def every_cell(model: Any, n_pos: int, sweep: str) -> pd.DataFrame:
+    """The indices of all cells of a sweep."""
+    activation, _, axes = SWEEPS[sweep]
+    heads = model.cfg.n_heads
+    if activation in ("k", "v"):
+        heads = getattr(model.cfg, "n_key_value_heads", None) or heads
+    sizes = {"layer": model.cfg.n_layers, "head": heads, "head_index": heads}
+    return make_df_from_ranges([sizes.get(axis, n_pos) for axis in axes], axes)
 
 
 def model(name: str) -> Any:
@@ -125,15 +158,14 @@ def expected(name: str, sweep: str) -> Any:
 def some_cells(name: str, sweep: str, count: int, seed: int = 0) -> pd.DataFrame:
     """Indices of a few cells of a sweep, drawn at random."""
     data = pair(name)
-    activation, setter, axes = patching.SWEEPS[sweep]
-    _, index = patching._indices(model(name), data.corrupted, setter, activation, axes, None)
+    index = every_cell(model(name), data.corrupted.shape[1], sweep)
     return index.sample(min(count, len(index)), random_state=seed).reset_index(drop=True)
 
 
 def expected_cells(name: str, sweep: str, index: pd.DataFrame) -> Any:
     """Some cells of a sweep by the plain loop, as :func:`expected`, flat."""
     data = pair(name)
-    activation, setter, _ = patching.SWEEPS[sweep]
+    activation, setter, _ = SWEEPS[sweep]
     with torch.no_grad(), quiet():
         return plain_patching.generic_activation_patch(
             model(name),

@@ -239,7 +239,7 @@ def test_patch_setters_and_helpers_have_their_names() -> None:
         list(inspect.signature(plain_patching.generic_activation_patch).parameters)
         == list(inspect.signature(patching.generic_activation_patch).parameters)[:-1]
     )
-    for name in (*patching.SWEEPS, *patching.COMBINED):
+    for name in (*oracle.SWEEPS, *oracle.COMBINED):
         assert callable(getattr(patching, f"get_act_patch_{name}"))
         if name != "resid_post":
             assert callable(getattr(plain_patching, f"get_act_patch_{name}"))
@@ -248,7 +248,7 @@ def test_patch_setters_and_helpers_have_their_names() -> None:
 def test_no_sweep_of_the_plain_loop_is_missing() -> None:
     theirs = {name for name in vars(plain_patching) if name.startswith("get_act_patch_")}
     assert theirs <= set(vars(patching))
-    assert set(patching.SWEEPS) - {"resid_post"} == {
+    assert set(oracle.SWEEPS) - {"resid_post"} == {
         name.removeprefix("get_act_patch_")
         for name in theirs
         if not name.endswith("_every") and "direct" not in name

@@ -239,7 +239,7 @@ axis = st.sampled_from(["layer", "pos", "head", "head_index", "dest_pos", "src_p
 axes = mostly(
     None,
     st.lists(axis, max_size=4),
-    st.sampled_from(list(patching.SWEEPS.values())).map(lambda row: list(row[2])),
+    st.sampled_from(list(oracle.SWEEPS.values())).map(lambda row: list(row[2])),
     junk,
 )
 
@@ -248,7 +248,7 @@ axes = mostly(
 def frames(draw: st.DrawFn) -> Any:
     if draw(st.integers(0, 4)) == 0:
         return draw(junk)
-    columns = draw(st.sampled_from([row[2] for row in patching.SWEEPS.values()]))
+    columns = draw(st.sampled_from([row[2] for row in oracle.SWEEPS.values()]))
     columns = list(columns) if draw(st.booleans()) else draw(st.lists(axis, max_size=4))
     number = mostly(0, st.integers(-5, 5), st.floats(), junk)
     rows = draw(st.lists(st.tuples(*[number] * len(columns)), max_size=3))
@@ -480,7 +480,7 @@ ENTRY_POINTS: dict[str, tuple[Callable[..., None], Callable[[], list[Any]], int]
             token_inputs(),
             caches(),
             metric_inputs(),
-            st.sampled_from([*patching.SWEEPS, *patching.COMBINED]),
+            st.sampled_from([*oracle.SWEEPS, *oracle.COMBINED]),
             few_options,
         ],
         34,

@@ -85,7 +85,7 @@ def sweep_of(name: str, sweep: str, **options: Any) -> Any:
 
 def combined_from_singles(name: str, combined: str) -> Tensor:
     """What the plain loop would stack, with NaN for heads that do not exist."""
-    sweeps, _, axes = patching.COMBINED[combined]
+    sweeps, _, axes = oracle.COMBINED[combined]
     parts = []
     for sweep in sweeps:
         values = expected(name, sweep).values.mean(-1)
@@ -98,7 +98,7 @@ def combined_from_singles(name: str, combined: str) -> Tensor:
     return torch.stack(parts, dim=1)
 
 
-@pytest.mark.parametrize("combined", patching.COMBINED)
+@pytest.mark.parametrize("combined", oracle.COMBINED)
 @pytest.mark.parametrize("name", tiny.NAMES)
 def test_each_combination_agrees_with_its_sweeps(
     name: str, combined: str, no_plain_loop: None
@@ -115,10 +115,10 @@ def test_each_combination_agrees_with_its_sweeps(
             found.values[:, number][exists].view(len(wanted), -1),
             wanted[:, number][exists].view(len(wanted), -1),
         )
-    assert found.patch_type_names == list(patching.COMBINED[combined][1])
+    assert found.patch_type_names == list(oracle.COMBINED[combined][1])
 
 
-@pytest.mark.parametrize("combined", patching.COMBINED)
+@pytest.mark.parametrize("combined", oracle.COMBINED)
 def test_combinations_have_the_plain_loops_layout(combined: str) -> None:
     """Also held to the plain loop's own combinations, on a model where those are right."""
     data = pair("gpt2")
@@ -146,7 +146,7 @@ def test_heads_that_do_not_exist_are_nan() -> None:
     assert not any(kinds[kind].isnan().any() for kind in ("out", "q", "pattern"))
 
 
-@pytest.mark.parametrize("sweep", patching.SWEEPS)
+@pytest.mark.parametrize("sweep", oracle.SWEEPS)
 @pytest.mark.parametrize("name", architectures.FAST)
 def test_other_architectures_agree_with_the_plain_loop(
     name: str, sweep: str, no_plain_loop: None
@@ -155,7 +155,7 @@ def test_other_architectures_agree_with_the_plain_loop(
         return
     index = some_cells(name, sweep, 10)
     wanted = expected_cells(name, sweep, index)
-    activation, setter, _ = patching.SWEEPS[sweep]
+    activation, setter, _ = oracle.SWEEPS[sweep]
     data = pair(name)
     found = patching.generic_activation_patch(
         oracle.model(name),
@@ -216,9 +216,15 @@ def test_the_plain_loop_reads_zero_where_the_pattern_is_not_live() -> None:
     assert torch.equal(found.effect(), torch.zeros_like(found.values))
 
 
-def test_combinations_refuse_a_pattern_that_is_not_live() -> None:
-    with pytest.raises(ValueError, match="is not live"):
-        sweep_of("opt", "attn_head_all_pos_every")
+@pytest.mark.filterwarnings("ignore:this sweep takes the plain loop")
+@pytest.mark.parametrize("name", architectures.PATTERN_NOT_LIVE)
+def test_combinations_leave_out_a_pattern_that_is_not_live(name: str) -> None:
+    with pytest.warns(UserWarning, match="'pattern' is NaN in this sweep") as caught:
+        found = sweep_of(name, "attn_head_all_pos_every", reduce="none").values
+    assert len([w for w in caught if "NaN" in str(w.message)]) == 1
+    assert found[:, -1].isnan().all()
+    for number, kind in enumerate(("out", "q", "k", "v")):
+        assert_close(found[:, number], expected(name, f"attn_head_{kind}_all_pos").values)
 
 
 # ---- where the plain loop is wrong, or has no such sweep
@@ -373,7 +379,7 @@ def test_direct_paths_refuse_a_metric_that_reads_a_pad(every: bool) -> None:
 
 def generic(index: Any, name: str = "gpt2", sweep: str = "resid_pre", **options: Any) -> Any:
     data = pair(name)
-    activation, setter, _ = patching.SWEEPS[sweep]
+    activation, setter, _ = oracle.SWEEPS[sweep]
     return patching.generic_activation_patch(
         oracle.model(name),
         data.corrupted,
@@ -424,7 +430,7 @@ def test_the_index_df_comes_back_if_asked_for() -> None:
         ({"layer": [0], "pos": [float("nan")]}, "index_df must hold whole numbers only"),
         ({"layer": ["one"], "pos": [0]}, "index_df must hold whole numbers only"),
         ({"layer": [], "pos": []}, "and not empty"),
-        ({"pos": [0], "layer": [0]}, "first column of index_df must be 'layer'"),
+        ({"position": [0], "layer": [0]}, "takes 2 indices by name"),
         ({"layer": [0]}, "takes 2 indices"),
         ({"layer": [0], "pos": [0], "head": [0]}, "takes 2 indices"),
     ],

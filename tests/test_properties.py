@@ -15,7 +15,7 @@ from oracle import make_pair
 from torch import Tensor
 
 from patching_demo import patching
-from patching_demo.engine import checks, packs
+from patching_demo.engine import checks, packs, skipping
 from patching_demo.metrics import LogitDifference
 
 settings.register_profile(
@@ -27,7 +27,7 @@ settings.register_profile(
 )
 QUICK = settings(settings.get_profile("sweeps"), max_examples=15)
 
-KINDS = tuple(name for name in patching.SWEEPS if "dest_src" not in name)
+KINDS = tuple(name for name in oracle.SWEEPS if "dest_src" not in name)
 MODELS = ("gpt2", "neox-parallel", "llama-gqa", "attn-only")
 
 
@@ -106,8 +106,8 @@ def test_random_cells_agree_with_the_plain_loop(problem: Any, cells: int, seed: 
     """The sweep's own recheck of many cells, and an outside one."""
     name, kind, data, metric = problem
     found = sweep(name, kind, data, metric, check=cells, seed=seed)
-    activation, setter, axes = patching.SWEEPS[kind]
-    _, index = patching._indices(tiny.model(name), data.corrupted, setter, activation, axes, None)
+    activation, setter, axes = oracle.SWEEPS[kind]
+    index = oracle.every_cell(tiny.model(name), data.corrupted.shape[1], kind)
     index = index.sample(min(cells, len(index)), random_state=seed).reset_index(drop=True)
     with torch.no_grad(), oracle.quiet():
         wanted = oracle.plain_patching.generic_activation_patch(
@@ -139,8 +139,8 @@ def test_the_engine_itself_changes_nothing_with_the_runs_own_cache(problem: Any)
     pair = oracle.Pair(data.corrupted, data.corrupted, own, {})
     everything = lambda self, cells, differing: list(cells)  # noqa: E731
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checks.Survey, "narrowed", everything)
-        patch.setattr(checks.Survey, "warn_if_nothing_moves", lambda *_: None)
+        patch.setattr(skipping.Survey, "narrowed", everything)
+        patch.setattr(skipping.Survey, "warn_if_nothing_moves", lambda *_: None)
         found = sweep(name, kind, pair, metric)
     base = baseline_of(name, data, metric)
     assert_same(found, torch.full_like(found, base), base)
@@ -197,7 +197,7 @@ def test_an_effect_before_the_first_difference_is_exactly_none(problem: Any, dat
     name, kind, prompts, metric = problem
     first = int((prompts.clean != prompts.corrupted).any(dim=0).long().argmax())
     found = sweep(name, kind, prompts, metric)
-    axes = [patching._SAME_AXIS.get(axis, axis) for axis in patching.SWEEPS[kind][2]]
+    axes = ["pos" if axis == "dest_pos" else axis for axis in oracle.SWEEPS[kind][2]]
     if "pos" not in axes:
         return
     early = found.narrow(axes.index("pos"), 0, first)

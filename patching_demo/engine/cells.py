@@ -1,7 +1,4 @@
-"""What one patched run changes, and whether anything that is read depends on it.
-
-Idea 3 of the engine, *skip what agrees*, stands here and nowhere else.
-"""
+"""One patched run, and where it starts."""
 
 from __future__ import annotations
 
@@ -49,28 +46,6 @@ class Cell:
         return f"{self.hook_name}, index {list(self.index)}"
 
 
-def differing_positions(clean: Tensor, corrupted: Tensor) -> tuple[int, ...]:
-    """The positions at which two embeddings ``[batch, pos, d_model]`` differ in any prompt.
-
-    An embedding is looked up, not computed, so it is compared bit for bit.
-    """
-    return tuple((clean != corrupted).any(dim=-1).any(dim=0).nonzero()[:, 0].tolist())
-
-
-def changed_positions(
-    kind: Kind, layer: int, positions: Sequence[int], differing: Sequence[int]
-) -> tuple[int, ...]:
-    """Of the positions that a patch writes to, those it may change (idea 3).
-
-    Nothing changes before the first differing input. What block 0 computes from its input
-    position by position changes at the differing positions only.
-    """
-    if layer == 0 and kind.at_input:
-        return tuple(position for position in positions if position in differing)
-    first = min(differing, default=positions[-1] + 1)
-    return tuple(position for position in positions if position >= first)
-
-
 def recomputed(cell: Cell, end: int) -> range:
     """The positions, of those before ``end``, that differ after the block of the patch."""
     inside = cell.kind is not None and cell.kind.enters == "hook" and not cell.kind.spreads
@@ -81,13 +56,3 @@ def spans(cells: Sequence[Cell], end: int) -> list[range]:
     """The positions that some patched run recomputes at a time, shortest and latest first."""
     found = {span for cell in cells for span in (range(cell.start, end), recomputed(cell, end))}
     return sorted(found, key=lambda span: (len(span), -span.start))
-
-
-def is_dead(cell: Cell, last_read: int, last_layer: int, read: frozenset[int]) -> bool:
-    """Whether a patch cannot reach any logit that the metric reads."""
-    if not cell.positions or cell.start > last_read:
-        return True
-    if cell.source is not None and cell.source > cell.start:
-        return True  # A pattern entry in the future: zero in both runs.
-    stays = cell.kind is not None and not cell.kind.spreads
-    return cell.layer == last_layer and stays and not read.intersection(cell.positions)

@@ -7,20 +7,62 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from patching_demo.engine.bridge import Run, block_kind, block_output, hook_point, hooked
-from patching_demo.engine.cells import Cell, changed_positions
-from patching_demo.engine.scoring import tolerance
+from patching_demo.engine.cells import Cell
+from patching_demo.engine.kinds import kind_of_hook
+from patching_demo.engine.tokens import (
+    check_ids,
+    check_length,
+    key_value_heads,
+    pads,
+    whole_numbers,
+)
 
 #: Types of few bits, and the error to expect in a cell, as a share of the sweep's range.
 FEWEST_BITS = {torch.float16: 0.01, torch.bfloat16: 0.1}
+
+
+class HookNotLive(ValueError):
+    """A hook that a sweep would patch in vain.
+
+    Attributes:
+        hook: its name.
+    """
+
+    def __init__(self, hook: str, called: bool) -> None:
+        self.hook = hook
+        super().__init__(
+            f"hook {hook!r} is not live on this model: it is called, but what it returns changes "
+            "nothing (the attention is computed elsewhere), so it would read as zero everywhere. "
+            "Sweep another activation, for instance the heads' outputs"
+            if called
+            else f"hook {hook!r} is not live on this model: a forward pass never calls it, so "
+            "every cell would read as zero effect (some hooks need a switch, for instance "
+            "model.set_use_attn_result(True))"
+        )
+
+
+def check_bridge(model: Any, *parts: str) -> None:
+    """Refuse what has not these parts of a ``TransformerBridge``, by default its config.
+
+    Raises:
+        TypeError: for a Hugging Face model, a name, or arguments in another order.
+    """
+    if not all(hasattr(model, part) for part in parts or ("cfg",)):
+        raise TypeError(
+            f"the model must be a TransformerBridge of a decoder, got {type(model).__name__}: "
+            "see transformer_lens.model_bridge.TransformerBridge.boot_transformers. The model is "
+            "the first argument"
+        )
 
 
 def checked_model(model: Any) -> None:
@@ -34,11 +76,7 @@ def checked_model(model: Any) -> None:
     config = getattr(original, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError("encoder-decoder models are not supported: patch a decoder-only model")
-    if not hasattr(model, "blocks") or not hasattr(model, "run_with_hooks"):
-        raise TypeError(
-            f"the model must be a TransformerBridge of a decoder, got {type(model).__name__}: "
-            "see transformer_lens.model_bridge.TransformerBridge.boot_transformers"
-        )
+    check_bridge(model, "cfg", "blocks", "run_with_hooks")
     training = [
         name or "the model"
         for root in (model, original)
@@ -71,8 +109,10 @@ def checked_model(model: Any) -> None:
         )
 
 
-def checked_tokens(model: Any, tokens: Any) -> Tensor:
+def checked_tokens(model: Any, tokens: Any, masked: bool = False) -> Tensor:
     """Tokens as int64 ``[batch, pos]`` on the model's device.
+
+    ``masked`` says that an attention mask tells what is padding, which is then not looked for.
 
     Raises:
         TypeError: if they are text, or not whole numbers.
@@ -82,90 +122,82 @@ def checked_tokens(model: Any, tokens: Any) -> Tensor:
         isinstance(tokens, Sequence) and tokens and isinstance(tokens[0], str)
     ):
         raise TypeError("corrupted_tokens must be token ids: pass model.to_tokens(prompts)")
-    try:
-        tokens = torch.as_tensor(tokens)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(
-            f"corrupted_tokens must be int [batch, pos], got {type(tokens).__name__}"
-        ) from error
-    if tokens.ndim != 2 or not tokens.numel():
+    tokens = whole_numbers(tokens, "corrupted_tokens")
+    if tokens.ndim != 2:
         raise ValueError(
             f"corrupted_tokens must be [batch, pos], got shape {tuple(tokens.shape)}: for one "
             "prompt use tokens[None]"
         )
-    if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
-        raise TypeError(f"corrupted_tokens must be whole numbers, got {tokens.dtype}")
-    if tokens.is_meta or tokens.layout is not torch.strided:
-        where = "on the meta device" if tokens.is_meta else f"in the layout {tokens.layout}"
-        raise TypeError(f"corrupted_tokens must hold their numbers, got a tensor {where}")
-    tokens = tokens.to(device=next(model.parameters()).device, dtype=torch.int64)
-    lowest, highest, size = int(tokens.min()), int(tokens.max()), model.cfg.d_vocab
-    if lowest < 0 or highest >= size:
-        wrong = lowest if lowest < 0 else highest
-        raise ValueError(f"token id {wrong} is not in the model's vocabulary of {size}")
-    n_ctx = getattr(model.cfg, "n_ctx", None)
-    if n_ctx and tokens.shape[1] > n_ctx:
-        raise ValueError(
-            f"the prompts have {tokens.shape[1]} tokens, the model takes at most {n_ctx}: "
-            "shorten them"
-        )
-    _refuse_left_padding(model, tokens)
+    check_ids(model, tokens, "corrupted_tokens")
+    check_length(model, tokens.shape[1], "each row of corrupted_tokens")
+    tokens = tokens.to(next(model.parameters()).device)
+    if not masked:
+        _refuse_left_padding(model, tokens)
     return tokens
 
 
 def _refuse_left_padding(model: Any, tokens: Tensor) -> None:
     """A patched run takes no attention mask, so pads before the text would be attended to."""
-    pad, padded = _pads(model, tokens, "bos")
-    rows = padded.any(dim=1).nonzero()
+    pad, sure, may = pads(model, tokens, "left")
+    rows = sure.any(dim=1).nonzero()
     if tokens.shape[1] > 1 and len(rows):
         raise ValueError(
             f"prompt {int(rows[0])} is padded on the left (it starts with the pad token {pad}), "
             "and a sweep takes no attention mask: pad on the right and read each prompt's own last "
             "token (patching_demo.prompt_task does), or use prompts of equal length"
         )
+    if tokens.shape[1] > 2 and may.any():
+        warn_once(
+            f"every prompt begins with the token {pad} twice: a tokenizer puts a BOS before text "
+            "that a chat template gave one already (model.to_tokens(prompts, prepend_bos=False))"
+        )
 
 
 def refuse_reading_pads(
-    model: Any, tokens: Tensor, logits: Tensor, metrics: Mapping[str, Callable[[Tensor], Tensor]]
+    model: Any,
+    tokens: Tensor,
+    logits: Tensor,
+    metrics: Mapping[str, Callable[[Tensor], Tensor]],
+    lengths: Tensor | None = None,
 ) -> None:
     """Refuse metrics that read where a prompt is padded on the right.
 
-    Found out by changing the logits there, as a function does not say where it reads.
+    Found out by changing the logits there, as a function does not say where it reads. ``lengths``
+    of the prompts ``[batch]``, where they are known, tell padding from text; where not, a token
+    that may be either is warned of.
 
     Raises:
         ValueError: if a metric's value depends on the logits at a pad.
     """
-    pad, padded = _pads(model, tokens, "eos")
-    for row in padded.any(dim=1).nonzero()[:, 0].tolist():
-        for name, metric in metrics.items():
-            changed = logits.clone()
-            changed[row, padded[row]] = 1 - 2 * logits[row, padded[row]].flip(-1)
-            usual = metric(logits.clone())
-            # NaN in both is another mistake, and has its own message.
-            if not torch.allclose(metric(changed), usual, rtol=0, atol=0, equal_nan=True):
-                raise ValueError(
-                    f"prompt {row} is padded on the right with the pad token {pad}, and metric "
-                    f"{name!r} reads there: read each prompt's own last token "
-                    "(patching_demo.metrics takes positions, patching_demo.prompt_task finds them)"
-                )
+    if lengths is None:
+        _, sure, may = pads(model, tokens, "right")
+    else:
+        sure = torch.arange(tokens.shape[1], device=tokens.device) >= lengths[:, None]
+        may = torch.zeros_like(sure)
+    for row, name in product((sure | may).any(dim=1).nonzero()[:, 0].tolist(), metrics):
+        pad = int(tokens[row, -1])
+        if _reads(metrics[name], logits, row, sure[row]):
+            raise ValueError(
+                f"prompt {row} is padded on the right with the pad token {pad}, and metric "
+                f"{name!r} reads there: read each prompt's own last token "
+                "(patching_demo.metrics takes positions, patching_demo.prompt_task finds them)"
+            )
+        if _reads(metrics[name], logits, row, may[row]):
+            warn_once(
+                f"prompt {row} ends in token {pad}, which ends texts and pads them, and metric "
+                f"{name!r} reads there: if it is padding, read the token before it, and pass "
+                "attention_mask to be sure"
+            )
 
 
-def _pads(model: Any, tokens: Tensor, side: str) -> tuple[int | None, Tensor]:
-    """The pad token, and which tokens are padding before ("bos") or after ("eos") the text.
-
-    Where the pad token is also the one that begins or ends a text, a single one that all prompts
-    have is text.
-    """
-    tokenizer = getattr(model, "tokenizer", None)
-    pad, mark = (getattr(tokenizer, f"{name}_token_id", None) for name in ("pad", side))
-    if pad is None:
-        return None, torch.zeros_like(tokens, dtype=torch.bool)
-    inwards = tokens if side == "bos" else tokens.flip(1)
-    outer = (inwards == pad).cumprod(dim=1).bool()
-    if pad == mark and outer[:, 0].all():
-        outer = outer.roll(-1, dims=1)
-        outer[:, -1] = False
-    return pad, outer if side == "bos" else outer.flip(1)
+def _reads(metric: Callable[[Tensor], Tensor], logits: Tensor, row: int, positions: Tensor) -> bool:
+    """Whether the metric depends on the logits at some positions (bool) of a prompt."""
+    if not positions.any():
+        return False
+    changed = logits.clone()
+    changed[row, positions] = 1 - 2 * logits[row, positions].flip(-1)
+    # NaN in both is another mistake, and has its own message.
+    return not torch.allclose(metric(changed), metric(logits.clone()), 0, 0, equal_nan=True)
 
 
 def checked_activation(
@@ -197,15 +229,21 @@ def checked_activation(
             f"the {which} cache has {beyond!r}, but this model has only {model.cfg.n_layers} blocks"
             ": the cache must come from this model"
         )
-    expected = _expected_shape(model, name, tokens)
+    kind = kind_of_hook(name)
     shape = tuple(activation.shape)
-    if not _fits(shape, expected):
+    # What is not in the table is compared with the corrupted run's own, see Survey.
+    axes = kind.axes if kind else ("batch",)
+    expected = _expected_sizes(model, axes, tokens)
+    fits = all(e in (None, size) for e, size in zip(expected, shape, strict=False))
+    if not fits or len(shape) < len(axes) or (kind and len(shape) > len(axes)):
+        need = ", ".join("any" if size is None else str(size) for size in expected)
         raise ValueError(
-            f"{name!r} in the {which} cache has shape {shape}, the corrupted tokens need "
-            f"{_shape_in_words(expected)}: clean and corrupted prompts must have the same number "
-            "of prompts and of tokens, and the cache must come from this model"
+            f"{name!r} in the {which} cache has shape {shape}, the corrupted tokens need [{need}] "
+            f"({', '.join(axes)}): {_misfit(cache, shape, axes, expected)}"
         )
-    if not torch.isfinite(activation).all():
+    # -inf stands in masked scores; Survey compares it with the corrupted run's.
+    bad = activation.isnan() | (activation.isinf() & (activation > 0 if kind is None else True))
+    if bad.any():
         raise ValueError(f"{name!r} in the {which} cache holds NaN or infinity")
     return activation
 
@@ -218,89 +256,26 @@ def _entry(cache: Mapping[str, Any], name: str) -> Any:
         return None
 
 
-class Survey:
-    """What the swept hooks are given during one forward pass of the corrupted prompts.
+def refuse_uncalled_hooks(
+    model: Any, tokens: Tensor, cache: Mapping[str, Any], names: Sequence[str]
+) -> None:
+    """Tell hooks that a cache lacks because the model never calls them from a cache too narrow.
 
-    It costs no pass of its own: it listens to the one that a sweep starts with. Attributes:
-        moved: per hook name, whether clean and corrupted differ at a position: bool ``[pos]``.
-        far: the same, but only where they differ by more than rounding.
+    Raises:
+        HookNotLive: if the cache lacks a hook that a forward pass does not call.
     """
-
-    def __init__(self, clean: Mapping[str, Tensor]) -> None:
-        self.clean = clean
-        self.moved: dict[str, Tensor] = {}
-        self.far: dict[str, Tensor] = {}
-
-    @contextmanager
-    def listening(self, model: Any) -> Iterator[Survey]:
-        """Listen while the model runs.
-
-        Raises:
-            ValueError: on leaving, if a swept hook was not called, or has another shape.
-        """
-        with ExitStack() as stack:
-            for name in self.clean:
-                stack.enter_context(hooked(model, name, self._listener(name)))
-            yield self
-        for name in self.clean:
-            if name not in self.moved:
-                raise ValueError(
-                    f"hook {name!r} is not live on this model: a forward pass never calls it, so "
-                    "every cell would read as zero effect (some hooks need a switch, for instance "
-                    "model.set_use_attn_result(True))"
-                )
-
-    def _listener(self, name: str) -> Callable[..., None]:
-        return lambda activation, hook=None: self.compare(name, activation)
-
-    def compare(self, name: str, activation: Tensor) -> None:
-        """Note where a corrupted activation differs from the clean one.
-
-        Raises:
-            ValueError: if it has another shape.
-        """
-        clean = self.clean[name].to(activation.device)
-        if clean.shape != activation.shape:
-            raise ValueError(
-                f"{name!r} in the clean cache has shape {tuple(clean.shape)}, in the corrupted "
-                f"run it has {tuple(activation.shape)}: the cache must come from this model"
-            )
-        position = 2 if name.endswith("hook_pattern") else 1
-        others = [axis for axis in range(clean.ndim) if axis != position]
-        apart = (clean - activation).abs()
-        allowed = 0.1 * tolerance(clean.dtype) * clean.abs().max()
-        self.moved[name] = (clean != activation).amax(dim=others).cpu()
-        self.far[name] = (apart > allowed).amax(dim=others).cpu()
-
-    def narrowed(self, cells: Sequence[Cell], differing: Sequence[int]) -> list[Cell]:
-        """Cells with only the positions that the patch can change (idea 3 of the engine).
-
-        That nothing changes before the first input that differs holds for the cache of a clean
-        run, not for one that was edited (averaged over prompts, for instance). So it is believed
-        only where the activations themselves agree.
-        """
-        known: dict[tuple[str, tuple[int, ...]], tuple[int, ...]] = {}
-        out = []
-        for cell in cells:
-            key = cell.hook_name, cell.positions
-            if cell.kind is not None and key not in known:
-                claimed = changed_positions(cell.kind, cell.layer, cell.positions, differing)
-                moved, far = self.moved[cell.hook_name], self.far[cell.hook_name]
-                known[key] = tuple(
-                    p for p in cell.positions if moved[p] and (p in claimed or far[p])
-                )
-            positions = known.get(key, cell.positions)
-            out.append(cell if positions == cell.positions else replace(cell, positions=positions))
-        return out
-
-    def warn_if_nothing_moves(self, differing: Sequence[int]) -> None:
-        """Warn once if clean and corrupted activations are the same everywhere."""
-        apart = self.moved if differing else self.far
-        if not any(bool(moved.any()) for moved in apart.values()):
-            warn_once(
-                "there is nothing to patch: clean and corrupted activations are the same at every "
-                "position (are the prompts the same?), so every cell is the corrupted baseline"
-            )
+    missing = [n for n in names if _entry(cache, n) is None and hook_point(model, n) is not None]
+    if not missing:
+        return
+    called: set[str] = set()
+    with ExitStack() as stack, torch.no_grad():
+        for name in missing:
+            note = partial(lambda name, activation, hook=None: called.add(name), name)
+            stack.enter_context(hooked(model, name, note))
+        model(tokens[:1], return_type="logits")
+    for name in missing:
+        if name not in called:
+            raise HookNotLive(name, called=False)
 
 
 def refuse_dead_hooks(model: Any, tokens: Tensor, run: Run | None, cells: Sequence[Cell]) -> None:
@@ -311,7 +286,7 @@ def refuse_dead_hooks(model: Any, tokens: Tensor, run: Run | None, cells: Sequen
     block is run where the engine runs blocks, else the model.
 
     Raises:
-        ValueError: if the output does not depend on what the hook returns.
+        HookNotLive: if the output does not depend on what the hook returns.
     """
     tried: set[Any] = set()
     for name, cell in {cell.hook_name: cell for cell in cells}.items():
@@ -321,16 +296,14 @@ def refuse_dead_hooks(model: Any, tokens: Tensor, run: Run | None, cells: Sequen
         if kind in tried:
             continue
         tried.add(kind)
-        with hooked(model, name, _not_a_number):
+        # TransformerLens says so itself, in its own way, and not for every model.
+        with hooked(model, name, _not_a_number), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             patched = _output(model, tokens, run, cell.layer)
         if patched.isnan().any():
             continue
         if torch.equal(patched, _output(model, tokens, run, cell.layer)):
-            raise ValueError(
-                f"hook {name!r} is not live on this model: it is called, but what it returns "
-                "changes nothing (the attention is computed elsewhere), so it would read as zero "
-                "everywhere. Sweep another activation, for instance the heads' outputs"
-            )
+            raise HookNotLive(name, called=True)
 
 
 def _output(model: Any, tokens: Tensor, run: Run | None, layer: int) -> Tensor:
@@ -343,34 +316,37 @@ def _not_a_number(activation: Tensor, hook: Any = None) -> Tensor:
     return torch.full_like(activation, float("nan"))
 
 
-def _fits(shape: tuple[int, ...], expected: tuple[Any, ...]) -> bool:
-    """Whether the sizes are the expected ones: None is any size, a final ... any further sizes."""
-    if expected[-1] is ...:
-        expected = expected[:-1]
-        shape = shape[: len(expected)]
-    return len(shape) == len(expected) and all(
-        want is None or got == want for got, want in zip(shape, expected, strict=True)
+def _expected_sizes(model: Any, axes: Sequence[str], tokens: Tensor) -> list[int | None]:
+    """The size of each axis of an activation, None for any."""
+    sizes = {
+        "batch": tokens.shape[0],
+        "pos": tokens.shape[1],
+        "source": tokens.shape[1],
+        "head": model.cfg.n_heads,
+        "kv_head": key_value_heads(model),
+        "d_model": model.cfg.d_model,
+    }
+    return [sizes.get(axis) for axis in axes]
+
+
+def _misfit(cache: Any, shape: Sequence[int], axes: Sequence[str], sizes: Sequence[Any]) -> str:
+    """Why a shape is not the expected one, as far as it can be told."""
+    if len(shape) == len(axes) - 1:
+        return "the cache has no batch axis (was it taken off by remove_batch_dim()?): keep it"
+    got = dict(zip(axes, shape, strict=False))
+    want = dict(zip(axes, sizes, strict=True))
+    if "d_head" in axes and len(shape) == 4:
+        if [*shape[:3]] == [sizes[0], sizes[2], sizes[1]]:
+            return "this model's hook has heads before positions, so it cannot be swept by head"
+        if all(got[axis] == want[axis] for axis in ("batch", "pos")):
+            return (
+                "the number of heads is another: the cache must come from this model, and a model "
+                "whose hook does not split its heads like this cannot be swept by head"
+            )
+    return (
+        "clean and corrupted prompts must have the same number of prompts and of tokens, and the "
+        "cache must come from this model"
     )
-
-
-def _expected_shape(model: Any, name: str, tokens: Tensor) -> tuple[Any, ...]:
-    batch, n_pos = tokens.shape
-    heads = model.cfg.n_heads
-    last = name.rsplit(".", 1)[-1]
-    if last == "hook_pattern":
-        return batch, heads, n_pos, n_pos
-    if last in ("hook_q", "hook_z"):
-        return batch, n_pos, heads, None
-    if last in ("hook_k", "hook_v"):
-        return batch, n_pos, getattr(model.cfg, "n_key_value_heads", None) or heads, None
-    if last.startswith("hook_resid_") or last in ("hook_attn_out", "hook_mlp_out"):
-        return batch, n_pos, model.cfg.d_model
-    return (batch, ...)  # The rest is compared with the corrupted run's own, see Survey.
-
-
-def _shape_in_words(shape: tuple[Any, ...]) -> str:
-    words = {None: "any", ...: "..."}
-    return "[" + ", ".join(words.get(size, str(size)) for size in shape) + "]"
 
 
 _INNER = ("patching_demo.", "torch.")  # What lies between a warning and who caused it.

@@ -7,7 +7,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["BLOCK_KINDS", "HEAD_KINDS", "KINDS", "Kind", "kind_label", "kind_of_activation"]
+__all__ = [
+    "BLOCK_KINDS",
+    "HEAD_KINDS",
+    "KINDS",
+    "Kind",
+    "kind_label",
+    "kind_of_activation",
+    "kind_of_hook",
+]
 
 
 @dataclass(frozen=True)
@@ -112,6 +120,15 @@ def kind_of_activation(activation: str) -> Kind | None:
     'out'
     """
     return next((kind for kind in KINDS.values() if kind.activation == activation), None)
+
+
+def kind_of_hook(name: str) -> Kind | None:
+    """The kind whose hook that is, None if it is not in the table.
+
+    >>> kind_of_hook("blocks.3.attn.hook_z").name
+    'out'
+    """
+    return next((kind for kind in KINDS.values() if kind.hook == name.split(".", 2)[-1]), None)
 
 
 def kind_label(name: object) -> str:

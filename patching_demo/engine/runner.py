@@ -19,13 +19,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from patching_demo.engine.bridge import Run, Unsupported, attached_hooks, capture, run_plain
-from patching_demo.engine.cells import Cell, is_dead
-from patching_demo.engine.checks import Survey, refuse_dead_hooks, refuse_reading_pads, warn_once
+from patching_demo.engine.cells import Cell
+from patching_demo.engine.checks import refuse_dead_hooks, refuse_reading_pads, warn_once
 from patching_demo.engine.isolation import isolated
 from patching_demo.engine.kinds import KINDS
 from patching_demo.engine.packs import CALL_TOKENS, unforeseen
 from patching_demo.engine.proof import prove
 from patching_demo.engine.scoring import Scorer, tolerance
+from patching_demo.engine.skipping import Survey, is_dead
 from patching_demo.engine.store import CellStore
 from patching_demo.engine.sweeping import sweep_cells
 
@@ -89,10 +90,12 @@ def run_cells(
     differing: Sequence[int],
     per_example: bool,
     options: Options,
+    lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Values ``[metric, cell, (batch)]`` of all cells and the baseline ``[metric, (batch)]``.
 
-    ``differing`` are the positions at which the inputs of the two runs differ.
+    ``differing`` are the positions at which the inputs of the two runs differ; ``lengths``
+    ``[batch]`` are those of the prompts without padding, where a mask tells.
 
     The model runs on modules of the sweep's own, see :func:`isolated`.
 
@@ -116,7 +119,7 @@ def run_cells(
         survey.warn_if_nothing_moves(differing)
     scorer = Scorer(model, run or Run(tokens=tokens, logits=logits, resid=[]), metrics, per_example)
     scored = {name: partial(scorer.full, name) for name in metrics}
-    refuse_reading_pads(model, tokens, logits, scored)
+    refuse_reading_pads(model, tokens, logits, scored, lengths)
     _refuse_not_finite(scorer, scorer.baseline[:, None], None)
     values = scorer.baseline[:, None].repeat(1, len(cells), *(1,) * (scorer.baseline.ndim - 1))
     with CellStore.open(options.store, model, tokens, clean, cells, scorer.probe) as store:
