@@ -83,6 +83,11 @@ def test_normalising_refuses_a_scale_that_does_not_exist():
     metric = LogitDifference([[0, 1]], 0)
     with pytest.raises(ValueError, match="both 2.0"):
         metric.normalised(2.0, 2.0)
+    for clean, corrupted in ((3.0000001, 3.0), (1e-7, -1e-7), (4000.0, 4000.01)):
+        with pytest.raises(ValueError, match=f"{clean} and {corrupted}, as good as equal"):
+            metric.normalised(clean, corrupted)
+    # Small probabilities are no rounding.
+    assert Probability([1], 0).normalised(2e-9, 1e-9).clean == 2e-9
     for bad in (math.nan, math.inf):
         with pytest.raises(ValueError, match="clean baseline of 'logit difference'"):
             metric.normalised(bad, 0.0)
@@ -144,9 +149,9 @@ def test_logits_must_be_a_tensor():
     [
         (ANSWERS, -1, ValueError, "last of n positions is n - 1"),
         (ANSWERS, [1, 2], ValueError, "2 examples, answers for 3"),
-        (ANSWERS, 1.0, TypeError, "positions must be integers"),
+        (ANSWERS, 1.0, TypeError, "positions must be whole numbers"),
         (ANSWERS, [[[1]], [[2]], [[3]]], ValueError, r"\[batch, n_positions\]"),
-        (ANSWERS.float(), 1, TypeError, "answer_tokens must be integers"),
+        (ANSWERS.float(), 1, TypeError, "answer_tokens must be whole numbers"),
         (ANSWERS > 2, 1, TypeError, "bool"),
         (-ANSWERS, 1, ValueError, "-6"),
         (ANSWERS[:, :1], 1, ValueError, r"\[batch, 2\]"),

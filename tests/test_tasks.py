@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from types import SimpleNamespace
@@ -11,7 +12,9 @@ import pytest
 import tiny
 import torch
 
+from patching_demo.engine import checks
 from patching_demo.metrics import LogitDifference, reads
+from patching_demo.sweeps import sweep, sweep_metrics
 from patching_demo.tasks import (
     CORRUPTIONS,
     IOI_ANSWERS,
@@ -194,9 +197,179 @@ def test_own_prompts_as_text_tokens_or_arrays_make_the_same_task(model):
 
 def test_one_pair_of_answers_serves_all_prompts(model):
     clean, corrupted = [CLEAN, CORRUPTED], [CORRUPTED, CLEAN]
-    one = prompt_task(model, clean, corrupted, RIGHT_WRONG)
+    one = prompt_task(model, clean, corrupted, [RIGHT_WRONG])
     each = prompt_task(model, clean, corrupted, [RIGHT_WRONG, RIGHT_WRONG])
     assert torch.equal(one.answers, each.answers)
+
+
+@pytest.mark.parametrize("answers", [RIGHT_WRONG, list(RIGHT_WRONG), torch.tensor([9, 11])])
+@pytest.mark.parametrize("metric", ["probability", "logit difference"])
+def test_two_answers_for_two_prompts_are_refused_with_both_readings(model, answers, metric):
+    """They may be (right, wrong) for both, or one right answer each."""
+    with pytest.raises(ValueError) as refusal:
+        prompt_task(model, [CLEAN, CORRUPTED], [CORRUPTED, CLEAN], answers, metric=metric)
+    assert "one (right, wrong) pair for both" in str(refusal.value)
+    assert "one right answer each" in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "convert", [np.asarray, torch.tensor, lambda ids: [np.int64(i) for i in ids]]
+)
+def test_answers_may_be_ids_of_any_kind(model, convert):
+    ids = [model.to_single_token(a) for a in RIGHT_WRONG]
+    assert prompt_task(model, CLEAN, CORRUPTED, convert(ids)).answers.tolist() == [ids]
+    both = prompt_task(model, [CLEAN] * 2, [CORRUPTED] * 2, [convert(ids)] * 2)
+    assert both.answers.tolist() == [ids] * 2
+
+
+@pytest.mark.parametrize("name", WITH_TOKENIZER)
+def test_text_that_has_its_bos_gets_no_other_and_that_is_said_once(name):
+    """As chat templates write it."""
+    model = tiny.model(name)
+    checks._warned.clear()
+    with pytest.warns(UserWarning, match="the prompts begin with '<bos>' already") as caught:
+        for _ in range(2):
+            task = prompt_task(model, "<bos>" + CLEAN, "<bos>" + CORRUPTED, RIGHT_WRONG)
+    assert len(caught) == 1
+    assert torch.equal(task.clean_tokens, model.to_tokens(CLEAN))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_tokenizers_output_is_read_by_its_mask(model, side):
+    """Whatever the pads are; here they are a word that ends one of the prompts, too."""
+    clean = [CLEAN, CLEAN + " the to"]
+    corrupted = [text.replace("John", "Mary") for text in clean]
+    wanted = prompt_task(model, clean, corrupted, [RIGHT_WRONG])
+    tokenizer = copy.deepcopy(model.tokenizer)
+    tokenizer.pad_token, tokenizer.padding_side = " to", side
+    made = [tokenizer(texts, padding=True, return_tensors="pt") for texts in (clean, corrupted)]
+    assert (made[0]["input_ids"][0] == tokenizer.pad_token_id).sum() == 3
+    task = prompt_task(model, *made, [RIGHT_WRONG])
+    assert torch.equal(task.clean_tokens, wanted.clean_tokens)
+    assert task.lengths.tolist() == wanted.lengths.tolist()
+    assert task.clean_baseline == wanted.clean_baseline
+
+
+@pytest.mark.parametrize("form", ["text", "tokens"])
+def test_a_prompt_that_ends_in_the_token_that_pads_keeps_it(form):
+    model = tiny.fresh("gpt2")
+    model.tokenizer = copy.deepcopy(model.tokenizer)
+    model.tokenizer.pad_token = "<bos>"  # It ends texts, too.
+    prompts = [CLEAN + "<bos>", CORRUPTED + "<bos>"]
+    length = model.to_tokens(prompts[0]).shape[1]
+    if form == "tokens":
+        prompts = [model.to_tokens(prompt) for prompt in prompts]
+    task = prompt_task(model, *prompts, RIGHT_WRONG)
+    assert task.lengths.tolist() == [length]
+    assert task.metric.positions.tolist() == [[length - 1]]
+    found = sweep(model, task, "resid_pre", progress=False)
+    assert found.sizes["position"] == length and found.std() > 0
+    # Of two prompts, one of which ends in it once, it is text, aloud; more of them are refused.
+    tokens = [model.to_tokens([text, text + " the"]) for text in (CLEAN, CORRUPTED)]
+    with pytest.warns(UserWarning, match="some clean prompts end in token 0"):
+        mixed = prompt_task(model, *tokens, [RIGHT_WRONG])
+    assert mixed.lengths.tolist() == [length, length]
+    tokens = [model.to_tokens([text, text + " the bag"]) for text in (CLEAN, CORRUPTED)]
+    with pytest.raises(ValueError, match="clean tokens end in several of token 0"):
+        prompt_task(model, *tokens, [RIGHT_WRONG])
+
+
+# ---- another model, another direction
+
+
+def two_models(name):
+    return tiny.model(name), tiny.fresh(name, seed=1)
+
+
+@pytest.mark.parametrize("scored", ["plain", "normalised", "by two metrics"])
+@pytest.mark.parametrize("name", ["gpt2", "llama-gqa"])
+def test_a_task_of_another_model_is_refused_with_both_numbers(name, scored):
+    model, other = two_models(name)
+    task, right = (ioi_task(m) for m in (model, other))
+    if scored == "normalised":
+        task, right = task.normalised(), right.normalised()
+    with pytest.raises(ValueError, match=r"Sweep task.on\(model\)") as refusal:
+        if scored == "by two metrics":
+            mixed = {"right": right, "wrong": task.with_metric(model, "probability")}
+            sweep_metrics(other, mixed, "resid_pre", progress=False)
+        else:
+            sweep(other, task, "resid_pre", progress=False)
+    if scored == "plain":
+        for number in (task.clean_baseline, right.clean_baseline):
+            assert f"{number:.6g}" in str(refusal.value)
+    moved = task.on(other)
+    assert moved.clean_baseline == right.clean_baseline
+    assert moved.corrupted_baseline == right.corrupted_baseline
+    found, wanted = (sweep(other, t, "resid_pre", progress=False) for t in (moved, right))
+    assert torch.equal(torch.tensor(found.values), torch.tensor(wanted.values))
+
+
+def test_a_model_that_was_changed_since_is_another_one():
+    model = tiny.fresh("gpt2")
+    task = ioi_task(model)
+    with torch.no_grad():
+        next(iter(model.blocks[1].mlp.parameters())).mul_(1.02)
+    with pytest.raises(ValueError, match="or the model was changed"):
+        sweep(model, task, "out", progress=False)
+    # That the clean run is as before is not enough.
+    task = ioi_task(model)
+    wrong = dataclasses.replace(task, corrupted_baseline=task.corrupted_baseline + 0.01)
+    with pytest.raises(ValueError, match="the corrupted baseline of the task is"):
+        sweep(model, wrong, "out", by="all_pos", progress=False)
+
+
+def test_a_task_goes_to_no_model_that_reads_its_tokens_otherwise(model):
+    other = tiny.fresh("gpt2")
+    task = ioi_task(model)
+    renamed = dataclasses.replace(task, clean_strings=[["?"] * 15] * 8)
+    with pytest.raises(ValueError, match=r"reads '<bos>': make the task with this model"):
+        renamed.on(other)
+    other.cfg.d_vocab = 20
+    with pytest.raises(ValueError, match="clean tokens: token id .* vocabulary of 20"):
+        task.on(other)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "neox-parallel", "llama-gqa"])
+def test_a_reversed_task_patches_corrupted_activations_into_the_clean_run(name):
+    model = tiny.model(name)
+    task = ioi_task(model)
+    back = task.reversed()
+    assert (back.clean_baseline, back.corrupted_baseline) == (
+        task.corrupted_baseline,
+        task.clean_baseline,
+    )
+    assert torch.equal(back.clean_tokens, task.corrupted_tokens)
+    assert back.clean_strings == task.corrupted_strings
+    assert torch.equal(back.answers, task.answers)
+    found = sweep(model, back, "mlp_out" if name != "neox-parallel" else "out", progress=False)
+    assert found.attrs["direction"] == "noising"
+    assert list(found.position.values) == task.position_labels
+    with torch.no_grad():
+        _, cache = model.run_with_cache(task.corrupted_tokens)
+        hook = f"blocks.1.{'attn.hook_z' if 'head' in found.dims else 'hook_mlp_out'}"
+
+        def patch(activation, hook=None):
+            activation = activation.clone()
+            where = (slice(None), 12, 2) if "head" in found.dims else (slice(None), 12)
+            activation[where] = cache[hook.name][where]
+            return activation
+
+        value = task.metric(model.run_with_hooks(task.clean_tokens, fwd_hooks=[(hook, patch)]))
+    cell = found.isel(layer=1, position=12, **({"head": 2} if "head" in found.dims else {}))
+    assert float(cell) == pytest.approx(float(value), abs=1e-4)
+    assert repr(back.reversed()) == repr(task) and back.reversed().direction == "denoising"
+
+
+def test_reversing_and_normalising_go_in_any_order(model):
+    # Not the eight prompts, whose baselines mirror each other.
+    task = prompt_task(model, CLEAN, CORRUPTED, RIGHT_WRONG)
+    one, other = task.reversed().normalised(), task.normalised().reversed()
+    logits = torch.randn(1, 6, tiny.D_VOCAB)
+    assert float(one.metric(logits)) == pytest.approx(float(other.metric(logits)), rel=1e-4)
+    for each in (one, other):
+        assert (each.clean_baseline, each.corrupted_baseline) == (1.0, 0.0)
+        with torch.no_grad():
+            assert float(each.metric(model(task.corrupted_tokens))) == pytest.approx(1.0, abs=1e-4)
 
 
 @pytest.mark.parametrize("name", WITH_TOKENIZER)
@@ -235,15 +408,16 @@ def test_tokens_padded_on_the_right_are_served_and_on_the_left_refused(model):
         prompt_task(model, *left, RIGHT_WRONG)
 
 
+@pytest.mark.filterwarnings("ignore:every")
 def test_a_bos_that_is_also_the_pad_is_no_padding(model):
     tokens = model.to_tokens(CLEAN)
     both = _standing_in(model, pad_token_id=model.tokenizer.bos_token_id)
     other = tokens.clone()
     other[0, 1] = model.to_single_token("Mary")
     assert prompt_task(both, tokens, other, RIGHT_WRONG).lengths.tolist() == [tokens.shape[1]]
-    double = [torch.cat([t[:, :1], t], dim=1) for t in (tokens, other)]
+    many = [torch.cat([t[:, :1], t[:, :1], t], dim=1) for t in (tokens, other)]
     with pytest.raises(ValueError, match="padded on the left"):
-        prompt_task(both, *double, RIGHT_WRONG)
+        prompt_task(both, *many, RIGHT_WRONG)
 
 
 def test_unequal_lengths_show_both_tokenisations_aligned(model):
@@ -271,8 +445,10 @@ PROMPTS = (CLEAN, CORRUPTED)
         (PROMPTS, (" Mary", " Mary"), ["same token", "' Mary'"]),
         (PROMPTS, (" Mary", " Zanzibar"), ["not in the tokenizer's vocabulary"]),
         (PROMPTS, (" Mary", ""), ["no token"]),
-        (PROMPTS, (5, 128), ["token 128", "vocabulary of 128"]),
-        (PROMPTS, (-1, 5), ["token -1"]),
+        (PROMPTS, (5, 128), ["token id 128", "vocabulary of 128"]),
+        (PROMPTS, (-1, 5), ["token id -1"]),
+        (([CLEAN] * 3, [CORRUPTED] * 3), ["a", "b", "c"], ["must be (right, wrong)"]),
+        (([CLEAN] * 3, [CORRUPTED] * 3), [RIGHT_WRONG, "a", "b"], ["must be (right, wrong)"]),
         (PROMPTS, [RIGHT_WRONG] * 2, ["2 pairs of answers for 1 prompts"]),
         (PROMPTS, [(" Mary",)], ["(right, wrong)"]),
         ((CLEAN + " ", CORRUPTED + " "), RIGHT_WRONG, ["ends in a space", "begins with one"]),
@@ -297,10 +473,10 @@ def test_prompts_and_answers_that_cannot_work_are_refused_with_the_tokens(
     ("prompts", "answers", "message"),
     [
         ((CLEAN, [CORRUPTED]), RIGHT_WRONG, "same form"),
-        ((3.5, 2.5), RIGHT_WRONG, "must be integers"),
-        ((torch.rand(1, 3), torch.rand(1, 3)), RIGHT_WRONG, "must be integers"),
+        ((3.5, 2.5), RIGHT_WRONG, "clean prompts must be"),
+        ((torch.rand(1, 3), torch.rand(1, 3)), RIGHT_WRONG, "must be whole numbers"),
         ((None, None), RIGHT_WRONG, "clean prompts must be"),
-        ((["a", 3], ["b", 4]), RIGHT_WRONG, "clean prompts must be"),
+        ((["a", 3], ["b", 4]), RIGHT_WRONG, "clean tokens must be whole numbers"),
         (PROMPTS, None, "answers must be"),
         (PROMPTS, " Mary", "answers must be"),
         (PROMPTS, (None, " John"), "string or a token id"),
@@ -311,6 +487,23 @@ def test_prompts_and_answers_that_cannot_work_are_refused_with_the_tokens(
 def test_prompts_and_answers_of_the_wrong_kind_are_a_type_error(model, prompts, answers, message):
     with pytest.raises(TypeError, match=message):
         prompt_task(model, *prompts, answers)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model, task: ioi_task(model.original_model),
+        lambda model, task: induction_task(model.original_model),
+        lambda model, task: prompt_task(CLEAN, CORRUPTED, model, RIGHT_WRONG),
+        lambda model, task: sweep(model.original_model, task, "out"),
+        lambda model, task: sweep(task, model, "out"),
+        lambda model, task: sweep(model, "out", task),
+        lambda model, task: task.on(model.original_model),
+    ],
+)
+def test_a_model_that_is_no_bridge_and_arguments_in_another_order_are_a_type_error(model, call):
+    with pytest.raises(TypeError, match="model must be a TransformerBridge|needs a Task, got str"):
+        call(model, ioi_task(model))
 
 
 def test_an_answer_without_its_space_is_fine_where_no_space_belongs(model):
