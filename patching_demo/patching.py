@@ -14,6 +14,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import product
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import pandas as pd
@@ -468,22 +470,22 @@ def get_act_patch_direct_path(
     Raises:
         TypeError, ValueError: for inputs as in :func:`generic_activation_patch`, a source head or
             component that does not exist, a model on which such paths are not defined (grouped
-            query heads with "k" or "v"), or a metric that gives NaN or infinity.
+            query heads with "k" or "v"), or a metric that returns NaN or infinity.
         NotImplementedError: if the model's attention cannot tell its heads' inputs apart.
 
     Source: ``transformer_lens.patching.get_act_patch_direct_path``.
     """
     checks.checked_model(model)
-    tokens = checks.checked_tokens(model, corrupted_tokens)
     for what, value, size in (
         ("src_layer", src_layer, model.cfg.n_layers),
         ("src_head", src_head, model.cfg.n_heads),
     ):
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < size:
+        if not isinstance(value, Integral) or isinstance(value, bool) or not 0 <= value < size:
             raise ValueError(f"{what} must be a whole number from 0 to {size - 1}, got {value!r}")
-    _check_component(component)
-    paths = _Paths(model, tokens, clean_cache, corrupted_cache, patching_metric, [src_layer])
-    return paths.of(src_layer, src_head, component, verbose)
+    caches, source = (clean_cache, corrupted_cache), (int(src_layer), int(src_head))
+    return _direct_paths(
+        model, corrupted_tokens, caches, patching_metric, [source], component, verbose
+    )[0]
 
 
 def get_act_patch_direct_path_all_sources(
@@ -508,80 +510,61 @@ def get_act_patch_direct_path_all_sources(
     Source: ``transformer_lens.patching.get_act_patch_direct_path_all_sources``.
     """
     checks.checked_model(model)
-    tokens = checks.checked_tokens(model, corrupted_tokens)
-    _check_component(component)
     n_layers, n_heads = model.cfg.n_layers, model.cfg.n_heads
-    paths = _Paths(
-        model, tokens, clean_cache, corrupted_cache, patching_metric, list(range(n_layers))
+    sources = list(product(range(n_layers), range(n_heads)))
+    caches = (clean_cache, corrupted_cache)
+    found = _direct_paths(
+        model, corrupted_tokens, caches, patching_metric, sources, component, verbose
     )
-    sources = [(layer, head) for layer in range(n_layers) for head in range(n_heads)]
-    found = [
-        paths.of(layer, head, component, verbose=False)
-        for layer, head in tqdm(sources, disable=not verbose, leave=False, unit="head")
-    ]
-    return torch.stack(found).view(n_layers, n_heads, n_layers, n_heads)
+    return found.view(n_layers, n_heads, n_layers, n_heads)
 
 
-def _check_component(component: Any) -> None:
+def _direct_paths(
+    model: Any,
+    corrupted_tokens: Tensor,
+    caches: tuple[Cache, Cache],
+    patching_metric: Callable[[Tensor], Any],
+    sources: Sequence[tuple[int, int]],
+    component: str,
+    verbose: bool,
+) -> Tensor:
+    """``[source, layer, head]``: the paths from some heads, with inputs checked as a sweep's."""
     if component not in ("q", "k", "v"):
         raise ValueError(f"component must be 'q', 'k' or 'v', got {component!r}")
-
-
-class _Paths:
-    """Direct paths from heads of some layers, with the inputs checked as those of a sweep."""
-
-    def __init__(
-        self,
-        model: Any,
-        tokens: Tensor,
-        clean_cache: Mapping[str, Tensor],
-        corrupted_cache: Mapping[str, Tensor],
-        patching_metric: Callable[[Tensor], Any],
-        layers: Sequence[int],
-    ) -> None:
-        self.model, self.tokens = model, tokens = isolated(model), tokens
-        names = [get_act_name("z", layer) for layer in layers]
-        self.clean, self.corrupted = (
-            {name: checks.checked_activation(model, cache, name, tokens, which) for name in names}
-            for which, cache in (("clean", clean_cache), ("corrupted", corrupted_cache))
-        )
-        metrics, several = _metrics(patching_metric)
-        if several:
-            raise TypeError(
-                "direct path patching takes one metric, got a mapping: give one function"
-            )
-        self.metric = partial(measured, "metric", metrics["metric"], per_example=False)
-        survey = Survey(self.clean)
-        for name, activation in self.corrupted.items():
-            survey.compare(name, activation)
-        survey.warn_if_nothing_moves(_Plan(model, tokens, clean_cache).differing)
-        with torch.no_grad():
-            logits = model(tokens, return_type="logits")
-            checks.refuse_reading_pads(model, tokens, logits, {"metric": self.metric})
-
-    def of(self, src_layer: int, src_head: int, component: str, verbose: bool) -> Tensor:
-        """``[layer, head]``: the path from one head into each later one."""
-        caches = (self.clean, self.corrupted)
-        with torch.no_grad():
+    model, tokens = isolated(model), checks.checked_tokens(model, corrupted_tokens)
+    names = {get_act_name("z", layer) for layer, _ in sources}
+    clean, corrupted = (
+        {name: checks.checked_activation(model, cache, name, tokens, which) for name in names}
+        for which, cache in zip(("clean", "corrupted"), caches, strict=True)
+    )
+    metrics, several = _metrics(patching_metric)
+    if several:
+        raise TypeError("direct path patching takes one metric, got a mapping: give one function")
+    metric = partial(measured, "metric", metrics["metric"], per_example=False)
+    survey = Survey(clean)
+    for name, activation in corrupted.items():
+        survey.compare(name, activation)
+    survey.warn_if_nothing_moves(_Plan(model, tokens, caches[0]).differing)
+    found = []
+    with torch.no_grad():
+        logits = model(tokens, return_type="logits")
+        checks.refuse_reading_pads(model, tokens, logits, {"metric": metric})
+        several = len(sources) > 1
+        for layer, head in tqdm(sources, disable=not (verbose and several), leave=False):
             values = _direct_path(
-                self.model,
-                self.tokens,
-                *caches,
-                self.metric,
-                src_layer,
-                src_head,
-                component,
-                verbose,
-            )
-        values[: src_layer + 1] = float("nan")
-        bad = (~torch.isfinite(values[src_layer + 1 :])).nonzero()
-        if len(bad):
-            layer, head = (bad[0] + torch.tensor([src_layer + 1, 0])).tolist()
-            raise ValueError(
-                f"the metric is {values[layer, head].item()} with the path from "
-                f"L{src_layer}H{src_head} to L{layer}H{head} patched: a metric must be finite"
-            )
-        return values
+                model, tokens, clean, corrupted, metric, layer, head, component,
+                verbose and not several,
+            )  # fmt: skip
+            values[: layer + 1] = float("nan")
+            bad = (~torch.isfinite(values[layer + 1 :])).nonzero()
+            if len(bad):
+                to_layer, to_head = int(bad[0, 0]) + layer + 1, int(bad[0, 1])
+                raise ValueError(
+                    f"the metric is {values[to_layer, to_head].item()} with the path from "
+                    f"L{layer}H{head} to L{to_layer}H{to_head} patched: a metric must be finite"
+                )
+            found.append(values)
+    return torch.stack(found)
 
 
 class _Plan:

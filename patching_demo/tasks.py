@@ -295,21 +295,22 @@ def induction_task(
     """
     if corrupted not in CORRUPTIONS:
         raise ValueError(f"corrupted must be one of {', '.join(CORRUPTIONS)}, got {corrupted!r}")
-    if not isinstance(batch, int) or batch < 1:
-        raise ValueError(f"batch must be a whole number of at least 1, got {batch!r}")
-    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
-        raise ValueError(f"seed must be a whole number of at least 0, got {seed!r}")
-    if not isinstance(seq_len, int) or seq_len < 2:
-        raise ValueError(
-            f"seq_len must be a whole number of at least 2, got {seq_len!r}: the first token of "
-            "the second copy is not predictable and not scored"
-        )
+    for name, value, least, why in (
+        ("batch", batch, 1, ""),
+        ("seed", seed, 0, ""),
+        ("seq_len", seq_len, 2, ": the first token of the second copy is not scored"),
+    ):
+        wrong = not isinstance(value, Integral) or isinstance(value, bool)
+        if wrong or not least <= value < 2**63:
+            raise ValueError(
+                f"{name} must be a whole number of at least {least}, got {value!r}{why}"
+            )
     check_bridge(model)
     context = config_number(model, "n_ctx")
     if context is not None and 1 + 2 * seq_len > context:
         raise ValueError(
-            f"seq_len {seq_len} makes inputs of {1 + 2 * seq_len} tokens, and this model takes at "
-            f"most {context}: use a seq_len of at most {(context - 1) // 2}"
+            f"inputs of 1 + 2 * {seq_len} tokens are too long for this model, which takes at most "
+            f"{context}: use a seq_len of at most {(context - 1) // 2}"
         )
     bos, choices = _induction_vocabulary(model)
     if len(choices) < seq_len + 1:
@@ -539,6 +540,9 @@ def _rows_of_tokens(model: Any, prompts: Any, which: str) -> list[list[int]]:
             f"{which} prompts must be a str, a list of str, integer tokens [batch, pos] or a "
             f"tokenizer's output, got {type(prompts).__name__}"
         )
+    if isinstance(prompts, (list, tuple)) and all(isinstance(row, list) for row in prompts):
+        if len(set(map(len, prompts))) > 1:  # Rows of their own lengths: nothing is padded.
+            return [_rows_of_tokens(model, [row], which)[0] for row in prompts]
     tokens = whole_numbers(prompts, what)
     if tokens.ndim == 1:
         tokens = tokens[None]
@@ -546,7 +550,10 @@ def _rows_of_tokens(model: Any, prompts: Any, which: str) -> list[list[int]]:
         raise ValueError(f"{what} must be [batch, pos], got shape {tuple(tokens.shape)}")
     check_ids(model, tokens, what)
     if mask is not None:
-        mask = whole_numbers(mask, "attention_mask").view_as(tokens) != 0
+        mask = whole_numbers(mask, "attention_mask") != 0
+        if mask.numel() != tokens.numel():
+            raise ValueError(f"the attention mask of the {what} has shape {tuple(mask.shape)}")
+        mask = mask.view_as(tokens)
         rows = [row[text].tolist() for row, text in zip(tokens, mask, strict=True)]
         if [] in rows:
             raise ValueError(

@@ -117,10 +117,9 @@ def tensors(draw: st.DrawFn, shape: Any = None) -> Tensor:
     return out.to(draw(dtypes))
 
 
+@lru_cache(None)
 def the_pair() -> Any:
-    if not hasattr(the_pair, "made"):
-        the_pair.made = make_pair(tiny.model("gpt2"), BATCH, N_POS, differ=(1,))
-    return the_pair.made
+    return make_pair(tiny.model("gpt2"), BATCH, N_POS, differ=(1,))
 
 
 def token_inputs() -> st.SearchStrategy[Any]:
@@ -234,7 +233,6 @@ option_inputs = st.fixed_dictionaries(
 )
 #: Few draw each option, else nearly all cases would stop at one of them.
 few_options = mostly({"progress": False}, option_inputs)
-
 axis = st.sampled_from(["layer", "pos", "head", "head_index", "dest_pos", "src_pos", "neuron"])
 axes = mostly(
     None,
@@ -276,67 +274,68 @@ activations = mostly(
 # ---- the entry points
 
 
-def check_sweep(tokens: Any, cache: Any, metric: Any, name: str, options: Any) -> None:
-    found = answers_or_refuses(
-        lambda: getattr(patching, f"get_act_patch_{name}")(
-            tiny.model("gpt2"), tokens, cache, metric, **options
-        )
-    )
+def fuzz_sweeps(draw: Any) -> None:
+    name = draw(st.sampled_from([*oracle.SWEEPS, *oracle.COMBINED]))
+    inputs = draw(token_inputs()), draw(caches()), draw(metric_inputs())
+    options = draw(few_options)
+    sweep = getattr(patching, f"get_act_patch_{name}")
+    found = answers_or_refuses(lambda: sweep(tiny.model("gpt2"), *inputs, **options))
     if isinstance(found, Tensor):
         assert torch.isfinite(found).all()
 
 
-def check_generic(
-    tokens: Any, metric: Any, setter: Any, activation: Any, names: Any, frame: Any, options: Any
-) -> None:
+def fuzz_generic(draw: Any) -> None:
+    tokens = draw(mostly(the_pair().corrupted, token_inputs()))
+    metric, options = draw(metric_inputs()), draw(few_options)
+    setter = draw(mostly(plain_patching.layer_pos_patch_setter, setters, junk))
+    where = draw(activations), draw(axes), draw(mostly(None, frames()))
     answers_or_refuses(
         lambda: patching.generic_activation_patch(
-            tiny.model("gpt2"),
-            tokens,
-            the_pair().cache,
-            metric,
-            setter,
-            activation,
-            names,
-            frame,
-            **options,
+            tiny.model("gpt2"), tokens, the_pair().cache, metric, setter, *where, **options
         )
     )
 
 
-def check_metric(kind: str, answers: Any, positions: Any, logits: Any) -> None:
-    def call() -> Any:
-        metric = getattr(metrics, kind)(answers, positions)
-        return metric(logits)
+def fuzz_metrics(draw: Any) -> None:
+    kind = draw(st.sampled_from(["LogitDifference", "LogProb", "Probability"]))
+    answers = draw(mostly([[1, 2], [3, 4]], junk, tensors()))
+    positions = draw(mostly([1, 2], junk, tensors(), st.integers(-3, 5)))
+    logits = draw(mostly(torch.zeros(2, 4, 128), junk, tensors()))
+    answers_or_refuses(lambda: getattr(metrics, kind)(answers, positions)(logits))
 
-    answers_or_refuses(call)
 
-
-def check_task(clean: Any, corrupted: Any, answers: Any) -> None:
+def fuzz_prompt_task(draw: Any) -> None:
+    lists = st.lists(st.text(max_size=8), max_size=3)
+    prompts = mostly("When Mary and John", st.text(max_size=12), junk, lists)
+    clean = draw(mostly("Then Mary went to the store", prompts, token_inputs()))
+    corrupted = draw(mostly("Then John went to the store", prompts, token_inputs()))
+    words = st.text(max_size=5)
+    answers = draw(mostly((" Mary", " John"), st.tuples(words, words), junk))
     answers_or_refuses(lambda: prompt_task(tiny.model("gpt2"), clean, corrupted, answers))
 
 
-def check_induction(corrupted: Any, batch: Any, seq_len: Any, number: Any) -> None:
-    answers_or_refuses(
-        lambda: induction_task(
-            tiny.model("attn-only"), corrupted, batch=batch, seq_len=seq_len, seed=number
-        )
-    )
+def fuzz_induction_task(draw: Any) -> None:
+    corrupted = draw(mostly("AB", st.text(max_size=2), junk))
+    batch = draw(mostly(2, junk, st.integers(-2, 4)))
+    seq_len = draw(mostly(6, junk, st.integers(-2, 40)))
+    number = draw(mostly(0, junk))
+    model = tiny.model("attn-only")
+    answers_or_refuses(lambda: induction_task(model, corrupted, batch, seq_len, number))
 
 
-def check_labelled(kinds: Any, by: Any, options: Any) -> None:
+def fuzz_labelled_sweep(draw: Any) -> None:
+    kinds = draw(mostly("resid_pre", st.lists(st.sampled_from(["q", "z", "resid_mid"])), junk))
+    by = draw(mostly("pos", st.sampled_from(["all_pos", "position"]), junk))
+    options = draw(few_options)
     answers_or_refuses(
         lambda: labelled_sweep(tiny.model("gpt2"), the_task(), kinds, by=by, **options)
     )
 
 
+@lru_cache(None)
 def the_task() -> Any:
-    if not hasattr(the_task, "made"):
-        data = the_pair()
-        the_task.made = prompt_task(
-            tiny.model("gpt2"), data.clean, data.corrupted, [(9, 11), (12, 30)]
-        )
-    return the_task.made
+    data = the_pair()
+    return prompt_task(tiny.model("gpt2"), data.clean, data.corrupted, [(9, 11), (12, 30)])
 
 
 @lru_cache(None)
@@ -345,21 +344,14 @@ def the_corrupted_cache() -> Any:
         return tiny.model("gpt2").run_with_cache(the_pair().corrupted)[1]
 
 
-def check_direct(layer: Any, head: Any, component: Any, tokens: Any, metric: Any) -> None:
-    data = the_pair()
+def fuzz_direct_path(draw: Any) -> None:
+    source = draw(mostly(0, junk, st.integers(-3, 3))), draw(mostly(1, junk, st.integers(-3, 6)))
+    component = draw(mostly("q", st.sampled_from(["k", "v", "z"]), junk))
+    caches = the_pair().cache, the_corrupted_cache()
+    inputs = (tiny.model("gpt2"), draw(token_inputs()), *caches, draw(metric_inputs()), *source)
     try:
         answers_or_refuses(
-            lambda: patching.get_act_patch_direct_path(
-                tiny.model("gpt2"),
-                tokens,
-                data.cache,
-                the_corrupted_cache(),
-                metric,
-                layer,
-                head,
-                component,
-                verbose=False,
-            )
+            lambda: patching.get_act_patch_direct_path(*inputs, component, verbose=False)
         )
     except NotImplementedError:
         pass  # Documented for this function.
@@ -436,173 +428,72 @@ CHANGES: dict[str, Callable[[Any, Any], Any]] = {
 }
 
 
-def check_results(what: str, result: Any, other: Any, number: Any, name: Any) -> None:
-    calls: dict[str, Callable[[], Any]] = {
-        "share": lambda: results.share(result),
-        "largest": lambda: results.largest_cells(result, number),
-        "combine": lambda: results.combine({"a": result, "b": other}, "run"),
-        "save": lambda: results.save(result, "r.json"),
-        "save as": lambda: results.save(result, name),
-        "load": lambda: results.load(name),
-    }
-    found = answers_or_refuses(calls[what])
-    if what == "save" and found is not None:
-        back = results.load(found)
-        xr.testing.assert_allclose(back, result)
+def fuzz_results(draw: Any) -> None:
+    result, other, name = draw(labelled()), draw(labelled()), draw(junk)
+    number = draw(mostly(3, junk, st.integers(-2, 10**6)))
+    answers_or_refuses(lambda: results.share(result))
+    answers_or_refuses(lambda: results.largest_cells(result, number))
+    answers_or_refuses(lambda: results.combine({"a": result, "b": other}, "run"))
+    answers_or_refuses(lambda: results.save(result, name))
+    answers_or_refuses(lambda: results.load(name))
+    saved = answers_or_refuses(lambda: results.save(result, "result"))
+    if saved is not None:
+        xr.testing.assert_allclose(results.load(saved), result)
 
 
-def check_figures(draws: str, result: Any, along: Any) -> None:
-    calls: dict[str, Callable[[], Any]] = {
-        "heatmap": lambda: plots.heatmap(result),
-        "curves": lambda: plots.curves(result, along=along),
-        "bars": lambda: plots.bars(result, along=along),
-    }
-    found = answers_or_refuses(calls[draws])
+def fuzz_figures(draw: Any) -> None:
+    result = draw(labelled())
+    along = draw(st.sampled_from(["layer", "position", "head", "kind", "nonsense"]))
+    draws = draw(
+        st.sampled_from(
+            [
+                lambda: plots.heatmap(result),
+                lambda: plots.curves(result, along=along),
+                lambda: plots.bars(result, along=along),
+            ]
+        )
+    )
+    found = answers_or_refuses(draws)
     assert found is None or found.to_json()
 
 
-def check_names(name: Any, task: Any) -> None:
+def fuzz_names(draw: Any) -> None:
     """Names that are none, so that no hub is asked."""
-    for call in (models.check_name, models.load_model, lambda n: models.resolve_model(n, task)):
+    name = draw(junk.filter(lambda value: not isinstance(value, str) or "/" not in value))
+    for call in (models.check_name, models.load_model):
         with pytest.raises((ValueError, TypeError)):
             call(name)
         answers_or_refuses(lambda call=call: call(name))
 
 
-prompts = mostly(
-    "When Mary and John", st.text(max_size=12), junk, st.lists(st.text(max_size=8), max_size=3)
-)
-#: Entry point: (its check, what it is given, its share of the cases)
-ENTRY_POINTS: dict[str, tuple[Callable[..., None], Callable[[], list[Any]], int]] = {
-    "sweeps": (
-        check_sweep,
-        lambda: [
-            token_inputs(),
-            caches(),
-            metric_inputs(),
-            st.sampled_from([*oracle.SWEEPS, *oracle.COMBINED]),
-            few_options,
-        ],
-        34,
-    ),
-    "generic": (
-        check_generic,
-        lambda: [
-            mostly(the_pair().corrupted, token_inputs()),
-            metric_inputs(),
-            mostly(plain_patching.layer_pos_patch_setter, setters, junk),
-            activations,
-            axes,
-            mostly(None, frames()),
-            few_options,
-        ],
-        22,
-    ),
-    "metrics": (
-        check_metric,
-        lambda: [
-            st.sampled_from(["LogitDifference", "LogProb", "Probability"]),
-            mostly([[1, 2], [3, 4]], junk, tensors()),
-            mostly([1, 2], junk, tensors(), st.integers(-3, 5)),
-            mostly(torch.zeros(2, 4, 128), junk, tensors()),
-        ],
-        14,
-    ),
-    "prompt_task": (
-        check_task,
-        lambda: [
-            mostly("Then Mary went to the store", prompts, token_inputs()),
-            mostly("Then John went to the store", prompts, token_inputs()),
-            mostly((" Mary", " John"), st.tuples(st.text(max_size=5), st.text(max_size=5)), junk),
-        ],
-        10,
-    ),
-    "induction_task": (
-        check_induction,
-        lambda: [
-            mostly("AB", st.text(max_size=2), junk),
-            mostly(2, junk, st.integers(-2, 4)),
-            mostly(6, junk, st.integers(-2, 40)),
-            mostly(0, junk),
-        ],
-        3,
-    ),
-    "labelled sweep": (
-        check_labelled,
-        lambda: [
-            mostly("resid_pre", st.lists(st.sampled_from(["q", "z", "resid_mid"])), junk),
-            mostly("pos", st.sampled_from(["all_pos", "position"]), junk),
-            few_options,
-        ],
-        4,
-    ),
-    "direct path": (
-        check_direct,
-        lambda: [
-            mostly(0, junk, st.integers(-3, 3)),
-            mostly(1, junk, st.integers(-3, 6)),
-            mostly("q", st.sampled_from(["k", "v", "z"]), junk),
-            token_inputs(),
-            metric_inputs(),
-        ],
-        3,
-    ),
-    "results": (
-        check_results,
-        lambda: [
-            st.sampled_from(["share", "largest", "combine", "save", "save as", "load"]),
-            labelled(),
-            labelled(),
-            mostly(3, junk, st.integers(-2, 10**6)),
-            junk,
-        ],
-        6,
-    ),
-    "figures": (
-        check_figures,
-        lambda: [
-            st.sampled_from(["heatmap", "curves", "bars"]),
-            labelled(),
-            st.sampled_from(["layer", "position", "head", "kind", "nonsense"]),
-        ],
-        3,
-    ),
-    "names": (
-        check_names,
-        lambda: [
-            junk.filter(lambda value: not isinstance(value, str) or "/" not in value),
-            mostly("ioi", junk),
-        ],
-        1,
-    ),
+#: Each entry point, and its share of the cases in per cent.
+ENTRY_POINTS: dict[Callable[[Any], None], int] = {
+    fuzz_sweeps: 34,
+    fuzz_generic: 22,
+    fuzz_metrics: 14,
+    fuzz_prompt_task: 10,
+    fuzz_induction_task: 3,
+    fuzz_labelled_sweep: 4,
+    fuzz_direct_path: 3,
+    fuzz_results: 6,
+    fuzz_figures: 3,
+    fuzz_names: 1,
 }
-assert sum(share for *_, share in ENTRY_POINTS.values()) == 100
+assert sum(ENTRY_POINTS.values()) == 100
 
 
-def fuzz(name: str, cases: int) -> None:
-    check, ingredients, _ = ENTRY_POINTS[name]
-    drawn = st.tuples(*ingredients())
-
-    @seed(int(os.environ.get("FUZZ_SEED", "0")))
-    @settings(QUIET, max_examples=cases)
-    @given(drawn)
-    def run(arguments: tuple[Any, ...]) -> None:
-        check(*arguments)
-
-    run()
-
-
-@pytest.mark.parametrize("name", ENTRY_POINTS)
+@pytest.mark.parametrize("entry_point", ENTRY_POINTS)
+@pytest.mark.parametrize("slow", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_entry_points_answer_or_refuse(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    entry_point: Any, slow: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)  # A store may be given any name.
-    fuzz(name, CASES)
+    cases = SLOW_CASES * ENTRY_POINTS[entry_point] // 100 if slow else CASES
 
+    @seed(int(slow))
+    @settings(QUIET, max_examples=cases)
+    @given(st.data())
+    def run(data: Any) -> None:
+        entry_point(data.draw)
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ENTRY_POINTS)
-def test_ten_thousand_cases(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("FUZZ_SEED", "1")
-    fuzz(name, SLOW_CASES * ENTRY_POINTS[name][2] // 100)
+    run()

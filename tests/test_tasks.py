@@ -248,6 +248,8 @@ def test_a_tokenizers_output_is_read_by_its_mask(model, side):
     assert torch.equal(task.clean_tokens, wanted.clean_tokens)
     assert task.lengths.tolist() == wanted.lengths.tolist()
     assert task.clean_baseline == wanted.clean_baseline
+    unpadded = prompt_task(model, tokenizer(clean), tokenizer(corrupted), [RIGHT_WRONG])
+    assert torch.equal(unpadded.clean_tokens, wanted.clean_tokens)
 
 
 @pytest.mark.parametrize("form", ["text", "tokens"])
