@@ -210,20 +210,5 @@ def _labelled(
         "kind": "" if several else names[0],
         "direction": task.direction,
         "n_key_value_heads": key_value_heads(model) if heads else 0,
-        "what": _what(names),
-        "each": _each(names, by),
     }
     return xr.DataArray(values, dims=dims, coords=coords, attrs=attrs, name="value")
-
-
-def _what(names: Sequence[str]) -> str:
-    what = KINDS[names[0]].plural if len(names) == 1 else "activations"
-    return f"clean {what} patched into the corrupted run"
-
-
-def _each(names: Sequence[str], by: str) -> str:
-    if by == "all_pos":
-        return "one head at a time, over all positions"
-    if names[0] in HEAD_KINDS:
-        return "one head and position at a time"
-    return "one layer and position at a time"

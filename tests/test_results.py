@@ -100,7 +100,7 @@ def test_labels_say_where_a_cell_is():
     assert result.attrs["clean_baseline"] == task.clean_baseline
     assert result.attrs["corrupted_baseline"] == task.corrupted_baseline
     assert result.attrs["metric"] == "logit difference" and result.attrs["units"] == "logits"
-    assert "patched into the corrupted run" in result.attrs["what"]
+    assert result.attrs["direction"] == "denoising"
 
 
 def test_where_inputs_agree_the_value_is_the_corrupted_baseline():
