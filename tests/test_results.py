@@ -33,7 +33,7 @@ def _task(name, metric="logit difference"):
         model,
         ["When John gave the bag to", "The cat sat on"],
         ["When Mary gave the bag to", "The dog sat on"],
-        (" Mary", " John"),
+        [(" Mary", " John")],
         metric=metric,
     )
 

@@ -222,7 +222,7 @@ def test_answers_may_be_ids_of_any_kind(model, convert):
     assert both.answers.tolist() == [ids] * 2
 
 
-@pytest.mark.parametrize("name", WITH_TOKENIZER)
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_text_that_has_its_bos_gets_no_other_and_that_is_said_once(name):
     """As chat templates write it."""
     model = tiny.model(name)
@@ -403,11 +403,11 @@ def test_tokens_padded_on_the_right_are_served_and_on_the_left_refused(model):
     for t in other:
         t[1] = model.to_single_token("Mary")
     right = [torch.stack([torch.cat([a, gap]), b]) for a, b in ((short, long), other)]
-    task = prompt_task(model, *right, RIGHT_WRONG)
+    task = prompt_task(model, *right, [RIGHT_WRONG])
     assert task.metric.positions.tolist() == [[len(short) - 1], [len(long) - 1]]
     left = [torch.stack([b, torch.cat([gap, a])]) for a, b in ((short, long), other)]
     with pytest.raises(ValueError, match="clean prompt 2 is padded on the left"):
-        prompt_task(model, *left, RIGHT_WRONG)
+        prompt_task(model, *left, [RIGHT_WRONG])
 
 
 @pytest.mark.filterwarnings("ignore:every")
