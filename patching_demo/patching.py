@@ -202,7 +202,7 @@ def combined_activation_patch(
             live = left
     sizes = [max(each) for each in zip(*(shape for _, shape in parts.values()), strict=True)]
     if "head" in axes:
-        sizes[-1] = model.cfg.n_heads
+        sizes[-1] = max(_heads(model, KINDS[name].activation) for name in kinds)
     trailing = values.shape[2:] if reduce == "none" else ()
     result = values.new_full((len(metrics), len(kinds), *sizes, *trailing), float("nan"))
     for name, (rows, shape) in parts.items():
@@ -751,7 +751,7 @@ def _indices(
         raise TypeError(f"activation_name must be a str, got {type(activation).__name__}")
     if (axis_names is None) == (index_df is None):
         raise ValueError("give either index_axis_names or index_df, and not both")
-    heads = key_value_heads(model) if activation in ("k", "v") else model.cfg.n_heads
+    heads = _heads(model, activation)
     sizes = {"layer": model.cfg.n_layers}
     sizes |= dict.fromkeys(("pos", "dest_pos", "src_pos"), tokens.shape[1])
     sizes |= dict.fromkeys(("head", "head_index"), heads)
@@ -788,6 +788,11 @@ def _indices(
         counted[counted[:, place] < 0, place] += size
     index = pd.DataFrame(counted, index=index.index, columns=index.columns)
     return index, counted[:, [columns.index(axis) for axis in order]].tolist()
+
+
+def _heads(model: Any, activation: str) -> int:
+    kind = kind_of_activation(activation)
+    return key_value_heads(model) if kind and "kv_head" in kind.axes else model.cfg.n_heads
 
 
 def _whole_numbers(index_df: Any) -> pd.DataFrame:

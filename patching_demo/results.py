@@ -21,6 +21,8 @@ import pandas as pd
 import torch
 import xarray as xr
 
+from patching_demo.metrics import check_scale
+
 __all__ = [
     "attention",
     "attention_back",
@@ -43,14 +45,11 @@ def share(result: xr.DataArray) -> xr.DataArray:
     """Values as a share of clean minus corrupted: 0 at the corrupted, 1 at the clean baseline.
 
     Raises:
-        ValueError: if the baselines are equal or missing.
+        ValueError: if the baselines are missing, equal, or differ by rounding alone.
     """
     clean, corrupted = baselines(result)
-    if clean == corrupted:
-        raise ValueError(
-            f"clean and corrupted baseline are both {clean}: a share of their difference does "
-            "not exist"
-        )
+    attrs = result.attrs
+    check_scale(clean, corrupted, attrs.get("metric", "metric"), attrs.get("units", ""))
     out = ((result - corrupted) / (clean - corrupted)).astype(np.float32)
     out.attrs = dict(result.attrs)
     if (clean, corrupted) != (1.0, 0.0):

@@ -88,7 +88,6 @@ def sweep_metrics(
         ValueError: as :func:`sweep`, and if the tasks have different prompts.
         TypeError: as :func:`sweep`.
     """
-    checks.check_bridge(model)
     for task in tasks.values():
         if not isinstance(task, Task):
             raise TypeError(
@@ -98,6 +97,7 @@ def sweep_metrics(
     several = not isinstance(kinds, str)
     names = list(kinds) if several else [kinds]
     _check_kinds(names, by)
+    checks.check_bridge(model)
     if not tasks:
         raise ValueError("there is no task to score the sweep by")
     first = next(iter(tasks.values()))

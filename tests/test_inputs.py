@@ -733,7 +733,16 @@ def warning_sweeps() -> dict[str, Any]:
     half = tiny.fresh("gpt2").half()
     return {
         "there is nothing to patch": lambda: sweep(corrupted_tokens=pair("gpt2").clean),
-        "takes the plain loop": lambda: sweep("bloom"),
+        "takes the plain loop": lambda: patching.generic_activation_patch(
+            tiny.model("gpt2"),
+            pair("gpt2").corrupted,
+            pair("gpt2").cache,
+            oracle.all_logits,
+            lambda activation, index, clean: activation,
+            "resid_pre",
+            ["layer"],
+            progress=False,
+        ),
         "runs in float16": lambda: sweep(model=half),
     }
 
@@ -741,7 +750,6 @@ def warning_sweeps() -> dict[str, Any]:
 @pytest.mark.parametrize("words", warning_sweeps())
 def test_a_filter_for_the_package_finds_its_warnings(words: str) -> None:
     call = warning_sweeps()[words]
-    pair("bloom")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("ignore")
         warnings.filterwarnings("always", module=r"patching_demo\Z")

@@ -266,6 +266,7 @@ def test_a_prompt_that_ends_in_the_token_that_pads_keeps_it(form):
     assert task.metric.positions.tolist() == [[length - 1]]
     found = sweep(model, task, "resid_pre", progress=False)
     assert found.sizes["position"] == length and found.std() > 0
+    checks._warned.clear()
     # Of two prompts, one of which ends in it once, it is text, aloud; more of them are refused.
     tokens = [model.to_tokens([text, text + " the"]) for text in (CLEAN, CORRUPTED)]
     with pytest.warns(UserWarning, match="some clean prompts end in token 0"):
