@@ -127,22 +127,6 @@ class Task:
         metric = self.metric.normalised(self.clean_baseline, self.corrupted_baseline)
         return replace(self, metric=metric, clean_baseline=1.0, corrupted_baseline=0.0)
 
-    def reversed(self) -> Task:
-        """The same task with clean and corrupted exchanged: a sweep of it is noising.
-
-        Corrupted activations then go into the clean run, and show what the answer needs.
-        """
-        return replace(
-            self,
-            name=f"{self.name}, noising",
-            clean_tokens=self.corrupted_tokens,
-            corrupted_tokens=self.clean_tokens,
-            clean_strings=self.corrupted_strings,
-            corrupted_strings=self.clean_strings,
-            clean_baseline=self.corrupted_baseline,
-            corrupted_baseline=self.clean_baseline,
-        )
-
     def with_metric(self, model: Any, metric: Metric | str) -> Task:
         """The same prompts scored by another metric, with its baselines measured on ``model``.
 

@@ -199,13 +199,8 @@ def test_a_file_of_other_inputs_is_refused(tmp_path: Path, what: str) -> None:
 
 def test_a_file_of_as_many_other_cells_is_refused(tmp_path: Path) -> None:
     """Of the same activations, so that nothing but their indices tells them apart."""
-<<<<<<< HEAD
     path, data = tmp_path / "cells.sweep", pair("gpt2")
-    activation, setter, axes = patching.SWEEPS["resid_pre"]
-=======
-    path, data = tmp_path / "cells.safetensors", pair("gpt2")
     activation, setter, axes = oracle.SWEEPS["resid_pre"]
->>>>>>> 0edde49 (The sweeps' functions are written out, indices go by name, and a task knows its model and its padding)
     cells = pd.DataFrame([[layer, pos] for layer in (0, 1) for pos in range(1, 5)], columns=axes)
 
     def sweep_of(index: pd.DataFrame) -> Tensor:
