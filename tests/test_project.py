@@ -77,7 +77,9 @@ def text_files() -> list[Path]:
         hidden = {name for name in folders if name.startswith(".")} - {".ci", ".github"}
         runs = {"notebooks"} if here == ROOT / "book" else set()
         folders[:] = sorted(set(folders) - ignored - hidden - runs)
-        found += [here / name for name in names if Path(name).suffix in kinds]
+        # In a linked work tree .git is a file, and a copy of it would write to the real index.
+        names = [name for name in names if Path(name).suffix in kinds and name != ".git"]
+        found += [here / name for name in names]
     return found
 
 
