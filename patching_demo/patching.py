@@ -531,7 +531,8 @@ def _direct_paths(
     """``[source, layer, head]``: the paths from some heads, with inputs checked as a sweep's."""
     if component not in ("q", "k", "v"):
         raise ValueError(f"component must be 'q', 'k' or 'v', got {component!r}")
-    model, tokens = isolated(model), checks.checked_tokens(model, corrupted_tokens)
+    # On the caller's own modules: TransformerLens's paths come out otherwise on isolated ones.
+    tokens = checks.checked_tokens(model, corrupted_tokens)
     names = {get_act_name("z", layer) for layer, _ in sources}
     clean, corrupted = (
         {name: checks.checked_activation(model, cache, name, tokens, which) for name in names}

@@ -475,7 +475,7 @@ def test_a_metric_that_is_not_finite_names_the_run(value: str) -> None:
 @pytest.mark.parametrize("plain", [False, True])
 def test_nan_names_the_cell(plain: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if plain:
-        monkeypatch.setattr(runner, "_reasons_for_plain_loop", lambda model, cells: ["a test"])
+        monkeypatch.setattr(runner, "_reasons_for_plain_loop", lambda *_: ["a test"])
     with pytest.raises(
         ValueError, match=r"metric 'metric' is nan at blocks.0.hook_resid_pre, index"
     ):

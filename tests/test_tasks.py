@@ -505,7 +505,7 @@ def test_prompts_and_answers_of_the_wrong_kind_are_a_type_error(model, prompts, 
     ],
 )
 def test_a_model_that_is_no_bridge_and_arguments_in_another_order_are_a_type_error(model, call):
-    with pytest.raises(TypeError, match="model must be a TransformerBridge|needs a Task, got str"):
+    with pytest.raises(TypeError, match="model must be a TransformerBridge|needs a Task"):
         call(model, ioi_task(model))
 
 
