@@ -14,7 +14,9 @@ import torch
 import transformers
 from tiny import D_VOCAB, N_CTX, tokenizer
 from transformer_lens.config import TransformerBridgeConfig
+from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
 from transformer_lens.model_bridge import TransformerBridge
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 _LLAMA_LIKE = dict(
     num_hidden_layers=2,
@@ -111,6 +113,93 @@ def model(name: str) -> TransformerBridge:
     )
     bridge.enable_compatibility_mode()
     return bridge.eval()
+
+
+# Sizes by the names that configs give them; a config takes those that it has.
+_SIZES: dict[str, Any] = {
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 3),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), 4),
+    **dict.fromkeys(("attention_heads", "mamba_n_heads", "mamba_num_heads"), 4),
+    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "word_embed_proj_dim", "lru_width"), 32),
+    **dict.fromkeys(("head_dim", "kv_channels", "global_head_dim", "mamba_d_head"), 8),
+    **dict.fromkeys(("qk_nope_head_dim", "v_head_dim", "q_lora_rank", "kv_lora_rank"), 8),
+    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 8),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "moe_intermediate_size"), 48),
+    **dict.fromkeys(("shared_expert_intermediate_size", "ffn_hidden_size"), 48),
+    **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "top_k", "moe_topk", "num_experts_per_token"), 2),
+    **dict.fromkeys(("num_key_value_heads", "linear_num_key_heads", "linear_num_value_heads"), 2),
+    **dict.fromkeys(("n_group", "topk_group", "n_shared_experts", "n_groups"), 1),
+    **dict.fromkeys(("mamba_n_groups", "mamba_ngroups", "pad_token_id"), 1),
+    **dict.fromkeys(("bos_token_id", "eos_token_id"), 0),
+    **dict.fromkeys(("qk_rope_head_dim", "rotary_dim"), 4),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"), N_CTX),
+    "vocab_size": D_VOCAB,
+}
+_MAMBA = {"mamba_n_heads": 8, "n_mamba_heads": 8}
+_LINEAR = {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
+_CONV = {"layer_types": ["conv", "full_attention", "conv"]}
+_GEMMA4 = {"vocab_size_per_layer_input": D_VOCAB, "hidden_size_per_layer_input": 8}
+#: What a family needs besides.
+_SETTINGS: dict[str, dict[str, Any]] = {
+    "Bamba": {**_MAMBA, "attn_layer_indices": [1]},
+    "FalconH1": {**_MAMBA, "mamba_d_ssm": 64},
+    "GraniteMoeHybrid": {
+        **_MAMBA,
+        "layer_types": ["mamba", "attention", "mamba"],
+        "position_embedding_type": "rope",
+    },
+    "Mamba2": {"num_heads": 8, "head_dim": 8},
+    "Zamba2": {
+        **_MAMBA,
+        "layer_types": ["mamba", "hybrid", "mamba"],
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+    },
+    "DeepseekV3": {"num_key_value_heads": 4, "head_dim": 4},
+    "Youtu": {"num_key_value_heads": 4, "head_dim": 4},
+    "GlmMoeDsa": {"num_key_value_heads": 4, "index_n_heads": 4},
+    "Gemma4": _GEMMA4,
+    "Jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4},
+    **dict.fromkeys(("Lfm2", "Lfm2Moe"), _CONV),
+    **dict.fromkeys(("Qwen3Next", "Qwen3_5", "Qwen3_5Moe", "OlmoHybrid"), _LINEAR),
+    "GPTNeo": {"attention_types": [[["global", "local", "global"], 1]], "window_size": 4},
+}
+#: Every decoder that TransformerLens boots and Transformers makes from a config.
+DECODERS = sorted(set(SUPPORTED_ARCHITECTURES) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()))
+
+
+def decoder(
+    architecture: str, *, compatible: bool = True, dtype: torch.dtype = torch.float32, **more: Any
+) -> TransformerBridge:
+    """A new tiny random model of any architecture in :data:`DECODERS`, in eval mode."""
+    family = architecture.removesuffix("ForCausalLM").removesuffix("ForConditionalGeneration")
+    made = getattr(transformers, architecture)
+    config = _tiny_config(made.config_class, {**_SETTINGS.get(family, {}), **more})
+    config.architectures = [architecture]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        inner = made._from_config(config, attn_implementation="eager")
+        for parameter in inner.parameters():
+            if parameter.ndim > 1:
+                torch.nn.init.normal_(parameter, std=0.2)
+    bridge = TransformerBridge.boot_transformers(
+        f"tiny/{family}", hf_model=inner.to(dtype), tokenizer=tokenizer(), device="cpu", dtype=dtype
+    )
+    if compatible:
+        bridge.enable_compatibility_mode(disable_warnings=True)
+    return bridge.eval()
+
+
+def _tiny_config(kind: Any, settings: dict[str, Any]) -> Any:
+    usual = kind()
+    names = {*usual.to_dict(), *getattr(kind, "attribute_map", {})}
+    sizes = {name: size for name, size in _SIZES.items() if name in names}
+    for part in getattr(kind, "sub_configs", {}):
+        if (inner := getattr(usual, part, None)) is not None:
+            more = settings if part == "text_config" else {}
+            sizes[part] = _tiny_config(type(inner), more).to_dict()
+    return kind(**{**sizes, **settings})
 
 
 def _native() -> TransformerBridge:

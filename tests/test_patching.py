@@ -176,7 +176,9 @@ def test_other_architectures_agree_with_the_plain_loop(
 
 @pytest.mark.parametrize("sweep", ["resid_pre", "resid_mid", "attn_head_k_by_pos", "mlp_out"])
 @pytest.mark.parametrize("name", ["bloom", *architectures.PATTERN_NOT_LIVE])
-def test_what_the_engine_cannot_serve_takes_the_plain_loop(name: str, sweep: str) -> None:
+def test_families_with_masks_and_hooks_of_their_own_agree_with_the_plain_loop(
+    name: str, sweep: str
+) -> None:
     if not oracle_has(name, sweep):
         with pytest.raises(ValueError, match="has no hook"):
             sweep_of(name, sweep)
@@ -188,14 +190,6 @@ def test_what_the_engine_cannot_serve_takes_the_plain_loop(name: str, sweep: str
     own = [str(w.message) for w in caught if "plain loop" in str(w.message)]
     assert len(own) <= 1, own
     assert_close(found.values, expected(name, sweep).values)
-
-
-def test_alibi_takes_the_plain_loop_and_says_so_once() -> None:
-    with pytest.warns(UserWarning, match="takes the plain loop: block 0 takes a tensor 'alibi'"):
-        sweep_of("bloom", "resid_pre")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        sweep_of("bloom", "resid_pre")
 
 
 def oracle_has(name: str, sweep: str) -> bool:

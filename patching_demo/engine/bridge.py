@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -578,6 +579,29 @@ def hook_point(model: Any, name: str) -> Any:
         if found is None:
             return None
     return found
+
+
+def growing_axes(model: Any, name: str, tokens: Tensor) -> tuple[int, ...]:
+    """The axes of an activation that are as long as the prompts: where its positions are.
+
+    Known from what the hook is given for prompts of another length, as a shape alone cannot tell
+    positions from heads where there are as many of both. Kept for each model and kind of block.
+    """
+    known = _growing_axes.setdefault(model, {})
+    layer, ending = name.split(".", 2)[1:]
+    key = ending, block_kind(model, int(layer))
+    if key not in known:
+        room = tokens.shape[1] < (getattr(model.cfg, "n_ctx", None) or float("inf"))
+        longer = torch.cat([tokens, tokens[:, -1:]], dim=1) if room else tokens[:, :-1]
+        shapes = []
+        with torch.no_grad(), hooked(model, name, lambda value, hook: shapes.append(value.shape)):
+            for prompts in (tokens[:1], longer[:1]):
+                model(prompts, return_type="logits")
+        known[key] = tuple(a for a, (n, m) in enumerate(zip(*shapes, strict=True)) if n != m)
+    return known[key]
+
+
+_growing_axes: WeakKeyDictionary[Any, dict[Any, tuple[int, ...]]] = WeakKeyDictionary()
 
 
 @contextmanager

@@ -16,7 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from patching_demo.engine.bridge import Run, block_kind, block_output, hook_point, hooked
+from patching_demo.engine.bridge import (
+    Run,
+    block_kind,
+    block_output,
+    growing_axes,
+    hook_point,
+    hooked,
+)
 from patching_demo.engine.cells import Cell
 from patching_demo.engine.kinds import kind_of_hook
 from patching_demo.engine.tokens import (
@@ -241,11 +248,27 @@ def checked_activation(
             f"{name!r} in the {which} cache has shape {shape}, the corrupted tokens need [{need}] "
             f"({', '.join(axes)}): {_misfit(cache, shape, axes, expected)}"
         )
+    _refuse_other_layouts(model, name, tokens)
     # -inf stands in masked scores; Survey compares it with the corrupted run's.
     bad = activation.isnan() | (activation.isinf() & (activation > 0 if kind is None else True))
     if bad.any():
         raise ValueError(f"{name!r} in the {which} cache holds NaN or infinity")
     return activation
+
+
+def _refuse_other_layouts(model: Any, name: str, tokens: Tensor) -> None:
+    """Refuse a hook that has heads where others have positions, if its shape does not show it."""
+    kind, heads = kind_of_hook(name), (model.cfg.n_heads, key_value_heads(model))
+    if kind is None or not kind.of_heads or tokens.shape[1] not in heads:
+        return
+    wanted = tuple(axis for axis, what in enumerate(kind.axes) if what in ("pos", "source"))
+    found = growing_axes(model, name, tokens)
+    if found != wanted:
+        raise ValueError(
+            f"hook {name!r} has another layout on this model (multi-head latent attention has): "
+            f"its positions are in axis {list(found)} and not {list(wanted)}, so patching a head "
+            "would patch a position. Sweep the residual stream or the attention's output instead"
+        )
 
 
 def _entry(cache: Mapping[str, Any], name: str) -> Any:
