@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
@@ -78,6 +79,8 @@ class _Copier:
             return kind([(key, self.of(entry)) for key, entry in list(value.items())])
         if kind in (list, tuple, set):
             return kind([self.of(entry) for entry in list(value)])
+        if kind in weakref.ProxyTypes:
+            return weakref.proxy(self.of(value.__repr__.__self__))
         if kind is MethodType:
             return MethodType(self.of(value.__func__), self.of(value.__self__))
         if kind is partial:
@@ -102,10 +105,16 @@ class _Copier:
             if kind in _SHARED:
                 continue
             if kind in (dict, OrderedDict) and (not entry or name.endswith(_KEPT)):
-                own[name] = entry.copy()
+                own[name] = kind([(key, self._hook(hook)) for key, hook in entry.items()])
             else:
                 own[name] = self.of(entry)
         return copied
+
+    def _hook(self, value: Any) -> Any:
+        """The bridge's own hooks belong to their modules; all others are the caller's."""
+        own = getattr(value, "__module__", None) or ""
+        wired = type(value) is FunctionType and own.startswith("transformer_lens.model_bridge")
+        return self._function(value) if wired else value
 
     def _function(self, value: Callable[..., Any]) -> Callable[..., Any]:
         """A function that has been put in place of a module's own, with its module replaced."""
@@ -124,7 +133,7 @@ class _Copier:
 
 
 _SHARED = {type(None), bool, int, float, str, bytes, type}
-# Weights are shared. Hooks are the caller's functions, and may count or collect.
+# Weights are shared. The caller's hooks may count or collect.
 _KEPT = ("_parameters", "_buffers", "_hooks", "_hooks_with_kwargs", "_hooks_always_called")
 
 
