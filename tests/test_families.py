@@ -114,7 +114,10 @@ def test_every_family_is_fast_plain_or_refused(capsys: pytest.CaptureFixture[str
     lines, failures = [], []
     for architecture in architectures.DECODERS:
         try:
-            model = architectures.decoder(architecture)
+            try:
+                model = architectures.decoder(architecture)
+            except (RuntimeError, NotImplementedError, ValueError):  # Not every family folds.
+                model = architectures.decoder(architecture, compatible=False)
             model(torch.arange(5, 10)[None])
         except Exception as error:
             lines.append(f"{architecture:40} not booted: {str(error).strip()[:60]}")
