@@ -17,6 +17,7 @@ from patching_demo.plots.theme import number
 
 __all__ = ["Claim", "ClaimFailed", "Claims"]
 
+
 class ClaimFailed(AssertionError):
     """A prediction that does not hold; the message says which, with measurement and threshold."""
 

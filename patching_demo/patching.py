@@ -39,7 +39,7 @@ from transformer_lens.utilities import get_act_name
 
 from patching_demo.engine import checks, runner
 from patching_demo.engine.bridge import embedding
-from patching_demo.engine.cells import Cell
+from patching_demo.engine.cells import Cell, Patch
 from patching_demo.engine.isolation import isolated
 from patching_demo.engine.kinds import HEAD_KINDS, KINDS, Kind, kind_of_activation
 from patching_demo.engine.scoring import measured
@@ -604,15 +604,19 @@ class _Plan:
             where = dict(zip(names, row, strict=False))
             self.cells.append(
                 Cell(
-                    row=len(self.cells),
-                    kind=kind,
-                    hook_name=name,
-                    layer=row[0],
-                    positions=(where["pos"],) if "pos" in where else everywhere,
-                    head=where.get("head"),
-                    source=where.get("src_pos"),
-                    setter=setter,
-                    index=tuple(row),
+                    len(self.cells),
+                    (
+                        Patch(
+                            kind=kind,
+                            hook_name=name,
+                            layer=row[0],
+                            positions=(where["pos"],) if "pos" in where else everywhere,
+                            head=where.get("head"),
+                            source=where.get("src_pos"),
+                            setter=setter,
+                            index=tuple(row),
+                        ),
+                    ),
                 )
             )
 

@@ -21,6 +21,7 @@ from transformer_lens.hook_points import HookPoint
 
 from patching_demo import patching
 from patching_demo.engine import bridge
+from patching_demo.engine.cells import Patch
 
 
 @pytest.fixture(autouse=True)
@@ -198,26 +199,14 @@ def test_run_with_hooks_takes_off_its_own_hooks_only() -> None:
     assert calls == ["mine", "mine"]
 
 
-def test_the_plain_pass_is_the_plain_loops() -> None:
-    """Several patches as rows of one batch give what each gives alone."""
-    model, data = tiny.model("llama-gqa"), pair("llama-gqa")
-    setter = plain_patching.layer_pos_patch_setter
-    patches = [(f"blocks.{n}.hook_resid_pre", setter, (n, 3)) for n in range(3)]
-    together = bridge.run_plain(model, data.corrupted, patches, data.cache)
-    for patch, logits in zip(patches, together, strict=True):
-        (alone,) = bridge.run_plain(model, data.corrupted, [patch], data.cache)
-        assert torch.allclose(logits, alone, rtol=1e-4, atol=1e-5)
-
-
 def test_a_setter_that_returns_a_new_tensor_counts() -> None:
     model, data = tiny.model("gpt2"), pair("gpt2")
 
     def zeros(activation: Tensor, index: Any, clean: Tensor) -> Tensor:
         return torch.zeros_like(activation)
 
-    (logits,) = bridge.run_plain(
-        model, data.corrupted, [("blocks.1.hook_resid_pre", zeros, (1,))], data.cache
-    )
+    patch = Patch(None, "blocks.1.hook_resid_pre", 1, (0,), setter=zeros, index=(1,))
+    logits = bridge.run_plain(model, data.corrupted, [patch], data.cache)
     assert torch.allclose(logits[:, 0], logits[:, 1], atol=1e-5)
 
 

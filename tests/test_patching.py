@@ -686,7 +686,7 @@ def test_the_rechecked_cells_follow_the_seed(monkeypatch: pytest.MonkeyPatch) ->
     right = runner.run_plain
 
     def spy(model: Any, tokens: Tensor, patches: Any, clean: Any) -> Any:
-        seen.append(patches[0][2])
+        seen.append(patches[0].index)
         return right(model, tokens, patches, clean)
 
     monkeypatch.setattr(runner, "run_plain", spy)

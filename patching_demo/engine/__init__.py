@@ -9,7 +9,7 @@ layer. Five ideas remove it, and each has a name here:
 2. *Start at the position*: it changes nothing at earlier positions, whose keys and values come
    from the corrupted run (``start`` of a :class:`Cell`, ``prefix`` of a ``Layout``).
 3. *Skip what agrees*: where clean and corrupted inputs are the same so far, or nothing that the
-   metric reads comes later, a patch does nothing at all (:func:`is_dead`).
+   metric reads comes later, a patch does nothing at all (:func:`reaching`).
 4. *Read only what the metric reads*: logits are computed at its positions, and for its tokens if
    it names them (:class:`Scorer`).
 5. *Pack*: the patched runs stand side by side in one sequence, under a mask that lets each see

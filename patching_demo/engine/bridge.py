@@ -24,12 +24,12 @@ import torch
 from torch import Tensor
 from transformer_lens.model_bridge.sources.native.model import NativeAttention
 
+from patching_demo.engine.cells import Patch
+
 CACHE_ARGUMENTS = ("past_key_values", "layer_past", "past_key_value")
 
 # A module and the name of a bool buffer ``[..., slot, slot]`` in it.
 SlotMask = tuple[torch.nn.Module, str]
-# A hook name, the patch setter called there, and the index it is given.
-Patch = tuple[str, Callable[..., Tensor], tuple[int, ...]]
 
 
 class Unsupported(Exception):
@@ -617,32 +617,22 @@ def hooked(model: Any, name: str, function: Callable[..., Any]) -> Iterator[None
             point.fwd_hooks.remove(handle)
 
 
-def run_plain(model: Any, tokens: Tensor, patches: Sequence[Patch], clean: Any) -> list[Tensor]:
-    """Logits ``[batch, pos, d_vocab]`` of whole forward passes with one activation patched each.
+def run_plain(model: Any, tokens: Tensor, patches: Sequence[Patch], clean: Any) -> Tensor:
+    """Logits ``[batch, pos, d_vocab]`` of a whole forward pass with some activations patched.
 
-    The passes are rows of one batch. Each patch is a hook name, a setter and its index. Setters
-    run without autograd: with it, what one returns for resid_mid reaches only the MLP and not the
-    stream. And they write in place, as they do in ``transformer_lens.patching``.
+    Patches are written without autograd: with it, what a hook returns for resid_mid reaches only
+    the MLP and not the stream. And they are written in place, as in ``transformer_lens.patching``.
     """
-    batch = len(tokens)
 
-    def hook_for(number: int, patch: Patch) -> Any:
-        name, setter, index = patch
-
+    def hook_for(patch: Patch) -> Callable[..., Tensor]:
         def write(activation: Tensor, hook: Any = None) -> Tensor:
-            own = activation[number * batch : (number + 1) * batch]
-            patched = setter(own, list(index), clean[name].to(activation.device))
-            if patched is not own:
-                own.copy_(patched)
-            return activation
+            patched = patch.write(activation, clean.get(patch.hook_name))
+            return activation if patched is activation else activation.copy_(patched)
 
         return write
 
-    hooks = [(patch[0], hook_for(number, patch)) for number, patch in enumerate(patches)]
-    logits = model.run_with_hooks(
-        tokens.repeat(len(patches), 1), return_type="logits", fwd_hooks=hooks
-    )
-    return list(logits.split(batch))
+    hooks = [(patch.hook_name, hook_for(patch)) for patch in patches]
+    return model.run_with_hooks(tokens, return_type="logits", fwd_hooks=hooks)
 
 
 def attached_hooks(model: Any) -> list[str]:

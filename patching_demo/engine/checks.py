@@ -312,20 +312,21 @@ def refuse_dead_hooks(model: Any, tokens: Tensor, run: Run | None, cells: Sequen
         HookNotLive: if the output does not depend on what the hook returns.
     """
     tried: set[Any] = set()
-    for name, cell in {cell.hook_name: cell for cell in cells}.items():
-        if run is not None and cell.kind is not None and cell.kind.enters != "hook":
+    patches = {patch.hook_name: patch for cell in cells for patch in cell.patches}
+    for name, patch in patches.items():
+        if run is not None and patch.enters != "hook":
             continue  # The residual stream itself is set, not a hook.
-        kind = (name.split(".", 2)[-1], block_kind(model, cell.layer))
+        kind = (name.split(".", 2)[-1], block_kind(model, patch.layer))
         if kind in tried:
             continue
         tried.add(kind)
         # TransformerLens says so itself, in its own way, and not for every model.
         with hooked(model, name, _not_a_number), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            patched = _output(model, tokens, run, cell.layer)
+            patched = _output(model, tokens, run, patch.layer)
         if patched.isnan().any():
             continue
-        if torch.equal(patched, _output(model, tokens, run, cell.layer)):
+        if torch.equal(patched, _output(model, tokens, run, patch.layer)):
             raise HookNotLive(name, called=True)
 
 

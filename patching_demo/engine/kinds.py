@@ -59,6 +59,11 @@ class Kind:
         """Which axis holds the patched position (the destination of a pattern)."""
         return self.axes.index("pos")
 
+    @property
+    def head_axis(self) -> int:
+        """Which axis holds the patched head."""
+        return self.axes.index("kv_head" if "kv_head" in self.axes else "head")
+
 
 _STREAM = ("batch", "pos", "d_model")
 _HEADS = ("batch", "pos", "head", "d_head")

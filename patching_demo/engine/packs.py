@@ -19,7 +19,7 @@ from patching_demo.engine.bridge import (
     run_block,
     run_block_rows,
 )
-from patching_demo.engine.cells import Cell, recomputed
+from patching_demo.engine.cells import Cell, Patch, recomputed
 
 # A block call is most efficient with a thousand tokens or more; a sequence longer than this spends
 # its time on attention between runs that may not see each other.
@@ -53,12 +53,14 @@ class Pack:
         self.cells: list[Cell] = []
         self._tokens: list[tuple[int, int, int, int, int]] = []
         self._filled: list[int] = []
+        self._patches: dict[int, list[tuple[int, Patch]]] = {}
         self._place(members)
 
     def _place(self, members: Sequence[tuple[Cell, Sequence[int]]]) -> None:
         """Give each token of each new member a slot, in a group with room for the whole run."""
         # All groups are as wide as the longest run needs: filling that width costs nothing more.
         width = max([SLOTS, *(len(positions) for _, positions in members)])
+        self._patches.clear()
         for cell, positions in members:
             groups, room = len(self._filled), width - len(positions)
             tried = range(max(0, groups - GROUPS_TRIED), groups)
@@ -101,12 +103,11 @@ class Pack:
         groups, slots = self.layout.positions.shape
         batch, _, d_model = resid.shape
         self.states = resid.new_zeros(groups, batch, slots, d_model)
-        self.write(torch.arange(len(self._tokens)), resid[:, self.position])
+        self.put(self.flat, resid[:, self.position])
 
-    def write(self, tokens: Tensor, values: Tensor) -> None:
-        """Put ``values`` [batch, token, d_model] at some of the pack's tokens."""
+    def put(self, flat: Tensor, values: Tensor) -> None:
+        """Write states ``[batch, token, d_model]`` at flat slots ``[token]``."""
         slots = self.layout.positions.shape[1]
-        flat = self.flat[tokens.to(self.flat.device)]
         self.states[flat // slots, :, flat % slots] = values.transpose(0, 1).to(self.states.dtype)
 
     def at(self, flat: Tensor) -> Tensor:
@@ -121,8 +122,18 @@ class Pack:
         groups, slots = self.layout.positions.shape
         self.states = states.new_zeros(groups, states.shape[1], slots, states.shape[3])
         self.states[: states.shape[0], :, : states.shape[2]] = states
-        joined = torch.arange(earlier, len(self._tokens), device=self.flat.device)
-        self.write(joined, resid[:, self.position[joined]])
+        self.put(self.flat[earlier:], resid[:, self.position[earlier:]])
+
+    def patches(self, layer: int, enters: str) -> list[tuple[int, Patch]]:
+        """The patches at one place of a block, each with the number of its run."""
+        if layer not in self._patches:
+            self._patches[layer] = [
+                (index, patch)
+                for index, cell in enumerate(self.cells)
+                for patch in cell.patches
+                if patch.layer == layer
+            ]
+        return [(index, patch) for index, patch in self._patches[layer] if patch.enters == enters]
 
     def step(self, model: Any, layer: int, read: frozenset[int] | None = None) -> None:
         """Move every run through one block; in the last, only the positions that are read.
@@ -184,10 +195,12 @@ class Front:
     call_tokens: int
     packs: list[Pack] = field(default_factory=list)
 
-    def enter(self, layer: int, cells: Sequence[Cell], changed: Callable[[Cell], Any]) -> None:
-        """Let runs join at ``layer``, from the corrupted stream with some tokens changed.
+    def enter(
+        self, layer: int, cells: Sequence[Cell], changed: Mapping[int, Any] | None = None
+    ) -> None:
+        """Let runs join at ``layer``, from the corrupted stream.
 
-        ``changed`` returns, for a cell, the positions that differ and their states
+        ``changed`` has, by a cell's row, positions that differ and their states
         ``[batch, position, d_model]``.
         """
         members = [(cell, range(cell.start, self.end)) for cell in cells]
@@ -207,19 +220,25 @@ class Front:
                 self.packs.append(open_pack)
             members = members[len(fits) :]
             for index, (cell, _) in enumerate(fits, start=first):
-                positions, states = changed(cell)
-                if len(positions):
+                if changed:
+                    positions, states = changed[cell.row]
                     flat = open_pack.slot_of[index, torch.as_tensor(positions)]
-                    slots = open_pack.layout.positions.shape[1]
-                    open_pack.states[flat // slots, :, flat % slots] = states.transpose(0, 1).to(
-                        open_pack.states.dtype
-                    )
+                    open_pack.put(flat, states)
 
     def step(self, layer: int, read: frozenset[int] | None = None) -> None:
-        """Move all runs through one block, those that are patched inside it included."""
+        """Move all runs through one block, those that are patched before or inside it included."""
+        self.write(layer, "input")
         for pack in self.packs:
-            with _patch_hooks(self.model, pack, self.clean, layer):
-                pack.step(self.model, layer, read)
+            with _patch_hooks(self.model, pack, self.clean, layer) as patched:
+                # What is patched here may be elsewhere than what is read.
+                pack.step(self.model, layer, None if patched else read)
+
+    def write(self, layer: int, enters: str) -> None:
+        """Patch the residual stream of the runs under way, before or after a block."""
+        for pack in self.packs:
+            if found := pack.patches(layer, enters):
+                owner, position, _, _, values = _entries(found, self.clean, pack.flat.device)
+                pack.put(pack.slot_of[owner, position], values)
 
     def patched_outputs(self, layer: int, cells: Sequence[Cell]) -> dict[int, Any]:
         """Run block ``layer`` on the tokens that a patch inside it changes.
@@ -241,58 +260,90 @@ class Front:
 
 
 @contextmanager
-def _patch_hooks(model: Any, pack: Pack, clean: Mapping[str, Tensor], layer: int) -> Iterator[None]:
-    """Patch the cells of a pack inside one block: one hook per hook name, all rows at once."""
-    by_name: dict[str, list[int]] = {}
-    for index, cell in enumerate(pack.cells):
-        if cell.layer == layer and cell.kind and cell.kind.enters == "hook":
-            by_name.setdefault(cell.hook_name, []).append(index)
+def _patch_hooks(model: Any, pack: Pack, clean: Mapping[str, Tensor], layer: int) -> Iterator[bool]:
+    """Patch the runs of a pack inside one block: one hook per hook name, all rows at once.
+
+    Yields whether there is anything to patch.
+    """
+    by_name: dict[str, list[tuple[int, Patch]]] = {}
+    for index, patch in pack.patches(layer, "hook"):
+        by_name.setdefault(patch.hook_name, []).append((index, patch))
     with ExitStack() as hooks:
         for name, members in by_name.items():
-            hooks.enter_context(hooked(model, name, _setter(pack, clean[name], members)))
-        yield
+            hooks.enter_context(hooked(model, name, _setter(pack, clean, members)))
+        yield bool(by_name)
 
 
-def _setter(pack: Pack, clean: Tensor, members: list[int]) -> Callable[..., Tensor]:
-    """A hook that writes clean activations into the slots of its cells."""
+def _entries(
+    members: Sequence[tuple[int, Patch]], clean: Mapping[str, Tensor], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What patches of one hook write: run, position, head and source ``[entry]``, and values.
+
+    Head and source are -1 where there is none; values are ``[batch, entry, ...]``.
+    """
+    kind, name = members[0][1].kind, members[0][1].hook_name
+    chosen: list[tuple[int, int, int, int]] = []
+    parts: list[Tensor] = []
+
+    def taken(values: Tensor, first: int) -> Tensor:
+        at = torch.tensor(chosen[first:], dtype=torch.int64, device=values.device)
+        if not kind.of_heads:
+            return values[:, at[:, 1]].to(device)
+        place = (
+            (at[:, 1], at[:, 2]) if kind.position_axis < kind.head_axis else (at[:, 2], at[:, 1])
+        )
+        return values[(slice(None), *place)].to(device)
+
+    def choose(index: int, patch: Patch) -> None:
+        heads = [-1 if patch.head is None else patch.head]
+        if patch.head is None and kind.of_heads:
+            values = clean[name] if patch.values is None else patch.values
+            heads = list(range(values.shape[kind.head_axis]))
+        source = -1 if patch.source is None else patch.source
+        chosen.extend((index, p, head, source) for head in heads for p in patch.positions)
+
+    for index, patch in members:
+        if patch.values is None:
+            choose(index, patch)
+    if chosen:
+        parts.append(taken(clean[name], 0))
+    for index, patch in members:
+        if patch.values is not None:
+            first = len(chosen)
+            choose(index, patch)
+            parts.append(taken(patch.values, first))
+    owner, position, head, source = torch.tensor(chosen, dtype=torch.int64, device=device).T
+    return owner, position, head, source, torch.cat(parts, dim=1)
+
+
+def _setter(
+    pack: Pack, clean: Mapping[str, Tensor], members: Sequence[tuple[int, Patch]]
+) -> Callable[..., Tensor]:
+    """A hook that writes the values of its patches into the slots of their runs."""
     groups, slots = pack.layout.positions.shape
     batch = len(pack.run.tokens)
-    chosen = [
-        (index, position, -1 if pack.cells[index].head is None else pack.cells[index].head)
-        for index in members
-        for position in pack.cells[index].positions
-    ]
-    device = pack.flat.device
-    owner, position, head = torch.tensor(chosen, dtype=torch.int64, device=device).T
+    owner, position, head, source, values = _entries(members, clean, pack.flat.device)
     flat = pack.slot_of[owner, position]
     group, slot = flat // slots, flat % slots
-    clean = clean.to(device)
 
     def set_vectors(activation: Tensor, hook: Any = None) -> Tensor:
         view = activation.view(groups, batch, *activation.shape[1:])
+        written = values.transpose(0, 1).to(view.dtype)
         if head[0] < 0:
-            view[group, :, slot] = clean[:, position].transpose(0, 1).to(view.dtype)
+            view[group, :, slot] = written
         else:
-            picked = clean[:, position, head].transpose(0, 1)
-            view[group, :, slot, head] = picked.to(view.dtype)
+            view[group, :, slot, head] = written
         return activation
 
     def set_patterns(activation: Tensor, hook: Any = None) -> Tensor:
         view = activation.view(groups, batch, *activation.shape[1:])
-        rows = clean[:, head, position].transpose(0, 1).to(view.dtype)  # [token, batch, src]
-        sources = pack.layout.columns[group]  # [token, column]
+        rows = values.transpose(0, 1).to(view.dtype)  # [entry, batch, src]
+        sources = pack.layout.columns[group]  # [entry, column]
         seen = pack.layout.visible()[group, slot]
         patched = rows.gather(2, sources[:, None].expand(-1, batch, -1))
-        one_source = torch.tensor(
-            [
-                -1 if (source := pack.cells[index].source) is None else source
-                for index, *_ in chosen
-            ],
-            device=device,
-        )
-        replaced = seen & ((one_source[:, None] < 0) | (sources == one_source[:, None]))
+        replaced = seen & ((source[:, None] < 0) | (sources == source[:, None]))
         current = view[group, :, head, slot]
         view[group, :, head, slot] = torch.where(replaced[:, None], patched, current)
         return activation
 
-    return set_patterns if pack.cells[members[0]].kind.name == "pattern" else set_vectors
+    return set_patterns if members[0][1].kind.name == "pattern" else set_vectors

@@ -74,7 +74,7 @@ def _crowded(rising: list[range]) -> list[tuple[Cell, range]]:
         _filled(rising[::-1], width),
         [*_filled(rising, width - len(longest)), longest],
     ]
-    return [(Cell(-1, None, "", 0, tuple(span)), span) for group in groups for span in group]
+    return [(Cell(-1, ()), span) for group in groups for span in group]
 
 
 def _filled(order: Sequence[range], room: int) -> list[range]:

@@ -26,7 +26,7 @@ from patching_demo.engine.kinds import KINDS
 from patching_demo.engine.packs import CALL_TOKENS, unforeseen
 from patching_demo.engine.proof import prove
 from patching_demo.engine.scoring import Scorer, tolerance
-from patching_demo.engine.skipping import Survey, is_dead
+from patching_demo.engine.skipping import Survey, reaching
 from patching_demo.engine.store import CellStore
 from patching_demo.engine.sweeping import sweep_cells
 
@@ -114,8 +114,9 @@ def run_cells(
                 reasons.append(str(reason))
         logits = run.logits if run else model(tokens, return_type="logits")
     refuse_dead_hooks(model, tokens, run, cells)
+    whole = {cell.row: cell for cell in cells}
     cells = survey.narrowed(cells, differing)
-    if all(cell.kind for cell in cells):
+    if clean and all(patch.kind for cell in cells for patch in cell.patches):
         survey.warn_if_nothing_moves(differing)
     scorer = Scorer(model, run or Run(tokens=tokens, logits=logits, resid=[]), metrics, per_example)
     scored = {name: partial(scorer.full, name) for name in metrics}
@@ -125,26 +126,26 @@ def run_cells(
     with CellStore.open(options.store, model, tokens, clean, cells, scorer.probe) as store:
         todo = store.unfinished(values)
         # Whatever the model does, writing the same numbers changes nothing.
-        plain = [cell for cell in todo if cell.positions]
+        plain = [cell for cell in todo if cell.patches]
         live = _live(plain, run, scorer) if run else plain
         few = 0 < len(live) == len(plain) < FEWEST_CELLS
         with _Progress(len(cells), len(cells) - len(live), options) as bar:
             if run and not few:
                 try:
                     slots = _run_fast(model, run, clean, live, scorer, values, store, bar, options)
-                    _recheck(model, tokens, clean, cells, slots, scorer, values, options)
+                    _recheck(model, tokens, clean, whole, slots, scorer, values, options)
                     plain = []
                 except Unsupported as reason:
                     reasons.append(str(reason))
                     # Cells that were not run, or are done, rest on the same assumptions.
-                    plain = [cell for cell in cells if cell.positions]
+                    plain = [cell for cell in cells if cell.patches]
                     store.forget()
                     bar.restart(len(cells) - len(plain))
             if plain and reasons:
                 warn_once(f"this sweep takes the plain loop: {reasons[0]}")
             rows = {cell.row for cell in plain}
             store.finish(values, [cell for cell in cells if cell.row not in rows])
-            for cell in plain:
+            for cell in (whole[cell.row] for cell in plain):
                 values[:, cell.row] = _plain_value(model, tokens, clean, cell, scorer)
                 _refuse_not_finite(scorer, values[:, [cell.row]], [cell])
                 store.finish(values, [cell])
@@ -156,14 +157,15 @@ def _reasons_for_plain_loop(
     model: Any, clean: Mapping[str, Tensor], cells: Sequence[Cell]
 ) -> list[str]:
     reasons = []
-    unknown = sorted({cell.hook_name.split(".", 2)[-1] for cell in cells if cell.kind is None})
+    patches = {patch.hook_name: patch for cell in cells for patch in cell.patches}
+    unknown = sorted(n.split(".", 2)[-1] for n, patch in patches.items() if patch.kind is None)
     if unknown:
         reasons.append(f"the patch setter or activation ({unknown[0]}) is not one the engine knows")
     hooks = attached_hooks(model)
     if hooks:
         reasons.append(f"the model has hooks attached ({hooks[0]})")
-    for name in sorted({cell.hook_name for cell in cells if cell.kind is KINDS["pattern"]}):
-        if clean[name].triu(1).any():
+    for name, patch in patches.items():
+        if patch.kind is KINDS["pattern"] and clean[name].triu(1).any():
             reasons.append(f"the clean {name} attends to later positions")
     return reasons
 
@@ -171,7 +173,8 @@ def _reasons_for_plain_loop(
 def _live(cells: Sequence[Cell], run: Run, scorer: Scorer) -> list[Cell]:
     """The cells whose patch can reach what the metrics read (idea 3)."""
     last_layer = len(run.resid) - 2
-    return [cell for cell in cells if not is_dead(cell, scorer.last_read, last_layer, scorer.read)]
+    found = (reaching(cell, last_layer, scorer.read) for cell in cells if cell.patches)
+    return [cell for cell in found if cell is not None]
 
 
 def _run_fast(
@@ -257,7 +260,7 @@ def _plain_value(
     model: Any, tokens: Tensor, clean: Mapping[str, Tensor], cell: Cell, scorer: Scorer
 ) -> Tensor:
     """A cell by a whole hooked forward pass: ``[metric, (batch)]``."""
-    (logits,) = run_plain(model, tokens, [(cell.hook_name, cell.setter, cell.index)], clean)
+    logits = run_plain(model, tokens, cell.patches, clean)
     return torch.stack([scorer.full(name, logits.clone()) for name in scorer.metrics])
 
 
@@ -265,7 +268,7 @@ def _recheck(
     model: Any,
     tokens: Tensor,
     clean: Mapping[str, Tensor],
-    cells: Sequence[Cell],
+    whole: Mapping[int, Cell],
     slots: Mapping[int, int],
     scorer: Scorer,
     values: Tensor,
@@ -279,7 +282,7 @@ def _recheck(
     Raises:
         Unsupported: if they differ by more than rounding.
     """
-    count = options.check
+    cells, count = list(whole.values()), options.check
     if count is None:
         count = min(1 + len(cells) // CELLS_PER_RECHECK, MOST_RECHECKS)
     rng = np.random.default_rng(options.seed)

@@ -217,7 +217,7 @@ class Scorer:
                 computed = logits_from_resid(self.model, states, self.run.logit_scale)
             taken = 0
             for index, span in chunk:
-                start, length = pack.cells[index].start, len(span)
+                start, length = int((pack.slot_of[index] >= 0).int().argmax()), len(span)
                 parts = (
                     corrupted[:, :start],
                     computed[:, taken : taken + length],

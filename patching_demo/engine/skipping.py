@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from patching_demo.engine.bridge import hooked
-from patching_demo.engine.cells import Cell
+from patching_demo.engine.cells import Cell, Patch
 from patching_demo.engine.checks import HookNotLive, warn_once
 from patching_demo.engine.kinds import Kind
 from patching_demo.engine.scoring import tolerance
@@ -39,14 +40,24 @@ def changed_positions(
     return tuple(position for position in positions if position >= first)
 
 
-def is_dead(cell: Cell, last_read: int, last_layer: int, read: frozenset[int]) -> bool:
-    """Whether a patch cannot reach any logit that the metric reads."""
-    if not cell.positions or cell.start > last_read:
-        return True
-    if cell.source is not None and cell.source > cell.start:
-        return True  # A pattern entry in the future: zero in both runs.
-    stays = cell.kind is not None and not cell.kind.spreads
-    return cell.layer == last_layer and stays and not read.intersection(cell.positions)
+def reaching(cell: Cell, last_layer: int, read: frozenset[int]) -> Cell | None:
+    """The cell without the patches that reach no logit that the metric reads; None if none does."""
+    last_read = max(read)
+
+    def reaches(patch: Patch) -> bool:
+        if not patch.positions or patch.positions[0] > last_read:
+            return False
+        if patch.source is not None and patch.source > patch.positions[-1]:
+            return False  # A pattern entry in the future: zero in both runs.
+        stays = patch.kind is not None and not patch.kind.spreads
+        return patch.layer < last_layer or not stays or bool(read.intersection(patch.positions))
+
+    kept = [
+        replace(patch, positions=tuple(p for p in patch.positions if p <= last_read))
+        for patch in cell.patches
+        if reaches(patch)
+    ]
+    return replace(cell, patches=tuple(kept)) if kept else None
 
 
 class Survey:
@@ -112,17 +123,33 @@ class Survey:
         only where the activations themselves agree.
         """
         known: dict[tuple[str, tuple[int, ...]], tuple[int, ...]] = {}
+
+        def changes(patch: Patch) -> tuple[int, ...]:
+            if patch.kind is None or patch.values is not None:
+                return patch.positions
+            key = patch.hook_name, patch.positions
+            if key not in known:
+                claimed = changed_positions(patch.kind, patch.layer, patch.positions, differing)
+                moved, far = self.moved[patch.hook_name], self.far[patch.hook_name]
+                known[key] = tuple(
+                    p for p in patch.positions if moved[p] and (p in claimed or far[p])
+                )
+            return known[key]
+
         out = []
         for cell in cells:
-            key = cell.hook_name, cell.positions
-            if cell.kind is not None and key not in known:
-                claimed = changed_positions(cell.kind, cell.layer, cell.positions, differing)
-                moved, far = self.moved[cell.hook_name], self.far[cell.hook_name]
-                known[key] = tuple(
-                    p for p in cell.positions if moved[p] and (p in claimed or far[p])
-                )
-            positions = known.get(key, cell.positions)
-            out.append(cell if positions == cell.positions else replace(cell, positions=positions))
+            found = [changes(patch) for patch in cell.patches]
+            if len(found) > 1:  # A patch may change what another one replaces, from its start on.
+                start = min((positions[0] for positions in found if positions), default=math.inf)
+                found = [tuple(p for p in patch.positions if p >= start) for patch in cell.patches]
+            if any(f != patch.positions for f, patch in zip(found, cell.patches, strict=True)):
+                patches = [
+                    replace(patch, positions=positions)
+                    for patch, positions in zip(cell.patches, found, strict=True)
+                    if positions
+                ]
+                cell = replace(cell, patches=tuple(patches))
+            out.append(cell)
         return out
 
     def warn_if_nothing_moves(self, differing: Sequence[int]) -> None:

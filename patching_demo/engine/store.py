@@ -179,9 +179,11 @@ def _identity(
     digest = hashlib.sha256(str(VERSION).encode())
     digest.update(repr([(name, tuple(value.shape)) for name, value in weights.items()]).encode())
     digest.update(tokens.cpu().numpy().tobytes())
-    digest.update(repr([(cell.hook_name, cell.index) for cell in cells]).encode())
-    names = sorted({cell.hook_name for cell in cells})
-    rows = [*weights.values(), *(clean[name] for name in names), probe]
+    patches = [patch for cell in cells for patch in cell.patches]
+    digest.update(repr([[str(patch) for patch in cell.patches] for cell in cells]).encode())
+    names = sorted({patch.hook_name for patch in patches if patch.values is None})
+    own = [patch.values for patch in patches if patch.values is not None]
+    rows = [*weights.values(), *(clean[name] for name in names), *own, probe]
     return digest.hexdigest(), torch.stack([_summarised(row) for row in rows])
 
 

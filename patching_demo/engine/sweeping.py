@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -35,31 +34,25 @@ def sweep_cells(
     n_layers = len(run.resid) - 1
     end = scorer.last_read + 1
     front = Front(model, run, clean, end, call_tokens)
-    nothing: tuple[tuple[int, ...], None] = ((), None)
     by_layer: dict[int, list[Cell]] = {}
     for cell in cells:
-        # What is patched after the last position that is read has no slot and no effect.
-        read = tuple(position for position in cell.positions if position < end)
-        by_layer.setdefault(cell.layer, []).append(replace(cell, positions=read))
-
-    def clean_stream(cell: Cell) -> tuple[tuple[int, ...], Tensor]:
-        return cell.positions, clean[cell.hook_name][:, list(cell.positions)].to(run.tokens.device)
-
+        by_layer.setdefault(cell.layer, []).append(cell)
     work = sum((n_layers - cell.layer) * (end - cell.start) for cell in cells)
     for layer in range(min(by_layer), n_layers):
-        here = by_layer.get(layer, [])
-        front.enter(layer, [c for c in here if c.kind.enters == "input"], clean_stream)
-        inside = [c for c in here if c.kind.enters == "hook"]
-        last = layer == n_layers - 1
+        here = {enters: [] for enters in ("input", "hook", "output")}
+        for cell in by_layer.get(layer, []):
+            here[cell.patches[0].enters].append(cell)
         # A patch that changes all later positions joins before its block, except in the last, of
         # which the front runs the positions that are read only. Any other costs less on its own.
-        before = [] if last else [c for c in inside if recomputed(c, end).stop == end]
-        apart = inside if last else [c for c in inside if recomputed(c, end).stop < end]
-        front.enter(layer, before, lambda cell: nothing)
+        last = layer == n_layers - 1
+        joins = {c.row: not last and recomputed(c, end).stop == end for c in here["hook"]}
+        apart = [cell for cell in here["hook"] if not joins[cell.row]]
+        front.enter(layer, here["input"] + [c for c in here["hook"] if joins[c.row]])
         front.step(layer, scorer.read if last else None)
         outputs = front.patched_outputs(layer, apart)
-        front.enter(layer + 1, apart, lambda cell, found=outputs: found[cell.row])
-        front.enter(layer + 1, [c for c in here if c.kind.enters == "output"], clean_stream)
+        front.enter(layer + 1, apart, outputs)
+        front.enter(layer + 1, here["output"])
+        front.write(layer, "output")
         done = sum(end - c.start for done in range(layer + 1) for c in by_layer.get(done, []))
         advance(done / work if work else 1.0)
     values: list[Tensor] = []
