@@ -14,13 +14,15 @@ from __future__ import annotations
 from patching_demo import claims, explorer, metrics, notebook, patching, plots
 from patching_demo.models import load_model
 from patching_demo.results import combine, largest_cells, load, save, share
-from patching_demo.sweeps import sweep
+from patching_demo.sweeps import attribute, complement, patch, paths, sweep
 from patching_demo.tasks import Task, induction_task, ioi_task, prompt_task
 
 __all__ = [
     "Task",
+    "attribute",
     "claims",
     "combine",
+    "complement",
     "explorer",
     "induction_task",
     "ioi_task",
@@ -29,7 +31,9 @@ __all__ = [
     "load_model",
     "metrics",
     "notebook",
+    "patch",
     "patching",
+    "paths",
     "plots",
     "prompt_task",
     "save",

@@ -184,7 +184,7 @@ def combined_activation_patch(
         plan, parts = _Plan(model, tokens, clean_cache), {}
         try:
             for name in live:
-                activation, setter = KINDS[name].activation, _setter(KINDS[name], by)
+                activation, setter = KINDS[name].activation, setter_of(KINDS[name], by)
                 hooks = [get_act_name(activation, layer) for layer in range(model.cfg.n_layers)]
                 checks.refuse_uncalled_hooks(plan.model, tokens, clean_cache, hooks)
                 index, rows = _indices(model, tokens, setter, activation, axes, None)
@@ -689,7 +689,7 @@ def _sweep(
     options: SweepOptions,
 ) -> Values:
     """One kind over all that its patch setter takes."""
-    setter = _setter(KINDS[kind], by)
+    setter = setter_of(KINDS[kind], by)
     return generic_activation_patch(
         model,
         corrupted_tokens,
@@ -701,7 +701,7 @@ def _sweep(
     )
 
 
-def _setter(kind: Kind, by: str) -> Setter:
+def setter_of(kind: Kind, by: str) -> Setter:
     """The patch setter that writes one cell of a kind."""
     if not kind.of_heads:
         return layer_pos_patch_setter
@@ -715,6 +715,11 @@ def _setter(kind: Kind, by: str) -> Setter:
             else layer_pos_head_vector_patch_setter
         )
     return layer_head_pattern_patch_setter if of_pattern else layer_head_vector_patch_setter
+
+
+def index_of(setter: Setter, where: Mapping[str, int]) -> tuple[int, ...]:
+    """What a patch setter takes for a layer, position and head."""
+    return tuple(where[_SAME_AXIS.get(axis, axis)] for axis in SETTERS[setter])
 
 
 def _axes(kind: Kind, by: str) -> tuple[str, ...]:

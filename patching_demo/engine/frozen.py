@@ -1,0 +1,199 @@
+"""What one component's clean output becomes further up while all attention stays as it was.
+
+With the attention frozen, every token is on its own: what is left of a block (norms, the MLP and
+the residual stream) works position by position. So a path costs no attention at all, and only the
+positions that differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from patching_demo.engine.bridge import Run, Unsupported, capture, hooked
+from patching_demo.engine.scoring import tolerance
+
+#: The kinds whose clean output can be sent along a path.
+SENDERS = ("out", "attn_out", "mlp_out")
+
+
+class _Seen(Exception):
+    """Leaves a block as soon as the receivers' activations are known."""
+
+
+class FrozenModel:
+    """The corrupted run, block by block, with attention outputs and MLP outputs held fixed.
+
+    Args:
+        model: a TransformerBridge.
+        tokens: the corrupted tokens ``[batch, pos]``.
+
+    Raises:
+        Unsupported: if the blocks do not add what their attention and MLP return to the stream.
+    """
+
+    def __init__(self, model: Any, tokens: Tensor) -> None:
+        self.model = model
+        self.run: Run = capture(model, tokens)
+        self.outputs = outputs_of(model, tokens)
+        for layer in range(len(model.blocks)):
+            self._check(layer)
+
+    def _check(self, layer: int) -> None:
+        """With both outputs frozen, a change of the stream must pass a block as it is."""
+        block = self.model.blocks[layer]
+        parts = [getattr(block, "attn", None)]
+        if not hasattr(getattr(parts[0], "o", None), "forward"):
+            raise Unsupported(f"the attention of block {layer} has no output projection of its own")
+        before, after = self.run.resid[layer], self.run.resid[layer + 1]
+        change = before.std() * torch.cos(torch.arange(before.numel(), device=before.device) ** 1.5)
+        change = change.view(before.shape).to(before.dtype)
+        every = torch.arange(before.shape[1], device=before.device)
+        passed = self.step(layer, (before + change)[None], every, "direct")[0] - after
+        if (passed - change).abs().max() > tolerance(before.dtype) * 10 * after.abs().max():
+            raise Unsupported(
+                f"block {layer} does more with its input than add the outputs of attention and MLP"
+            )
+
+    def step(
+        self,
+        layer: int,
+        states: Tensor,
+        at: Tensor,
+        through: str,
+        attn: Tensor | None = None,
+        mlp: Tensor | None = None,
+    ) -> Tensor:
+        """One block with its attention frozen: ``[n, batch, token, d_model]`` at positions ``at``.
+
+        The MLP is frozen too where ``through`` is "direct". ``attn`` and ``mlp`` take the place of
+        the frozen outputs.
+        """
+        block = self.model.blocks[layer]
+        rows = states.flatten(0, 1)
+
+        def held(name: str, given: Tensor | None) -> Callable[..., Any]:
+            recorded = self.outputs[layer][name]
+            value = (
+                _first(recorded)[:, at].expand(len(states), -1, -1, -1) if given is None else given
+            )
+            value = value.reshape(rows.shape)
+            rest = recorded[1:] if isinstance(recorded, tuple) else None
+            return lambda *_, **__: value if rest is None else (value, *rest)
+
+        with ExitStack() as stack:
+            stack.enter_context(_forward_of(block.attn, held("attn", attn)))
+            if "mlp" in self.outputs[layer] and (through == "direct" or mlp is not None):
+                stack.enter_context(_forward_of(block.mlp, held("mlp", mlp)))
+            output = block(rows.clone(), **self.run.arguments[layer])
+        return _first(output).view(states.shape)
+
+    def sent(
+        self, clean: Sequence[dict[str, Any]], kind: str, layer: int, at: Tensor, through: str
+    ) -> Tensor:
+        """The stream after ``layer`` with one clean output in it: ``[n, batch, token, d_model]``.
+
+        There is one row for each head, or one in all for ``attn_out`` and ``mlp_out``. ``clean``
+        are :func:`outputs_of` the clean tokens.
+        """
+        own, other = self.outputs[layer], clean[layer]
+        start = self.run.resid[layer][None, :, at]
+        if kind == "mlp_out":
+            return self.step(layer, start, at, through, mlp=_first(other["mlp"])[None, :, at])
+        if kind == "attn_out":
+            return self.step(layer, start, at, through, attn=_first(other["attn"])[None, :, at])
+        n_heads = self.model.cfg.n_heads
+        heads, others = (
+            part["heads"][:, at].flatten(2).unflatten(-1, (n_heads, -1)) for part in (own, other)
+        )
+        rows = heads.expand(n_heads, *heads.shape).clone()
+        each = torch.arange(n_heads, device=heads.device)
+        rows[each, :, :, each] = others.permute(2, 0, 1, 3)
+        projected = self.model.blocks[layer].attn.o(rows.flatten(0, 1).flatten(-2))
+        attn = projected.unflatten(0, (n_heads, -1))
+        return self.step(layer, start.expand(n_heads, -1, -1, -1), at, through, attn=attn)
+
+    def received(self, layer: int, states: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+        """Activations that a block computes from its input, without running all of it.
+
+        ``states`` is ``[n, batch, pos, d_model]``; the result has, for each of ``names`` (hooks of
+        queries, keys or values), ``[n, batch, pos, head, d_head]``.
+        """
+        seen: dict[str, Tensor] = {}
+
+        def keep(name: str) -> Callable[..., None]:
+            def hook(activation: Tensor, hook: Any = None) -> None:
+                seen[name] = activation.clone()
+                if len(seen) == len(names):
+                    raise _Seen
+
+            return hook
+
+        with ExitStack() as stack:
+            for name in names:
+                stack.enter_context(hooked(self.model, name, keep(name)))
+            try:
+                rows = states.flatten(0, 1)
+                arguments = {
+                    key: None
+                    if key in ("past_key_values", "layer_past", "past_key_value")
+                    else value
+                    for key, value in self.run.arguments[layer].items()
+                }
+                self.model.blocks[layer](rows.clone(), **arguments)
+            except _Seen:
+                pass
+        return {name: value.unflatten(0, states.shape[:2]) for name, value in seen.items()}
+
+
+def outputs_of(model: Any, tokens: Tensor) -> list[dict[str, Any]]:
+    """What attention and MLP of each block return, and what the attention's projection is given."""
+    found: list[dict[str, Any]] = [{} for _ in model.blocks]
+    handles = []
+    for outputs, block in zip(found, model.blocks, strict=True):
+        for name in ("attn", "mlp"):
+            if isinstance(getattr(block, name, None), torch.nn.Module):
+
+                def keep(
+                    module: Any, args: Any, output: Any, into: Any = outputs, name: str = name
+                ) -> None:
+                    into[name] = output
+
+                handles.append(getattr(block, name).register_forward_hook(keep))
+        if isinstance(getattr(getattr(block, "attn", None), "o", None), torch.nn.Module):
+
+            def keep_input(module: Any, args: Any, into: Any = outputs) -> None:
+                into["heads"] = args[0]
+
+            handles.append(block.attn.o.register_forward_pre_hook(keep_input))
+    try:
+        model(tokens, return_type="logits")
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+@contextmanager
+def _forward_of(module: Any, function: Callable[..., Any]) -> Iterator[None]:
+    """Let a module return what ``function`` returns."""
+    own = module.__dict__.get("forward")
+    module.__dict__["forward"] = function  # The bridge's modules hand other attributes on.
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = own
+
+
+__all__ = ["SENDERS", "FrozenModel", "outputs_of"]

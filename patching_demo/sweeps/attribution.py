@@ -1,0 +1,251 @@
+"""Estimate what a sweep would measure, from gradients: a few passes for all cells at once.
+
+Attribution patching (Nanda, 2023) replaces each patched run by its first-order estimate around
+the corrupted run: the corrupted metric, plus the difference that the patch makes to the
+activation times the gradient of the metric there. It is quick and can be far off, so it serves to
+choose what to measure with :func:`patching_demo.sweep`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import xarray as xr
+from torch import Tensor
+
+from patching_demo.engine.kinds import KINDS, Kind
+from patching_demo.engine.scoring import tolerance
+from patching_demo.sweeps.question import Question, check_kinds, grid_labels, heads_of
+from patching_demo.tasks import Task
+
+#: How the gradient is taken; see :func:`attribute`.
+METHODS = ("gradient", "gradient+qk", "integrated")
+
+
+def attribute(
+    model: Any,
+    task: Task,
+    kinds: str | Sequence[str],
+    *,
+    by: str = "pos",
+    method: str = "gradient",
+    steps: int = 5,
+    per_prompt: bool = False,
+) -> xr.DataArray:
+    """Estimate the result of :func:`patching_demo.sweep` to first order, for all cells at once.
+
+    Args:
+        model: a TransformerBridge.
+        task, kinds, by: as for :func:`patching_demo.sweep`.
+        method: "gradient" takes the gradient at the corrupted run (Nanda, 2023): two forward
+            passes and one backward pass. "gradient+qk" also puts patched queries and keys through
+            the softmax of the attention instead of its gradient (Kramár et al., 2024), at the
+            price of up to three forward passes more. "integrated" averages gradients over
+            ``steps`` inputs on the way from the corrupted to the clean embeddings (Hanna et al.,
+            2024).
+        steps: how many inputs "integrated" averages over.
+        per_prompt: whether to keep one value per prompt, along the dimension ``prompt``.
+
+    Returns:
+        What ``sweep`` returns, with the same labels and units; the attribute ``method`` says that
+        the values are estimates. Where clean and corrupted activations agree, the estimate is the
+        corrupted baseline.
+
+    Raises:
+        ValueError: for kinds, ``by``, ``method`` or ``steps`` that do not exist or fit, and where
+            the metric's gradient does not reach a hook (the attention is computed elsewhere).
+    """
+    several = not isinstance(kinds, str)
+    names = list(kinds) if several else [kinds]
+    check_kinds(names, by)
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+        raise ValueError(f"steps must be a whole number of at least 1, got {steps!r}")
+    hooks = {
+        (name, layer): f"blocks.{layer}.{KINDS[name].hook}"
+        for name in names
+        for layer in range(model.cfg.n_layers)
+    }
+    corrected = [name for name in names if name in ("q", "k")] if method == "gradient+qk" else []
+    patterns = {(name, layer): f"blocks.{layer}.attn.hook_pattern" for name, layer in hooks}
+    wanted = {*hooks.values(), *(patterns.values() if corrected else ())}
+    question = Question(model, {"metric": task}, sorted(wanted), per_prompt=per_prompt)
+    model, clean = question.model, dict(question.clean)
+    if method == "integrated":
+        clean |= task.clean_cache(model, ["hook_embed"])
+    shares = [(step + 0.5) / steps for step in range(steps)] if method == "integrated" else [0.0]
+    corrupted, gradient, logits = _gradients(model, task, clean, sorted(wanted), shares)
+    moved = {name: clean[name] - corrupted[name] for name in hooks.values()}
+    effects = {
+        key: _summed(moved[name] * gradient[name], KINDS[key[0]]) for key, name in hooks.items()
+    }
+    for name in corrected:
+        own = {layer: hooks[name, layer] for layer in range(model.cfg.n_layers)}
+        effects |= _through_softmax(model, task, name, own, clean, corrupted, gradient, logits)
+    question.corrupted_values = {"metric": task.metric.per_example(logits).float().cpu().numpy()}
+    dims, sizes, coords = grid_labels(model, task, names, by, several)
+    parts = []
+    for name in names:
+        effect = torch.stack([effects[name, i] for i in range(model.cfg.n_layers)], dim=1)
+        if by == "all_pos":
+            effect = effect.sum(2)
+        if KINDS[name].of_heads:  # Keys and values may have fewer heads: NaN where there is none.
+            missing = sizes["head"] - effect.shape[-1]
+            effect = torch.nn.functional.pad(effect, (0, missing), value=torch.nan)
+        parts.append(effect)
+    values = torch.stack(parts, dim=1)  # [prompt, kind, layer, ...]
+    baseline = task.metric.per_example(logits)
+    values = values + baseline.to(values).view(-1, *[1] * (values.ndim - 1))
+    values = values if several else values[:, 0]
+    found = (values if per_prompt else values.mean(0)).float().cpu().numpy()
+    facts = {
+        "by": by,
+        "kind": "" if several else names[0],
+        "n_key_value_heads": heads_of(model, "k") if KINDS[names[0]].of_heads else 0,
+        "method": method,
+    }
+    return question.labelled("metric", found, dims, coords, **facts)
+
+
+def _gradients(
+    model: Any, task: Task, clean: Any, wanted: Sequence[str], shares: Sequence[float]
+) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+    """Activations of the corrupted run, mean gradients there, and its logits.
+
+    The input of each run lies the given share of the way from corrupted to clean embeddings.
+    """
+    found: dict[str, Tensor] = {}
+    corrupted: dict[str, Tensor] = {}
+    total: dict[str, Tensor] = {}
+    metric = task.metric.per_example
+    for share in shares:
+
+        def start(embedding: Tensor, hook: Any = None, share: float = share) -> Tensor:
+            if share:
+                embedding = torch.lerp(embedding, clean["hook_embed"].to(embedding), share)
+            return embedding.detach().requires_grad_()
+
+        def keep(activation: Tensor, hook: Any, name: str) -> Tensor:
+            found[name] = activation
+            return activation  # A hook on a reshaped copy joins the graph only by what it returns.
+
+        with torch.enable_grad():
+            logits = model.run_with_hooks(
+                task.corrupted_tokens,
+                return_type="logits",
+                fwd_hooks=[
+                    ("hook_embed", start),
+                    *((name, partial(keep, name=name)) for name in wanted),
+                ],
+            )
+            values = metric(logits)
+            gradients = torch.autograd.grad(
+                values.sum(), [found[name] for name in found], allow_unused=True
+            )
+        for name, gradient in zip(found, gradients, strict=True):
+            if gradient is None:
+                raise ValueError(
+                    f"the metric's gradient does not reach hook {name!r}: the attention is "
+                    "computed elsewhere. Use sweep, or another kind"
+                )
+            total[name] = total.get(name, 0) + gradient / len(shares)
+        if not share:
+            corrupted = {name: activation.detach() for name, activation in found.items()}
+            unpatched = logits.detach()
+        found.clear()
+    if not corrupted:
+        corrupted = task.corrupted_cache(model, list(wanted))
+        with torch.no_grad():
+            unpatched = model(task.corrupted_tokens, return_type="logits")
+    return corrupted, total, unpatched
+
+
+def _through_softmax(
+    model: Any,
+    task: Task,
+    name: str,
+    hooks: dict[int, str],
+    clean: Any,
+    corrupted: dict[str, Tensor],
+    gradient: dict[str, Tensor],
+    unpatched: Tensor,
+) -> dict[tuple[str, int], Tensor]:
+    """Effects of one query or key ``[batch, pos, head]``, linear from the pattern onwards.
+
+    A row of the pattern depends on its own query alone, so one run with all clean queries shows
+    every row that a patched query makes. A key changes one column of each row, and thereby the sum
+    that the row is divided by. With clean keys at every other position, that sum is told by the
+    columns between, which differ from those of the corrupted run in nothing else.
+    """
+    pattern_hooks = {layer: f"blocks.{layer}.attn.hook_pattern" for layer in hooks}
+
+    def patterns(positions: slice) -> dict[int, Tensor]:
+        """Each layer's pattern with clean queries or keys there, no layer changing the next."""
+        seen: dict[int, Tensor] = {}
+
+        def put(activation: Tensor, hook: Any, layer: int) -> Tensor:
+            patched = activation.clone()
+            patched[:, positions] = clean[hooks[layer]][:, positions].to(patched)
+            return patched
+
+        def keep(pattern: Tensor, hook: Any, layer: int) -> Tensor:
+            seen[layer] = pattern.detach().clone()
+            return corrupted[pattern_hooks[layer]].clone()
+
+        fwd_hooks: list[tuple[str, Callable[..., Tensor]]] = []
+        for layer, hook in hooks.items():
+            fwd_hooks.append((hook, partial(put, layer=layer)))
+            fwd_hooks.append((pattern_hooks[layer], partial(keep, layer=layer)))
+        with torch.no_grad():
+            logits = model.run_with_hooks(
+                task.corrupted_tokens, return_type="logits", fwd_hooks=fwd_hooks
+            )
+        # Queries and keys act through the pattern alone, and each pattern was put back.
+        if (logits - unpatched).abs().max() > tolerance(logits.dtype) * unpatched.abs().max():
+            raise ValueError(
+                f"{pattern_hooks[0]!r} can be read but not patched on this model (the attention "
+                "is computed elsewhere), which 'gradient+qk' needs: use method='gradient'"
+            )
+        return seen
+
+    if name == "q":
+        return {
+            (name, layer): _summed((pattern - corrupted[hook]) * gradient[hook], KINDS["pattern"])
+            for layer, pattern in patterns(slice(None)).items()
+            for hook in [pattern_hooks[layer]]
+        }
+    effects: dict[tuple[str, int], Tensor] = {}
+    for first in (0, 1):
+        swapped, between = slice(first, None, 2), slice(1 - first, None, 2)
+        for layer, after in patterns(swapped).items():
+            before, after = corrupted[pattern_hooks[layer]].double(), after.double()
+            slope = gradient[pattern_hooks[layer]].double()  # [batch, head, query, key]
+            row = (before * slope).sum(-1, keepdim=True)
+            factor = before[..., between].sum(-1, keepdim=True) / after[..., between].sum(
+                -1, keepdim=True
+            )
+            grown = (after * factor - before)[..., swapped]  # of one column, in parts of the sum
+            change = (row + grown * slope[..., swapped]) / (1 + grown) - row
+            # A row that sees nothing between sees one position, and no key changes that.
+            effect = change.nan_to_num(0, 0, 0).sum(2)  # [batch, head, key]
+            # Heads may share a key.
+            effect = effect.unflatten(1, (clean[hooks[layer]].shape[2], -1)).sum(2)
+            whole = effects.setdefault(
+                (name, layer), effect.new_zeros(len(effect), before.shape[-1], effect.shape[1])
+            )
+            whole[:, swapped] = effect.transpose(1, 2)
+    return effects
+
+
+def _summed(products: Tensor, kind: Kind) -> Tensor:
+    """Sum over all axes but prompt, position and head: ``[batch, pos, (head)]``."""
+    kept = [axis for axis in kind.axes if axis in ("batch", "pos", "head", "kv_head")]
+    gone = [i for i, axis in enumerate(kind.axes) if axis not in kept]
+    products = products.sum(gone)
+    head = next((axis for axis in kept if axis.endswith("head")), None)
+    order = ["batch", "pos", *([head] if head else [])]
+    return products.permute([kept.index(axis) for axis in order])

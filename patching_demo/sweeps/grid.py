@@ -1,0 +1,198 @@
+"""The sweep: one activation at a time, over layers, positions and heads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from patching_demo.engine import checks
+from patching_demo.engine.cells import Cell, Patch
+from patching_demo.engine.kinds import KINDS
+from patching_demo.patching import index_of, setter_of
+from patching_demo.sweeps.question import Question, check_kinds, grid_labels, heads_of
+from patching_demo.tasks import Task
+
+
+def sweep(
+    model: Any,
+    task: Task,
+    kinds: str | Sequence[str],
+    *,
+    by: str = "pos",
+    layers: Any = None,
+    positions: Any = None,
+    heads: Any = None,
+    where: xr.DataArray | None = None,
+    window: int = 1,
+    source: Any = "clean",
+    per_prompt: bool = False,
+    **options: Any,
+) -> xr.DataArray:
+    """Patch clean activations into the corrupted run, one place at a time, and label the result.
+
+    Each value is the task's metric, in its units, of a corrupted run in which a single
+    activation was replaced by the one from the clean run (denoising; Meng et al., 2022).
+
+    Args:
+        model: a TransformerBridge.
+        task: inputs, metric and baselines.
+        kinds: one of :data:`patching_demo.engine.kinds.BLOCK_KINDS` (by layer and position) or of
+            ``HEAD_KINDS``, or several of the same group, which adds a leading ``kind`` dimension.
+            "pattern" by position replaces one destination row of the pattern.
+        by: "pos" patches one position at a time, "all_pos" a whole head at once (heads only).
+        layers, positions, heads: what ``.sel`` of the result takes (a value, a list, a slice);
+            only these cells are computed.
+        where: booleans with dimensions and labels of the result; other cells are NaN and cost
+            nothing.
+        window: patches so many consecutive layers at once, labelled by the middle one (Meng et
+            al., 2022, use 10).
+        source: where patched values come from: "clean", "zero", "mean" (over the prompts of the
+            clean run, at each position), or a mapping from hook names to activations.
+        per_prompt: whether to keep one value per prompt, along the dimension ``prompt``.
+        options: of :class:`patching_demo.engine.runner.Options`, such as ``progress``.
+
+    Returns:
+        float32 with dimensions ``([prompt,] [kind,] layer, position)`` for block kinds,
+        ``([prompt,] [kind,] layer, position, head)`` for head kinds by position and
+        ``([prompt,] [kind,] layer, head)`` over all positions. Where keys and values have fewer
+        heads than queries, cells of heads that do not exist are NaN. The coordinate ``agrees`` is
+        True at positions up to which clean and corrupted tokens are the same: a clean patch there
+        replaces an activation by itself.
+
+    Raises:
+        ValueError: if a kind, ``by``, ``window`` or ``source`` is unknown or does not fit the
+            others, or the task's baselines are another model's.
+        KeyError: if a layer, position or head to select does not exist.
+        TypeError: if the model is no TransformerBridge, the task none, or an option unknown.
+
+    >>> from patching_demo import induction_task, load_model
+    >>> model = load_model("attn-only-2l-demo")
+    >>> task = induction_task(model, batch=2, seq_len=6)
+    >>> sweep(model, task, "out", by="all_pos", layers=[1], progress=False).sizes["layer"]
+    1
+    """
+    return sweep_metrics(
+        model, {"metric": task}, kinds, by=by, layers=layers, positions=positions, heads=heads,
+        where=where, window=window, source=source, per_prompt=per_prompt, **options,
+    )["metric"]  # fmt: skip
+
+
+def sweep_metrics(
+    model: Any,
+    tasks: Mapping[str, Task],
+    kinds: str | Sequence[str],
+    *,
+    by: str = "pos",
+    layers: Any = None,
+    positions: Any = None,
+    heads: Any = None,
+    where: xr.DataArray | None = None,
+    window: int = 1,
+    source: Any = "clean",
+    per_prompt: bool = False,
+    **options: Any,
+) -> dict[str, xr.DataArray]:
+    """One sweep scored by several metrics at once, at the price of one.
+
+    Args:
+        model: a TransformerBridge.
+        tasks: the same prompts with different metrics, by name; see
+            :meth:`patching_demo.tasks.Task.with_metric`.
+        kinds: as for :func:`sweep`, like the other arguments.
+
+    Returns:
+        For each name what :func:`sweep` returns for that task.
+
+    Raises:
+        As :func:`sweep`, and ValueError if the tasks have different prompts.
+    """
+    several = not isinstance(kinds, str)
+    names = list(kinds) if several else [kinds]
+    check_kinds(names, by)
+    if not isinstance(window, int) or isinstance(window, bool) or window < 1:
+        raise ValueError(f"window must be a whole number of layers, at least 1, got {window!r}")
+    checks.check_bridge(model)
+    n_layers = model.cfg.n_layers
+    for task in tasks.values():
+        if not isinstance(task, Task):
+            Question(model, tasks, [])
+    first = next(iter(tasks.values()), None)
+    if first is None:
+        raise ValueError("there is no task to score the sweep by")
+    dims, sizes, coords = grid_labels(model, first, names, by, several)
+    # The number of each cell, with the labels of the result: what is selected is what is computed.
+    numbers = np.arange(np.prod(list(sizes.values())), dtype=float).reshape(list(sizes.values()))
+    cells = xr.DataArray(numbers, dims=dims, coords=coords)
+    chosen = {"layer": layers, "position": positions, "head": heads}
+    for dim, labels in chosen.items():
+        if labels is not None:
+            if dim not in dims:
+                raise ValueError(f"this sweep has no {dim}: its dimensions are {dims}")
+            cells = cells.sel({dim: labels})
+    wanted = cells if where is None else cells.where(where)
+    numbered = wanted.values[np.isfinite(wanted.values)].astype(int)
+    live = list(names)
+    while True:
+        hooks = [f"blocks.{i}.{KINDS[name].hook}" for name in live for i in range(n_layers)]
+        try:
+            question = Question(model, tasks, hooks, source, per_prompt, options)
+            made, rows = [], []
+            for number in numbered:
+                at = dict(zip(dims, np.unravel_index(number, list(sizes.values())), strict=True))
+                name = names[at.get("kind", 0)]
+                if name in live and at.get("head", 0) < heads_of(model, name):
+                    rows.append(number)
+                    made.append(Cell(len(made), _patches(name, by, at, window, question)))
+            values = question.run(made) if made else {n: np.empty((0,)) for n in tasks}
+            break
+        except checks.HookNotLive as reason:
+            left = [name for name in live if not reason.hook.endswith(KINDS[name].hook)]
+            if not left or left == live:
+                raise
+            gone = ", ".join(name for name in live if name not in left)
+            checks.warn_once(f"{gone!r} is NaN in this sweep, as {reason}")
+            live = left
+    place = {number: index for index, number in enumerate(rows)}
+    index = np.vectorize(lambda x: place.get(x, -1), otypes=[int])(np.nan_to_num(cells, nan=-1))
+    index = np.where(np.isfinite(wanted.broadcast_like(cells).values), index, -1)
+    results = {}
+    for name, found in values.items():
+        found = found.T if per_prompt else found[None]  # [prompt or 1, cell]
+        found = np.concatenate([found, np.full((len(found), 1), np.nan, found.dtype)], axis=1)
+        out = found[:, index] if per_prompt else found[0][index]
+        own = dict(cells.coords)
+        if question.source != "clean" and "agrees" in own:
+            own["agrees"] = own["agrees"] & False
+        facts = {
+            "by": by,
+            "kind": "" if several else names[0],
+            "n_key_value_heads": heads_of(model, "k") if KINDS[names[0]].of_heads else 0,
+            **({"window": window} if window > 1 else {}),
+        }
+        results[name] = question.labelled(name, out, cells.dims, own, **facts)
+    return results
+
+
+def _patches(
+    name: str, by: str, at: Mapping[str, Any], window: int, question: Question
+) -> tuple[Patch, ...]:
+    """What one cell patches: a kind at one place, in one layer or in several."""
+    kind, setter = KINDS[name], setter_of(KINDS[name], by)
+    n_layers, n_pos = question.model.cfg.n_layers, question.tokens.shape[1]
+    where = {"pos": int(at.get("position", 0)), "head": int(at.get("head", 0))}
+    lowest = at["layer"] - window // 2
+    return tuple(
+        Patch(
+            kind,
+            f"blocks.{layer}.{kind.hook}",
+            layer,
+            (where["pos"],) if by == "pos" else tuple(range(n_pos)),
+            head=where["head"] if kind.of_heads else None,
+            setter=setter,
+            index=index_of(setter, {"layer": layer, **where}),
+        )
+        for layer in range(max(0, int(lowest)), min(n_layers, int(lowest) + window))
+    )

@@ -1,0 +1,218 @@
+"""Path patching: one component's clean output reaches chosen receivers, and nothing else.
+
+After Wang et al. (2022) and Goldowsky-Dill et al. (2023).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor
+
+from patching_demo.engine.bridge import logits_from_resid
+from patching_demo.engine.cells import Cell, Patch, in_order
+from patching_demo.engine.frozen import SENDERS, FrozenModel, outputs_of
+from patching_demo.engine.kinds import KINDS
+from patching_demo.engine.packs import CALL_TOKENS
+from patching_demo.sweeps.question import Question, head_labels
+from patching_demo.tasks import Task
+
+#: What a path may pass on its way; see :func:`paths`.
+THROUGH = ("direct", "mlps")
+
+Receiver = tuple[str, int, "int | None"]
+
+
+@torch.no_grad()
+def paths(
+    model: Any,
+    task: Task,
+    receivers: str | Sequence[Receiver],
+    *,
+    senders: str = "out",
+    through: str = "direct",
+    per_prompt: bool = False,
+    **options: Any,
+) -> xr.DataArray:
+    """Patch the path from each sender to the receivers, and leave all other paths corrupted.
+
+    A sender's clean output changes what the receivers take in. With those inputs alone, the
+    corrupted run is then run again (Wang et al., 2022).
+
+    Args:
+        model: a TransformerBridge.
+        task: inputs, metric and baselines.
+        receivers: "logits", or parts ``(kind, layer, head)`` with kind "q", "k" or "v", such as
+            ``[("q", 9, 6)]``; ``None`` as head means all heads of that kind. All of them receive.
+        senders: "out" for each head, "attn_out" or "mlp_out" for each layer.
+        through: "direct" freezes every other attention and MLP output on the way; "mlps"
+            recomputes the MLPs and freezes attention.
+        per_prompt: whether to keep one value per prompt, along the dimension ``prompt``.
+        options: of :class:`patching_demo.engine.runner.Options`, such as ``progress``.
+
+    Returns:
+        float32 ``([prompt,] layer[, head])`` of senders, in the metric's units; NaN where no path
+        leads from a sender to a receiver.
+
+    Raises:
+        ValueError: if a receiver, sender or ``through`` is unknown or does not exist, or if the
+            model's blocks do more than add what attention and MLP return.
+    """
+    if senders not in SENDERS:
+        raise ValueError(f"senders must be one of {', '.join(SENDERS)}, got {senders!r}")
+    if through not in THROUGH:
+        raise ValueError(f"through must be one of {', '.join(THROUGH)}, got {through!r}")
+    parts = _checked_receivers(model, receivers)
+    question = Question(model, {"metric": task}, [], per_prompt=per_prompt, options=options)
+    model = question.model
+    frozen = FrozenModel(model, task.corrupted_tokens)
+    clean = outputs_of(model, task.clean_tokens)
+    n_layers = model.cfg.n_layers
+    last = max((layer for _, layer, _ in parts), default=n_layers)
+    at = torch.arange(task.agree_until, task.corrupted_tokens.shape[1])
+    at = at.to(task.corrupted_tokens.device)
+    if not parts:  # Nothing but the read positions matters where no attention comes after.
+        at = at[torch.isin(at, task.metric.positions.to(at.device))]
+    per_layer = model.cfg.n_heads if senders == "out" else 1
+    resid = frozen.run.resid
+    states = resid[0].new_zeros(0, len(resid[0]), len(at), resid[0].shape[-1])
+    seen: list[dict[str, Tensor]] = []
+    for layer in range(last + bool(parts)):
+        here = [part for part in parts if part[1] == layer]
+        if here and len(states):
+            seen.append(_received(frozen, layer, states, at, here))
+        if layer == last:
+            break
+        if through == "direct":
+            states = states + (resid[layer + 1] - resid[layer])[:, at]
+        else:
+            states = _in_calls(lambda s, at_=layer: frozen.step(at_, s, at, "mlps"), states)
+        sent = frozen.sent(clean, senders, layer, at, through)
+        states = torch.cat([states, sent])
+    n_senders = n_layers * per_layer
+    if parts:
+        cells = _cells(seen, parts, at)
+        found = question.run(cells)["metric"]
+    else:
+        scored = _in_calls(lambda s: _scored(frozen, task, s, at), states)
+        read = task.metric.per_example(frozen.run.logits)
+        question.corrupted_values = {"metric": read.float().cpu().numpy()}
+        found = (scored if per_prompt else scored.mean(-1)).float().cpu().numpy()
+    values = np.full((n_senders, *found.shape[1:]), np.nan, np.float32)
+    values[: len(found)] = found
+    values = values.reshape(n_layers, per_layer, *found.shape[1:])
+    dims, coords = ["layer", "head"], {"layer": np.arange(n_layers)}
+    if senders == "out":
+        coords |= head_labels(n_layers, per_layer)
+    else:
+        values, dims = values[:, 0], ["layer"]
+    if per_prompt:
+        values = np.moveaxis(values, -1, 0)
+    facts = {
+        "by": "path",
+        "kind": senders,
+        "receivers": ", ".join(map(_words, parts)) or "logits",
+        "through": through,
+    }
+    return question.labelled("metric", values, dims, coords, **facts)
+
+
+def _checked_receivers(model: Any, receivers: Any) -> list[tuple[str, int, int | None]]:
+    """The receivers as parts, none for the logits."""
+    if receivers == "logits":
+        return []
+    parts = [receivers] if isinstance(receivers, tuple) else list(receivers)
+    if not parts:
+        raise ValueError("receivers is empty: give 'logits' or parts such as ('q', 9, 6)")
+    for part in parts:
+        if not isinstance(part, tuple) or len(part) != 3 or part[0] not in ("q", "k", "v"):
+            raise ValueError(
+                f"a receiver is a part (kind, layer, head) with kind 'q', 'k' or 'v', or all is "
+                f"'logits'; got {part!r}"
+            )
+        kind, layer, head = part
+        heads = model.cfg.n_heads
+        if kind != "q":
+            heads = getattr(model.cfg, "n_key_value_heads", None) or heads
+        for what, value, size in (("layer", layer, model.cfg.n_layers), ("head", head, heads)):
+            if value is None and what == "head":
+                continue
+            if not isinstance(value, (int, np.integer)) or not 0 <= value < size:
+                raise ValueError(f"receiver {part!r}: {what} must be from 0 to {size - 1}")
+    return parts
+
+
+def _in_calls(function: Any, states: Tensor) -> Any:
+    """A function of ``[n, batch, token, ...]``, over as many n at a time as one call takes well."""
+    size = max(1, CALL_TOKENS["cpu"] // max(1, states[0].shape[:2].numel())) if len(states) else 1
+    if not len(states):
+        return states
+    return torch.cat([function(part) for part in states.split(size)])
+
+
+def _received(
+    frozen: FrozenModel, layer: int, states: Tensor, at: Tensor, parts: Sequence[Any]
+) -> dict[str, Tensor]:
+    """For each receiving hook of a layer, ``[sender, batch, pos, head, d_head]``.
+
+    Heads that do not receive, and positions that agree, are as in the corrupted run.
+    """
+    names = sorted({f"blocks.{layer}.{KINDS[kind].hook}" for kind, _, _ in parts})
+    resid = frozen.run.resid[layer]
+    usual = frozen.received(layer, resid[None], names)
+    chunks = []
+    size = max(1, CALL_TOKENS["cpu"] // resid.shape[:2].numel())
+    for some in states.split(size):
+        whole = resid.expand(len(some), *resid.shape).clone()
+        whole[:, :, at] = some
+        chunks.append(frozen.received(layer, whole, names))
+    found = {}
+    for name in names:
+        every = torch.cat([chunk[name] for chunk in chunks])
+        mine = [head for kind, _, head in parts if name.endswith(KINDS[kind].hook)]
+        heads = list(range(every.shape[3])) if None in mine else sorted(set(mine))
+        kept = usual[name].expand_as(every).clone()
+        kept[:, :, at[:, None], torch.tensor(heads)] = every[:, :, at[:, None], torch.tensor(heads)]
+        found[name] = kept
+    return found
+
+
+def _cells(seen: Sequence[dict[str, Tensor]], parts: Sequence[Any], at: Tensor) -> list[Cell]:
+    """One run for each sender: each receiver is patched with what it takes in."""
+    count = max((len(value) for values in seen for value in values.values()), default=0)
+    cells = []
+    for sender in range(count):
+        patches = []
+        for kind, layer, head in parts:
+            name = f"blocks.{layer}.{KINDS[kind].hook}"
+            for values in seen:
+                if name in values and sender < len(values[name]):
+                    own = values[name][sender]
+                    patches.append(
+                        Patch(KINDS[kind], name, layer, tuple(at.tolist()), head=head, values=own)
+                    )
+        cells.append(Cell(len(cells), in_order(patches)))
+    return cells
+
+
+def _words(part: Any) -> str:
+    kind, layer, head = part
+    return f"L{layer} {kind}" if head is None else f"L{layer}H{head} {kind}"
+
+
+def _scored(frozen: FrozenModel, task: Task, states: Tensor, at: Tensor) -> Tensor:
+    """The metric ``[n, batch]`` of final streams ``[n, batch, token, d_model]``."""
+    positions = task.metric.positions.to(at.device)
+    final = frozen.run.resid[-1].expand(len(states), *frozen.run.resid[-1].shape).clone()
+    final[:, :, at] = states
+    rows = torch.arange(final.shape[1], device=at.device)[:, None]
+    read = logits_from_resid(frozen.model, final[:, rows, positions].flatten(0, 1))
+    read = read.unflatten(0, final.shape[:2])
+    if task.metric.tokens is not None:
+        tokens = task.metric.tokens.to(at.device)[None, :, None, :]
+        read = read.gather(-1, tokens.expand(*read.shape[:-1], -1))
+    return task.metric.per_example.from_read(read)

@@ -1,0 +1,142 @@
+"""Several activations at once: does a set of components bring the answer back?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from patching_demo.engine import checks
+from patching_demo.engine.bridge import hook_point
+from patching_demo.engine.cells import Cell, Patch, in_order
+from patching_demo.engine.kinds import KINDS
+from patching_demo.sweeps.question import Question, heads_of
+from patching_demo.tasks import Task
+
+#: (kind, layer), (kind, layer, head) or (kind, layer, head, position).
+Part = tuple[Any, ...]
+
+
+def patch(
+    model: Any,
+    task: Task,
+    sets: Mapping[str, Sequence[Part]],
+    *,
+    source: Any = "clean",
+    per_prompt: bool = False,
+    **options: Any,
+) -> xr.DataArray:
+    """Patch all parts of a set in one run, and measure, for each set.
+
+    Args:
+        model: a TransformerBridge.
+        task: inputs, metric and baselines.
+        sets: by name, parts ``(kind, layer)``, ``(kind, layer, head)`` or ``(kind, layer, head,
+            position)``. A head is None where the kind has none, or for all heads; a position is a
+            number or a label, and without it all positions are patched.
+        source, per_prompt, options: as for :func:`patching_demo.sweep`.
+
+    Returns:
+        float32 ``([prompt,] set)``, in the metric's units.
+
+    Raises:
+        ValueError: if there is no set, or a part does not exist.
+        TypeError: as :func:`patching_demo.sweep`.
+
+    >>> from patching_demo import induction_task, load_model
+    >>> model = load_model("attn-only-2l-demo")
+    >>> task = induction_task(model, batch=2, seq_len=6)
+    >>> patch(model, task, {"two heads": [("out", 0, 1), ("out", 1, 5)]}).sizes
+    Frozen({'set': 1})
+    """
+    checks.check_bridge(model)
+    if not isinstance(sets, Mapping) or not sets:
+        raise ValueError(f"sets must be a mapping from names to parts, with at least one: {sets!r}")
+    if not isinstance(task, Task):
+        Question(model, {"metric": task}, [])
+    cells = [
+        Cell(row, in_order(_patch(model, task, part) for part in parts))
+        for row, parts in enumerate(sets.values())
+    ]
+    hooks = sorted({own.hook_name for cell in cells for own in cell.patches})
+    question = Question(model, {"metric": task}, hooks, source, per_prompt, options)
+    found = question.run(cells)["metric"]
+    found = found.T if per_prompt else found
+    return question.labelled("metric", found, ["set"], {"set": list(sets)}, by="set", kind="")
+
+
+def complement(model: Any, parts: Sequence[Part]) -> list[Part]:
+    """Every head's output and every MLP's that ``parts`` does not name.
+
+    Args:
+        model: a TransformerBridge.
+        parts: ``("out", layer, head)`` and ``("mlp_out", layer)``.
+
+    Raises:
+        ValueError: if a part is another one, or does not exist.
+
+    >>> from patching_demo import load_model
+    >>> rest = complement(load_model("attn-only-2l-demo"), [("out", 0, 3)])
+    >>> len(rest), ("out", 0, 3) in rest
+    (15, False)
+    """
+    checks.check_bridge(model)
+    named = set()
+    for part in parts:
+        if len(part) > 3 or part[0] not in ("out", "mlp_out"):
+            raise ValueError(
+                f"a complement is one of whole heads and MLPs, ('out', layer, head) and "
+                f"('mlp_out', layer); got {part!r}"
+            )
+        kind, layer, head = _checked(model, part)[:3]
+        whole = kind == "out" and head is None
+        named |= {(kind, layer, h) for h in (range(heads_of(model, "out")) if whole else [head])}
+    layers = range(model.cfg.n_layers)
+    every = [("out", layer, head) for layer in layers for head in range(heads_of(model, "out"))]
+    every += [
+        ("mlp_out", layer, None)
+        for layer in layers
+        if hook_point(model, f"blocks.{layer}.hook_mlp_out") is not None
+    ]
+    return [part if part[2] is not None else part[:2] for part in every if part not in named]
+
+
+def _checked(model: Any, part: Any) -> tuple[str, int, int | None, Any]:
+    """A part with all its four entries."""
+    if not isinstance(part, tuple) or not 2 <= len(part) <= 4 or part[0] not in KINDS:
+        raise ValueError(
+            "a part is (kind, layer), (kind, layer, head) or (kind, layer, head, position) with a "
+            f"kind among {', '.join(KINDS)}; got {part!r}"
+        )
+    kind, layer, head, position = (*part, None, None)[:4]
+    heads = heads_of(model, kind)
+    for what, value, size in (("layer", layer, model.cfg.n_layers), ("head", head, heads)):
+        if what == "head" and value is None:
+            continue
+        if what == "head" and not KINDS[kind].of_heads:
+            raise ValueError(f"{part!r}: {kind!r} has no heads, so its head must be None")
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+            raise ValueError(f"{part!r}: {what} must be a whole number, got {value!r}")
+        if not 0 <= value < size:
+            raise ValueError(f"{part!r}: {what} must be from 0 to {size - 1}, got {value}")
+    return kind, int(layer), None if head is None else int(head), position
+
+
+def _patch(model: Any, task: Task, part: Part) -> Patch:
+    name, layer, head, position = _checked(model, part)
+    kind, n_pos = KINDS[name], task.corrupted_tokens.shape[1]
+    positions = tuple(range(n_pos))
+    if position is not None:
+        if isinstance(position, str):
+            if position not in task.position_labels:
+                labels = ", ".join(map(repr, task.position_labels))
+                raise ValueError(f"{part!r}: there is no position {position!r}, only {labels}")
+            position = task.position_labels.index(position)
+        if isinstance(position, bool) or not isinstance(position, (int, np.integer)):
+            raise ValueError(f"{part!r}: position must be a number or a label, got {position!r}")
+        if not -n_pos <= position < n_pos:
+            raise ValueError(f"{part!r}: there are only {n_pos} positions")
+        positions = (int(position) % n_pos,)
+    return Patch(kind, f"blocks.{layer}.{kind.hook}", layer, positions, head=head)
