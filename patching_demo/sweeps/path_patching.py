@@ -210,7 +210,9 @@ def _scored(frozen: FrozenModel, task: Task, states: Tensor, at: Tensor) -> Tens
     final = frozen.run.resid[-1].expand(len(states), *frozen.run.resid[-1].shape).clone()
     final[:, :, at] = states
     rows = torch.arange(final.shape[1], device=at.device)[:, None]
-    read = logits_from_resid(frozen.model, final[:, rows, positions].flatten(0, 1))
+    read = logits_from_resid(
+        frozen.model, final[:, rows, positions].flatten(0, 1), frozen.run.logit_scale
+    )
     read = read.unflatten(0, final.shape[:2])
     if task.metric.tokens is not None:
         tokens = task.metric.tokens.to(at.device)[None, :, None, :]
