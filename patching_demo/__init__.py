@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from patching_demo import claims, explorer, metrics, notebook, patching, plots
 from patching_demo.models import load_model
-from patching_demo.results import combine, largest_cells, load, save, share
+from patching_demo.results import combine, interval, largest_cells, load, save, share
 from patching_demo.sweeps import attribute, complement, patch, paths, sweep
 from patching_demo.tasks import Task, induction_task, ioi_task, prompt_task
 
@@ -25,6 +25,7 @@ __all__ = [
     "complement",
     "explorer",
     "induction_task",
+    "interval",
     "ioi_task",
     "largest_cells",
     "load",

@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 import torch
 import xarray as xr
+from scipy.stats import bootstrap
 
 from patching_demo.metrics import check_scale
 
@@ -29,6 +30,7 @@ __all__ = [
     "combine",
     "crossing_layer",
     "effect_sizes",
+    "interval",
     "largest_cells",
     "load",
     "save",
@@ -44,6 +46,10 @@ _VERSION_KEY, _JSON_KEY = "patching_demo_version", "patching_demo_json"
 def share(result: xr.DataArray) -> xr.DataArray:
     """Values as a share of clean minus corrupted: 0 at the corrupted, 1 at the clean baseline.
 
+    The baselines are means over prompts, of a result with the dimension ``prompt``, too: the mean
+    of its shares is the share of its means. The baselines of single prompts are kept as they were
+    measured, as the coordinates ``clean_baseline`` and ``corrupted_baseline``.
+
     Raises:
         ValueError: if the baselines are missing, equal, or differ by rounding alone.
     """
@@ -52,6 +58,10 @@ def share(result: xr.DataArray) -> xr.DataArray:
     check_scale(clean, corrupted, attrs.get("metric", "metric"), attrs.get("units", ""))
     out = ((result - corrupted) / (clean - corrupted)).astype(np.float32)
     out.attrs = dict(result.attrs)
+    if "low" in result.coords:
+        bounds = [(result[name] - corrupted) / (clean - corrupted) for name in ("low", "high")]
+        low, high = bounds if clean > corrupted else bounds[::-1]
+        out = out.assign_coords(low=low.astype(np.float32), high=high.astype(np.float32))
     if (clean, corrupted) != (1.0, 0.0):
         out.attrs["metric"] = f"{result.attrs.get('metric', 'metric')}, normalised"
     out.attrs.update(units="share of clean - corrupted", clean_baseline=1.0, corrupted_baseline=0.0)
@@ -113,10 +123,72 @@ def combine(results: Mapping[str, xr.DataArray], dim: str = "corrupted") -> xr.D
     return out
 
 
+def interval(result: xr.DataArray, level: float = 0.95, seed: int = 0) -> xr.DataArray:
+    """The mean over prompts, with how far it may be off: a bootstrap over prompts.
+
+    The bounds are percentiles of the means of 2,000 draws of as many prompts, with replacement
+    (Efron and Tibshirani, 1993). For shares, each draw has its own baselines, too.
+
+    Args:
+        result: with the dimension ``prompt``, of a sweep with ``per_prompt=True``.
+        level: the part of draws between the bounds, above 0 and below 1.
+        seed: of the draws.
+
+    Returns:
+        The mean, with the other labels of ``result`` and its bounds as the coordinates ``low``
+        and ``high``; its attribute ``level`` is that of the interval.
+
+    Raises:
+        ValueError: if there are fewer than two prompts, or the level is not between 0 and 1.
+    """
+    n = result.sizes.get("prompt", 0)
+    if n < 2:
+        raise ValueError(
+            f"an interval needs a dimension 'prompt' of at least 2, got {dict(result.sizes)}: "
+            "sweep with per_prompt=True"
+        )
+    if not 0 < level < 1:
+        raise ValueError(f"level must be between 0 and 1, got {level!r}")
+    result = result.astype(float)
+    mean = result.mean("prompt", skipna=False, keep_attrs=True)
+    one = xr.ones_like(result["prompt"], float)
+    start, spread = 0 * one, one
+    if baselines(result) == (1.0, 0.0) and "clean_baseline" in result.coords:
+        # A share is one of means, and those of the baselines change with the prompts drawn.
+        start, spread = result["corrupted_baseline"], result["clean_baseline"]
+        spread = spread - start
+    moved = result * spread.mean("prompt") + start.mean("prompt") - start
+    values, scale = (
+        part.transpose("prompt", *mean.dims).values.reshape(n, -1)
+        for part in xr.broadcast(moved, spread)
+    )
+    known = ~np.isnan(values).any(0)
+    values, scale = values[:, known], scale[:, known]
+
+    def of_means(drawn: np.ndarray, axis: int) -> np.ndarray:
+        counts = np.stack([np.bincount(prompts, minlength=n) for prompts in drawn])
+        return (counts @ values / (counts @ scale)).T
+
+    bounds = np.full((2, mean.size), np.nan, np.float32)
+    bounds[:, known] = bootstrap(
+        (np.arange(n),),
+        of_means,
+        n_resamples=2000,
+        batch=100,
+        vectorized=True,
+        confidence_level=level,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    low, high = ((mean.dims, bound.reshape(mean.shape)) for bound in bounds)
+    return mean.astype(np.float32).assign_coords(low=low, high=high).assign_attrs(level=level)
+
+
 def largest_cells(result: xr.DataArray, n: int = 5) -> pd.DataFrame:
     """The n cells whose patch moves the metric furthest from the corrupted baseline.
 
-    Cells that do not exist, and positions at which there is nothing to patch, are left out.
+    Cells that do not exist, and positions at which there is nothing to patch, are left out. Values
+    of single prompts are averaged first.
 
     Returns:
         One row per cell, largest effect first: a column for each further dimension (such as
@@ -134,6 +206,8 @@ def largest_cells(result: xr.DataArray, n: int = 5) -> pd.DataFrame:
         raise ValueError(f"n must be at least 1, got {n}")
     if "layer" not in result.dims and "layer" not in result.coords:
         raise ValueError(f"the result has no layer, only {list(result.dims)}")
+    if "prompt" in result.dims:
+        result = result.mean("prompt", keep_attrs=True)
     clean, corrupted = baselines(result)
     values = result.values.astype(float)
     if "agrees" in result.coords:
@@ -170,6 +244,7 @@ def effect_sizes(result: xr.DataArray) -> xr.DataArray:
     """
     shares = share(result)
     sizes = abs(shares).fillna(0.0).assign_attrs(shares.attrs)
+    sizes = sizes.drop_vars(["low", "high"], errors="ignore")
     return sizes.where(~sizes["agrees"], 0.0) if "agrees" in sizes.coords else sizes
 
 

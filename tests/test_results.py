@@ -6,15 +6,17 @@ import os
 from functools import lru_cache
 
 import numpy as np
+import pandas as pd
 import pytest
 import tiny
-import torch
 import xarray as xr
 
 from patching_demo import patching
 from patching_demo.engine.kinds import BLOCK_KINDS, HEAD_KINDS
 from patching_demo.results import (
     combine,
+    effect_sizes,
+    interval,
     largest_cells,
     load,
     save,
@@ -103,13 +105,6 @@ def test_labels_say_where_a_cell_is():
     assert result.attrs["direction"] == "denoising"
 
 
-def test_where_inputs_agree_the_value_is_the_corrupted_baseline():
-    result = _result("gpt2", "out")
-    untouched = result.where(result["agrees"], drop=True)
-    np.testing.assert_allclose(untouched.values, result.attrs["corrupted_baseline"], atol=1e-5)
-    assert np.ptp(result.values) > 1e-4
-
-
 def test_one_sweep_scored_by_several_metrics_is_each_of_them():
     model = tiny.model("gpt2")
     tasks = {m: _task("gpt2", m) for m in ("logit difference", "probability")}
@@ -144,12 +139,6 @@ def test_unknown_kinds_are_refused_before_anything_runs(kinds, by, message):
         sweep(NeverCalled(), _task("gpt2"), kinds, by=by)
 
 
-@pytest.mark.parametrize("option", [{"reduce": "none"}, {"baseline": True}])
-def test_options_that_change_the_shape_are_refused(option):
-    with pytest.raises(TypeError, match=next(iter(option))):
-        sweep(tiny.model("gpt2"), _task("gpt2"), "out", **option)
-
-
 def test_share_is_zero_at_corrupted_and_one_at_clean():
     result = _result("gpt2", "resid_pre")
     clean, corrupted = (result.attrs[f"{w}_baseline"] for w in ("clean", "corrupted"))
@@ -174,6 +163,103 @@ def test_share_needs_two_different_baselines():
         share(xr.DataArray([1.0], dims="layer"))
 
 
+def _drawn(n: int, clean: float = 2.0) -> xr.DataArray:
+    """2,500 cells of as many studies with n prompts each, whose values have the mean 1."""
+    draw = np.random.default_rng(0)
+    values = draw.exponential(size=(n, 25, 100))
+    attrs = {"clean_baseline": clean, "corrupted_baseline": 0.0, "units": "nats", "kind": "q"}
+    coords = {"head_label": (("layer", "head"), np.full((25, 100), "L"))}
+    return xr.DataArray(values, coords, ("prompt", "layer", "head"), attrs=attrs, name="value")
+
+
+@pytest.mark.parametrize(("level", "least", "most"), [(0.95, 0.92, 0.96), (0.5, 0.46, 0.54)])
+def test_an_interval_holds_the_mean_as_often_as_its_level_says(level, least, most):
+    result = _drawn(60)
+    found = interval(result, level)
+    covered = ((found["low"] <= 1) & (1 <= found["high"])).mean().item()
+    assert least < covered < most
+    np.testing.assert_allclose(found, result.mean("prompt"), rtol=1e-6)
+    assert found["head_label"].identical(result["head_label"].assign_coords(found.coords))
+    assert found.attrs == {**result.attrs, "level": level} and "prompt" not in found.coords
+    # The textbook's standard error of a mean.
+    sigma = result.std("prompt", ddof=1) / 60**0.5
+    quantile = {0.95: 1.96, 0.5: 0.674}[level]
+    width = (found["high"] - found["low"]) / (2 * quantile * sigma)
+    assert width.mean().item() == pytest.approx(1, abs=0.03)
+    assert interval(result, level).identical(found)
+    assert not interval(result, level, seed=1).identical(found)
+
+
+def test_an_interval_of_equal_prompts_has_no_width_and_gaps_stay_gaps():
+    result = _drawn(2).isel(prompt=[0] * 7).copy()
+    result[:, 3, 4] = np.nan
+    found = interval(result)
+    np.testing.assert_array_equal(found["low"], found)
+    np.testing.assert_array_equal(found["high"], found)
+    assert found.isnull().sum() == 1
+
+
+def test_an_interval_of_shares_draws_the_baselines_with_the_prompts():
+    """Prompts that each recover exactly a half say so without doubt, however different."""
+    draw = np.random.default_rng(1)
+    clean, corrupted = draw.normal(3, 1, 30), draw.normal(-1, 1, 30)
+    half = (clean + corrupted) / 2
+    result = xr.DataArray(
+        np.stack([half, corrupted], 1),
+        {"clean_baseline": ("prompt", clean), "corrupted_baseline": ("prompt", corrupted)},
+        ("prompt", "layer"),
+        attrs={"clean_baseline": clean.mean(), "corrupted_baseline": corrupted.mean()},
+    )
+    found = interval(share(result))
+    for bound in (found, found["low"], found["high"]):
+        np.testing.assert_allclose(bound, [0.5, 0], atol=1e-6)
+    measured = interval(result)
+    assert (measured["high"] - measured["low"] > 0.3).all()
+    # Bounds are shares where the means are, the lower one below the other.
+    flipped = result.assign_attrs(clean_baseline=-5.0)
+    for scaled, sign in ((share(measured), 1), (share(interval(flipped)), -1)):
+        assert (scaled["low"] < scaled).all() and (scaled < scaled["high"]).all()
+        width = (scaled["high"] - scaled["low"]) / (measured["high"] - measured["low"])
+        spread = scaled.attrs["clean_baseline"] and {1: clean.mean(), -1: -5.0}[sign]
+        np.testing.assert_allclose(width, 1 / abs(spread - corrupted.mean()), rtol=1e-4)
+    assert "low" not in effect_sizes(measured).coords
+
+
+@pytest.mark.parametrize(
+    ("result", "level", "message"),
+    [
+        (lambda: _drawn(1), 0.9, "'prompt' of at least 2"),
+        (lambda: _drawn(2).mean("prompt"), 0.9, "per_prompt=True"),
+        (lambda: _drawn(2), 95, "level must be between 0 and 1, got 95"),
+        (lambda: _drawn(2), float("nan"), "got nan"),
+    ],
+)
+def test_no_interval_without_prompts_or_level(result, level, message):
+    with pytest.raises(ValueError, match=message):
+        interval(result(), level)
+
+
+def test_results_of_single_prompts_keep_their_baselines():
+    model, tasks = (
+        tiny.model("gpt2"),
+        {m: _task("gpt2", m) for m in ("logit difference", "probability")},
+    )
+    results = {m: sweep(model, t, "out", per_prompt=True, **QUIET) for m, t in tasks.items()}
+    result, combined = results["probability"], combine(results, "metric")
+    whole = sweep(model, tasks["probability"], "out", **QUIET)
+    np.testing.assert_allclose(share(result).mean("prompt"), share(whole), atol=1e-4)
+    np.testing.assert_allclose(interval(result), whole, atol=1e-6)
+    for which in ("clean_baseline", "corrupted_baseline"):
+        assert result[which].dims == ("prompt",)
+        assert result[which].mean().item() == pytest.approx(result.attrs[which], abs=1e-6)
+        np.testing.assert_array_equal(share(result)[which], result[which])
+        np.testing.assert_array_equal(combined[which].sel(metric="probability"), result[which])
+    alone, together = interval(share(result)), interval(combined)
+    np.testing.assert_allclose(together.sel(metric="probability"), alone, atol=1e-6)
+    np.testing.assert_allclose(together["low"].sel(metric="probability"), alone["low"], atol=1e-6)
+    pd.testing.assert_frame_equal(largest_cells(result), largest_cells(whole), atol=1e-4)
+
+
 def _corruptions(kinds="out"):
     model = tiny.model("attn-only")
     return {
@@ -194,26 +280,13 @@ def test_combined_results_are_shares_of_their_own_baselines():
         agrees = combined["agrees"].sel(corrupted=name).values
         assert agrees.tolist() == result["agrees"].values.tolist()
     assert combined.attrs["task"] == "induction, AA against AB, BA, BB, BC"
-
-
-def test_results_with_the_same_baselines_are_combined_as_they_are():
+    # What has the same baselines stays in the metric's units, and the measured ones stay.
+    twice = combine({"x": combined, "y": combined}, "run")
+    assert twice.dims == ("run", *combined.dims)
+    np.testing.assert_array_equal(twice.sel(run="y").values, combined.values)
+    np.testing.assert_array_equal(twice["clean_baseline"], combined["clean_baseline"])
     result = _result("gpt2", "out")
-    combined = combine({"one": result, "two": result}, "run")
-    assert combined.attrs["units"] == "logits"
-    np.testing.assert_array_equal(combined.sel(run="two").values, result.values)
-
-
-def test_combining_twice_keeps_the_measured_baselines():
-    metrics = ("logit difference", "probability")
-    inner = {
-        m: sweep(tiny.model("gpt2"), _task("gpt2", m), "out", by="all_pos", **QUIET)
-        for m in metrics
-    }
-    outer = combine({"x": combine(inner, "metric"), "y": combine(inner, "metric")}, "corrupted")
-    assert outer.dims == ("corrupted", "metric", "layer", "head")
-    for m in metrics:
-        cell = outer["clean_baseline"].sel(metric=m).values
-        assert np.allclose(cell, inner[m].attrs["clean_baseline"])
+    assert combine({"one": result, "two": result}, "run").attrs["units"] == "logits"
 
 
 def test_only_like_results_combine():
@@ -253,24 +326,14 @@ def test_largest_cells_name_kinds_and_skip_gaps():
     assert "position" not in table and not table["value"].isna().any()
     effect = (table["value"] - _task("llama-gqa").corrupted_baseline).abs()
     assert effect.is_monotonic_decreasing
-    layers = largest_cells(_result("gpt2", "resid_pre"), 1)
-    assert layers["label"].item() in ("L0", "L1")
-
-
-def test_largest_cells_need_a_positive_count_and_a_layer():
-    with pytest.raises(ValueError, match="at least 1"):
-        largest_cells(_result(), 0)
-    for count in (2.0, "2", True, None):
-        with pytest.raises(TypeError, match="n must be a whole number"):
-            largest_cells(_result(), count)
-    with pytest.raises(ValueError, match="no layer"):
-        largest_cells(_result("gpt2", "resid_pre").rename(layer="row"))
-
-
-def test_largest_cells_number_what_has_no_labels():
     bare = _result("gpt2", ("v", "out"), "all_pos").drop_vars(["kind", "layer", "head_label"])
     table = largest_cells(bare, 100)
     assert set(table["kind"]) == {"0", "1"} and set(table["label"]) == {"L0", "L1"}
+    for count in (0, 2.0, "2", True, None):
+        with pytest.raises((ValueError, TypeError), match="n must be"):
+            largest_cells(_result(), count)
+    with pytest.raises(ValueError, match="no layer"):
+        largest_cells(_result("gpt2", "resid_pre").rename(layer="row"))
 
 
 def _odd() -> xr.DataArray:
@@ -283,13 +346,15 @@ def _odd() -> xr.DataArray:
     return out
 
 
-@pytest.mark.parametrize("which", ["one", "gaps", "combined", "odd"])
+@pytest.mark.parametrize("which", ["one", "gaps", "combined", "odd", "prompts", "interval"])
 def test_a_result_survives_its_file(tmp_path, which):
     result = {
         "one": lambda: _result("gpt2", "resid_pre"),
         "gaps": lambda: _result("llama-gqa", tuple(HEAD_KINDS), "pos"),
         "combined": lambda: combine(_corruptions(["out", "v"])),
         "odd": _odd,
+        "prompts": lambda: _drawn(3).assign_coords(clean_baseline=("prompt", [1.0, 2.0, 3.0])),
+        "interval": lambda: interval(_drawn(3)),
     }[which]().copy(deep=True)
     folder = tmp_path / "with space é"
     folder.mkdir()
@@ -359,20 +424,3 @@ def test_files_that_are_not_results_are_refused_by_name(tmp_path):
         load(path)
     with pytest.raises(FileNotFoundError):
         load(tmp_path / "absent.nc")
-
-
-def test_a_sweep_keeps_no_graph_and_grad_mode():
-    with torch.enable_grad():
-        sweep(tiny.model("gpt2"), _task("gpt2"), "out", by="all_pos", **QUIET)
-        assert torch.is_grad_enabled()
-
-
-def test_public_names_lead_to_their_modules():
-    import patching_demo
-
-    for name in patching_demo.__all__:
-        assert getattr(patching_demo, name) is not None
-        assert name in dir(patching_demo)
-    assert patching_demo.sweep is sweep and patching_demo.patching is patching
-    with pytest.raises(AttributeError, match="no attribute 'swep'"):
-        _ = patching_demo.swep
