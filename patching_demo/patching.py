@@ -38,8 +38,9 @@ from transformer_lens.patching import (
 from transformer_lens.utilities import get_act_name
 
 from patching_demo.engine import checks, runner
-from patching_demo.engine.bridge import embedding
+from patching_demo.engine.bridge import Unsupported, embedding
 from patching_demo.engine.cells import Cell, Patch
+from patching_demo.engine.frozen import FrozenModel
 from patching_demo.engine.isolation import isolated
 from patching_demo.engine.kinds import HEAD_KINDS, KINDS, Kind, kind_of_activation
 from patching_demo.engine.scoring import measured
@@ -441,8 +442,8 @@ def get_act_patch_attn_head_by_pos_every(
 def get_act_patch_direct_path(
     model: Any,
     corrupted_tokens: Tensor,
-    clean_cache: Mapping[str, Tensor],
-    corrupted_cache: Mapping[str, Tensor],
+    clean_cache: Cache,
+    corrupted_cache: Cache,
     patching_metric: Callable[[Tensor], Any],
     src_layer: int,
     src_head: int,
@@ -452,7 +453,7 @@ def get_act_patch_direct_path(
     """Patch the path from one head into each later head alone (Wang et al., 2022).
 
     The difference that the source head writes, clean minus corrupted, is added to what one later
-    head reads. This is the plain loop of ``transformer_lens.patching``, one forward per head.
+    head reads.
 
     Args:
         model, corrupted_tokens, clean_cache: as for :func:`generic_activation_patch`.
@@ -464,13 +465,14 @@ def get_act_patch_direct_path(
 
     Returns:
         ``[layer, head]`` in the metric's units. At or before the source layer there is no path,
-        and the value is NaN. Where the two caches agree there is nothing to patch, which is said
-        once, in a warning.
+        and the value is NaN, as at heads beyond those of keys and values under grouped-query
+        attention. Where the two caches agree there is nothing to patch, which is said once, in a
+        warning.
 
     Raises:
         TypeError, ValueError: for inputs as in :func:`generic_activation_patch`, a source head or
-            component that does not exist, a model on which such paths are not defined (grouped
-            query heads with "k" or "v"), or a metric that returns NaN or infinity.
+            component that does not exist, a model on which such paths are not defined, or a
+            metric that returns NaN or infinity.
         NotImplementedError: if the model's attention cannot tell its heads' inputs apart.
 
     Source: ``transformer_lens.patching.get_act_patch_direct_path``.
@@ -491,15 +493,13 @@ def get_act_patch_direct_path(
 def get_act_patch_direct_path_all_sources(
     model: Any,
     corrupted_tokens: Tensor,
-    clean_cache: Mapping[str, Tensor],
-    corrupted_cache: Mapping[str, Tensor],
+    clean_cache: Cache,
+    corrupted_cache: Cache,
     patching_metric: Callable[[Tensor], Any],
     component: str = "q",
     verbose: bool = True,
 ) -> Tensor:
     """Patch the path from each head into each later head alone.
-
-    One forward pass per pair of heads: meant for small models.
 
     Args, Raises: as for :func:`get_act_patch_direct_path`.
 
@@ -519,53 +519,103 @@ def get_act_patch_direct_path_all_sources(
     return found.view(n_layers, n_heads, n_layers, n_heads)
 
 
+@torch.no_grad()
 def _direct_paths(
     model: Any,
     corrupted_tokens: Tensor,
     caches: tuple[Cache, Cache],
-    patching_metric: Callable[[Tensor], Any],
+    metric: Any,
     sources: Sequence[tuple[int, int]],
     component: str,
     verbose: bool,
 ) -> Tensor:
-    """``[source, layer, head]``: the paths from some heads, with inputs checked as a sweep's."""
+    """``[source, layer, head]``: the paths from some heads, lowest layer first."""
     if component not in ("q", "k", "v"):
         raise ValueError(f"component must be 'q', 'k' or 'v', got {component!r}")
-    # On the caller's own modules: TransformerLens's paths come out otherwise on isolated ones.
-    tokens = checks.checked_tokens(model, corrupted_tokens)
-    names = {get_act_name("z", layer) for layer, _ in sources}
-    clean, corrupted = (
-        {name: checks.checked_activation(model, cache, name, tokens, which) for name in names}
-        for which, cache in zip(("clean", "corrupted"), caches, strict=True)
-    )
-    metrics, several = _metrics(patching_metric)
-    if several:
+    if isinstance(metric, Mapping):
         raise TypeError("direct path patching takes one metric, got a mapping: give one function")
-    metric = partial(measured, "metric", metrics["metric"], per_example=False)
+    metrics, _ = _metrics(metric)
+    tokens = checks.checked_tokens(model, corrupted_tokens)
+    names = {layer: get_act_name("z", layer) for layer, _ in sources}
+    clean, corrupted = (
+        {name: checks.checked_activation(model, cache, name, tokens, which)
+         for name in names.values()}
+        for which, cache in zip(("clean", "corrupted"), caches, strict=True)
+    )  # fmt: skip
     survey = Survey(clean)
     for name, activation in corrupted.items():
         survey.compare(name, activation)
     survey.warn_if_nothing_moves(_Plan(model, tokens, caches[0]).differing)
-    found = []
-    with torch.no_grad():
-        logits = model(tokens, return_type="logits")
-        checks.refuse_reading_pads(model, tokens, logits, {"metric": metric})
-        several = len(sources) > 1
-        for layer, head in tqdm(sources, disable=not (verbose and several), leave=False):
-            values = _direct_path(
-                model, tokens, clean, corrupted, metric, layer, head, component,
-                verbose and not several,
-            )  # fmt: skip
-            values[: layer + 1] = float("nan")
-            bad = (~torch.isfinite(values[layer + 1 :])).nonzero()
-            if len(bad):
-                to_layer, to_head = int(bad[0, 0]) + layer + 1, int(bad[0, 1])
-                raise ValueError(
-                    f"the metric is {values[to_layer, to_head].item()} with the path from "
-                    f"L{layer}H{head} to L{to_layer}H{to_head} patched: a metric must be finite"
-                )
-            found.append(values)
-    return torch.stack(found)
+    try:
+        return _frozen_paths(
+            isolated(model), tokens, (clean, corrupted), metrics, sources, component, verbose
+        )
+    except (Unsupported, checks.HookNotLive) as reason:
+        checks.warn_once(f"direct paths take the plain loop: {reason}")
+    # On the caller's own modules: TransformerLens's paths come out otherwise on isolated ones.
+    loop = partial(_direct_path, model, tokens, clean, corrupted)
+    scored = partial(measured, "metric", metric, per_example=False)
+    shown = tqdm(sources, disable=not verbose, leave=False)
+    found = torch.stack([loop(scored, *source, component, False) for source in shown])
+    for values, (layer, _) in zip(found, sources, strict=True):
+        values[: layer + 1] = float("nan")
+    return found
+
+
+def _frozen_paths(
+    model: Any,
+    tokens: Tensor,
+    caches: tuple[Cache, Cache],
+    metrics: Mapping[str, Callable[..., Any]],
+    sources: Sequence[tuple[int, int]],
+    component: str,
+    verbose: bool,
+) -> Tensor:
+    """The paths by the engine: what the later heads take in is computed, then patched.
+
+    Raises:
+        Unsupported: if the model's blocks do more than add what attention and MLP return.
+    """
+    kind, frozen = KINDS[component], FrozenModel(model, tokens)
+    resid, sent = frozen.run.resid, {}
+    for layer, _ in sources:
+        name, own = get_act_name("z", layer), frozen.outputs[layer]["heads"]
+        change = (caches[0][name].to(own) - caches[1][name].to(own)).view_as(own)
+        sent[layer] = {"heads": own + change}
+    moved = [(s["heads"] != frozen.outputs[i]["heads"]).any(-1).any(0) for i, s in sent.items()]
+    at = torch.stack(moved).any(0).nonzero()[:, 0]
+    if not len(at):
+        at = torch.arange(tokens.shape[1], device=tokens.device)
+    # Without attention and MLPs on the way, the stream carries the change as it is.
+    changes = torch.cat(
+        [
+            (frozen.sent(sent, "out", layer, at, "direct") - resid[layer + 1][:, at])[
+                [head for from_layer, head in sources if from_layer == layer]
+            ]
+            for layer in sent
+        ]
+    )
+    shape = len(sources), model.cfg.n_layers, model.cfg.n_heads
+    found = torch.full(shape, float("nan"), device=tokens.device)
+    for layer in range(1, model.cfg.n_layers):
+        count = sum(from_layer < layer for from_layer, _ in sources)
+        if not count:
+            continue
+        name = f"blocks.{layer}.{kind.hook}"
+        states = resid[layer][:, at] + changes[:count]
+        values = frozen.received(layer, states, at, [name])[name]
+        into = range(values.shape[3])
+        cells = [
+            Cell(row, (Patch(kind, name, layer, tuple(at.tolist()), head=head, values=own),))
+            for row, (own, head) in enumerate(product(values, into))
+        ]
+        scored, _ = runner.run_cells(
+            model, tokens, {}, cells, metrics, differing=at.tolist(), per_example=False,
+            options=runner.Options(progress=verbose),
+        )  # fmt: skip
+        found = found.to(scored.dtype)
+        found[:count, layer, : len(into)] = scored[0].view(count, -1)
+    return found
 
 
 class _Plan:

@@ -8,7 +8,8 @@ import pytest
 import tiny
 import torch
 
-from patching_demo import paths, prompt_task
+from patching_demo import patching, paths, prompt_task
+from patching_demo.engine import checks
 
 MODELS = ("gpt2", "neox-parallel", "llama-gqa", "gemma2", "attn-only")
 
@@ -120,3 +121,62 @@ def test_paths_are_two_passes_by_hand(name, through, receivers, senders):
                 continue
             wanted = by_hand(name, task, (senders, layer, head), parts, through)
             assert np.allclose(cell, wanted, atol=1e-4 * scale), (layer, head)
+
+
+def drop_in(name, task, component, *source, **other):
+    """The direct paths of the drop-in for ``transformer_lens.patching``."""
+    bridge = other.get("bridge") or model(name)
+    caches = task.clean_cache(bridge), task.corrupted_cache(bridge)
+    inputs = bridge, task.corrupted_tokens, *caches, task.metric
+    if source:
+        return patching.get_act_patch_direct_path(*inputs, *source, component, verbose=False)
+    return patching.get_act_patch_direct_path_all_sources(*inputs, component, verbose=False)
+
+
+@pytest.mark.parametrize("component", ["q", "k", "v"])
+@pytest.mark.parametrize("name", MODELS)
+def test_each_direct_path_is_two_passes_by_hand(name, component):
+    bridge, task = model(name), task_of(name)
+    found = drop_in(name, task, component)
+    layers, heads = range(bridge.cfg.n_layers), range(bridge.cfg.n_heads)
+    of_component = heads
+    if component != "q":
+        of_component = range(getattr(bridge.cfg, "n_key_value_heads", None) or len(heads))
+    scale = abs(task.clean_baseline - task.corrupted_baseline) + 1e-3
+    for source, head, layer in [(0, 1, 1), (0, 3, layers[-1]), (layers[-2], 2, layers[-1])]:
+        for into in of_component:
+            parts = [(component, layer, into)]
+            wanted = by_hand(name, task, ("out", source, head), parts, "direct").mean()
+            assert np.allclose(found[source, head, layer, into], wanted, atol=1e-4 * scale)
+    exists = found.isfinite().numpy()
+    later = np.array([[source < layer for layer in layers] for source in layers])
+    there = np.array([head in of_component for head in heads])
+    assert (exists == later[:, None, :, None] & there).all()
+    assert torch.equal(drop_in(name, task, component, 0, 1).isnan(), found[0, 1].isnan())
+    assert torch.allclose(drop_in(name, task, component, 0, 1)[1:], found[0, 1, 1:], atol=1e-5,
+                          equal_nan=True)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_a_direct_path_that_cannot_be_served_is_transformer_lenss_own(name):
+    """A hook of the caller's acts on whole sequences."""
+    bridge, task = tiny.fresh(name), task_of("gpt2")
+    task = task.on(bridge)
+    plain = drop_in(name, task, "q", 0, 1, bridge=bridge)
+
+    def steer(module, args, output):
+        output[:, 5, 0] += 1
+        return output
+
+    handle = bridge.blocks[0].mlp.register_forward_hook(steer)
+    checks._warned.clear()
+    with pytest.warns(UserWarning, match="direct paths take the plain loop: the model has hooks"):
+        found = drop_in(name, task, "q", 0, 1, bridge=bridge)
+    caches = task.clean_cache(bridge), task.corrupted_cache(bridge)
+    with torch.no_grad():
+        wanted = patching._direct_path(
+            bridge, task.corrupted_tokens, *caches, task.metric, 0, 1, "q", False
+        )
+    handle.remove()
+    assert found[0].isnan().all() and torch.equal(found[1:], wanted[1:])
+    assert (found[1:] - plain[1:]).abs().max() > 1e-3

@@ -14,8 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from patching_demo.engine.bridge import Run, Unsupported, capture, hooked
+from patching_demo.engine.bridge import (
+    CACHE_ARGUMENTS,
+    Run,
+    Unsupported,
+    attached_hooks,
+    capture,
+    hooked,
+)
+from patching_demo.engine.packs import CALL_TOKENS, unforeseen
 from patching_demo.engine.scoring import tolerance
+
+#: Begins the reason why a model is not served.
+DOING = "a run with frozen attention"
 
 #: The kinds whose clean output can be sent along a path.
 SENDERS = ("out", "attn_out", "mlp_out")
@@ -33,10 +44,14 @@ class FrozenModel:
         tokens: the corrupted tokens ``[batch, pos]``.
 
     Raises:
-        Unsupported: if the blocks do not add what their attention and MLP return to the stream.
+        Unsupported: if the blocks do not add what their attention and MLP return to the stream, or
+            the caller left hooks on the model.
     """
 
+    @unforeseen(DOING)
     def __init__(self, model: Any, tokens: Tensor) -> None:
+        if hooks := attached_hooks(model):
+            raise Unsupported(f"the model has hooks attached ({hooks[0]})")
         self.model = model
         self.run: Run = capture(model, tokens)
         self.outputs = outputs_of(model, tokens)
@@ -92,6 +107,7 @@ class FrozenModel:
             output = block(rows.clone(), **self.run.arguments[layer])
         return _first(output).view(states.shape)
 
+    @unforeseen(DOING)
     def sent(
         self, clean: Sequence[dict[str, Any]], kind: str, layer: int, at: Tensor, through: str
     ) -> Tensor:
@@ -117,11 +133,18 @@ class FrozenModel:
         attn = projected.unflatten(0, (n_heads, -1))
         return self.step(layer, start.expand(n_heads, -1, -1, -1), at, through, attn=attn)
 
-    def received(self, layer: int, states: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+    @unforeseen(DOING)
+    def received(
+        self, layer: int, states: Tensor, at: Tensor, names: Sequence[str]
+    ) -> dict[str, Tensor]:
         """Activations that a block computes from its input, without running all of it.
 
-        ``states`` is ``[n, batch, pos, d_model]``; the result has, for each of ``names`` (hooks of
-        queries, keys or values), ``[n, batch, pos, head, d_head]``.
+        ``states`` are the stream before the block at positions ``at``, ``[n, batch, token,
+        d_model]``; it is the corrupted run's elsewhere. The result has, for each of ``names``
+        (hooks of queries, keys or values), ``[n, batch, pos, head, d_head]``.
+
+        Raises:
+            Unsupported: if the block does not call one of the hooks.
         """
         seen: dict[str, Tensor] = {}
 
@@ -133,21 +156,26 @@ class FrozenModel:
 
             return hook
 
+        resid = self.run.resid[layer]
+        arguments = self.run.arguments[layer] | {
+            name: None for name in CACHE_ARGUMENTS if name in self.run.arguments[layer]
+        }
+        parts: list[dict[str, Tensor]] = []
         with ExitStack() as stack:
             for name in names:
                 stack.enter_context(hooked(self.model, name, keep(name)))
-            try:
-                rows = states.flatten(0, 1)
-                arguments = {
-                    key: None
-                    if key in ("past_key_values", "layer_past", "past_key_value")
-                    else value
-                    for key, value in self.run.arguments[layer].items()
-                }
-                self.model.blocks[layer](rows.clone(), **arguments)
-            except _Seen:
-                pass
-        return {name: value.unflatten(0, states.shape[:2]) for name, value in seen.items()}
+            for some in states.split(max(1, CALL_TOKENS["cpu"] // resid.shape[:2].numel())):
+                rows = resid.expand(len(some), *resid.shape).clone()
+                rows[:, :, at] = some
+                seen.clear()
+                try:
+                    self.model.blocks[layer](rows.flatten(0, 1), **arguments)
+                except _Seen:
+                    pass
+                if missing := set(names) - seen.keys():
+                    raise Unsupported(f"block {layer} does not call {min(missing)}")
+                parts.append({n: v.unflatten(0, rows.shape[:2]) for n, v in seen.items()})
+        return {name: torch.cat([part[name] for part in parts]) for name in names}
 
 
 def outputs_of(model: Any, tokens: Tensor) -> list[dict[str, Any]]:

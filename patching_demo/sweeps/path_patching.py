@@ -157,28 +157,9 @@ def _in_calls(function: Any, states: Tensor) -> Any:
 def _received(
     frozen: FrozenModel, layer: int, states: Tensor, at: Tensor, parts: Sequence[Any]
 ) -> dict[str, Tensor]:
-    """For each receiving hook of a layer, ``[sender, batch, pos, head, d_head]``.
-
-    Heads that do not receive, and positions that agree, are as in the corrupted run.
-    """
+    """For each receiving hook of a layer, ``[sender, batch, pos, head, d_head]``."""
     names = sorted({f"blocks.{layer}.{KINDS[kind].hook}" for kind, _, _ in parts})
-    resid = frozen.run.resid[layer]
-    usual = frozen.received(layer, resid[None], names)
-    chunks = []
-    size = max(1, CALL_TOKENS["cpu"] // resid.shape[:2].numel())
-    for some in states.split(size):
-        whole = resid.expand(len(some), *resid.shape).clone()
-        whole[:, :, at] = some
-        chunks.append(frozen.received(layer, whole, names))
-    found = {}
-    for name in names:
-        every = torch.cat([chunk[name] for chunk in chunks])
-        mine = [head for kind, _, head in parts if name.endswith(KINDS[kind].hook)]
-        heads = list(range(every.shape[3])) if None in mine else sorted(set(mine))
-        kept = usual[name].expand_as(every).clone()
-        kept[:, :, at[:, None], torch.tensor(heads)] = every[:, :, at[:, None], torch.tensor(heads)]
-        found[name] = kept
-    return found
+    return frozen.received(layer, states, at, names)
 
 
 def _cells(seen: Sequence[dict[str, Tensor]], parts: Sequence[Any], at: Tensor) -> list[Cell]:
