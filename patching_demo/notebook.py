@@ -17,9 +17,9 @@ import xarray as xr
 
 from patching_demo.engine.kinds import kind_label
 from patching_demo.models import TaskName, load_model, resolve_model
-from patching_demo.plots.facts import baseline_names, baselines_of
+from patching_demo.plots.facts import baseline_names
 from patching_demo.plots.tables import Html, table
-from patching_demo.results import largest_cells
+from patching_demo.results import baselines, largest_cells
 
 __all__ = ["diagram", "in_colab", "largest", "model", "runtime", "say", "setup", "typeset"]
 
@@ -119,7 +119,7 @@ def largest(result: xr.DataArray, n: int = 5) -> Html:
     if "kind" in cells:
         cells["kind"] = [kind_label(kind) for kind in cells["kind"]]
     clean, corrupted = baseline_names(result)
-    if baselines_of(result) == (1.0, 0.0):
+    if baselines(result) == (1.0, 0.0):
         # The value is the share: once is enough.
         cells = cells.drop(columns="value")
     cells = cells.rename(columns={"label": "head" if "head" in result.dims else "layer"})

@@ -116,8 +116,9 @@ def combine(results: Mapping[str, xr.DataArray], dim: str = "corrupted") -> xr.D
     out.attrs = {
         k: v for k, v in arrays[0].attrs.items() if all(a.attrs.get(k) == v for a in arrays)
     }
-    if len({a.attrs.get("direction") for a in arrays}) > 1:
-        out.attrs["direction"] = "both"
+    for fact in ("direction", "source", "method", "window", "receivers"):
+        if len({a.attrs.get(fact) for a in arrays}) > 1:
+            out.attrs[fact] = "several"
     if "task" not in out.attrs:
         out.attrs["task"] = _common_name([str(a.attrs.get("task", "")) for a in arrays])
     return out

@@ -16,7 +16,7 @@ import torch
 import xarray as xr
 from plotly.offline import get_plotlyjs
 
-from patching_demo import plots
+from patching_demo import attribute, patch, paths, plots, sweep
 from patching_demo.engine.kinds import BLOCK_KINDS, HEAD_KINDS, KINDS, kind_label
 from patching_demo.plots import theme
 from patching_demo.results import combine, share
@@ -635,6 +635,109 @@ def test_colour_bars_are_ticked_at_the_baselines_and_at_round_numbers(baselines)
     for value in others:
         digits = f"{abs(value):.12g}".replace(".", "").strip("0")
         assert len(digits) <= 2 and axis.cmin <= value <= axis.cmax
+
+
+def test_results_of_every_verb_say_what_was_done():
+    model = tiny.model("gpt2")
+    task = ioi_task(model)
+    options = dict(progress=False)
+    to_q = paths(model, task, [("q", 1, 2)], **options)
+    ablated = sweep(model, task.reversed(), "out", by="all_pos", source="mean", **options)
+    for result, said, below in (
+        (to_q, "Clean head outputs sent to L1H2 q in the corrupted run", "by direct paths"),
+        (
+            paths(model, task, "logits", senders="mlp_out", through="mlps", **options),
+            "Clean mlp_out sent to the logits in the corrupted run",
+            "one sender at a time, by paths through MLPs",
+        ),
+        (
+            attribute(model, task, "q", method="gradient+qk"),
+            "Clean queries patched into the corrupted run, estimated",
+            "estimated by 'gradient+qk'",
+        ),
+        (ablated, "Mean ablation of head outputs in the clean run", "all positions"),
+        (
+            sweep(model, task, "mlp_out", source="zero", window=2, **options),
+            "Zero ablation of mlp_out in the corrupted run",
+            "one position at a time, in 2 layers at once",
+        ),
+    ):
+        figure = (plots.heatmap if result.ndim > 1 else plots.bars)(result)
+        title = _plain_title(figure)
+        assert said in title and below in title and said in figure.layout.meta["alt"]
+        assert ("estimated: %{" in figure.data[0].hovertemplate) == ("method" in result.attrs)
+        assert ("estimated)" in figure.layout.meta["caption"]) == ("method" in result.attrs)
+    figure = plots.heatmap(to_q)
+    assert "no path leads to the receivers" in figure.layout.meta["caption"]
+    np.testing.assert_allclose(_z(figure.data[0]), to_q, rtol=1e-3)
+    # What combined results do not share, a title does not say of all of them.
+    both = combine({"to q": to_q, "to k": paths(model, task, [("k", 1, 2)], **options)}, "into")
+    assert "sent to several receivers" in _plain_title(plots.heatmap(both))
+    zero = sweep(model, task.reversed(), "out", by="all_pos", source="zero", **options)
+    figure = plots.explore({"mean": ablated, "zero": zero})
+    assert "one head at a time" in _plain_title(figure)
+    assert "Head outputs patched into" in _plain_title(
+        plots.heatmap(combine({"mean": ablated, "zero": zero}, "ablation"))
+    )
+    estimate = attribute(model, task, ["q", "k"])
+    figure = plots.explore(estimate)
+    assert "estimated" in _plain_title(figure) and "estimated" in figure.data[0].hovertemplate
+
+
+@pytest.mark.parametrize("count", [2, 9])
+def test_bars_of_sets_have_their_names_in_full(count):
+    model = tiny.model("gpt2")
+    task = ioi_task(model)
+    names = [f"the <b> heads of layer {i % 2} and an MLP, {i}" for i in range(count)]
+    sets = {name: [("out", i % 2, i % 4), ("mlp_out", 1)] for i, name in enumerate(names)}
+    result = patch(model, task, sets, progress=False)
+    figure = plots.bars(result)
+    (trace,) = figure.data
+    np.testing.assert_allclose(np.asarray(trace.customdata, float), result, rtol=1e-3)
+    assert list(trace.x) == [theme.escape(name) for name in names]
+    axis = figure.layout.xaxis
+    assert len(axis.ticktext) == count and axis.tickangle == -90
+    assert figure.layout.margin.b > 6 * max(len(tick) for tick in axis.ticktext) - 30
+    assert "one set of activations at a time" in _plain_title(figure)
+    assert plots.bars(result[:1]).layout.xaxis.tickangle == 0
+    with pytest.raises(ValueError, match="curves or bars"):
+        plots.heatmap(result)
+
+
+def test_a_figure_of_prompts_shows_their_mean_and_says_of_how_many():
+    model = tiny.model("gpt2")
+    task = ioi_task(model)
+    each = sweep(model, task, "mlp_out", per_prompt=True, progress=False)
+    assert each.sizes["prompt"] == 8
+    for draw in (plots.heatmap, lambda r: plots.bars(r.isel(layer=0))):
+        figure, plain = draw(each), draw(each.mean("prompt", keep_attrs=True))
+        assert "mean over 8 prompts" in _plain_title(figure)
+        assert len(figure.data) == len(plain.data)
+        for one, other in zip(figure.data, plain.data, strict=True):
+            field = "z" if one.type == "heatmap" else "y"
+            np.testing.assert_allclose(one[field], other[field], rtol=1e-3, atol=1e-4)
+    # The baselines are those of the prompts that are drawn.
+    for some, said in (
+        ([1, 3], "mean over 2 prompts"),
+        ([5], "mean over 1 prompt"),
+        (5, "prompt 5"),
+    ):
+        part = each.isel(prompt=some)
+        figure = plots.heatmap(part)
+        assert said in _plain_title(figure)
+        ticks = figure.layout.coloraxis.colorbar.tickvals
+        for name in ("clean_baseline", "corrupted_baseline"):
+            own = float(np.mean(each[name].values[some]))
+            assert min(abs(own - tick) for tick in ticks) < 1e-5
+    shares = plots.heatmap(share(each))
+    assert set(shares.layout.coloraxis.colorbar.tickvals) >= {0.0, 1.0}
+    assert "mean over 8 prompts" in _plain_title(plots.explore({"a": each, "b": each}))
+    some = each.where((each["prompt"] > 0) | (each["layer"] > 0))
+    assert np.isnan(_z(plots.heatmap(some).data[0])[0]).all()
+    with pytest.raises(ValueError, match="mean over prompts"):
+        plots.bars(each.isel(layer=0, position=-1), along="prompt")
+    with pytest.raises(ValueError, match="empty"):
+        plots.heatmap(each.isel(prompt=[]))
 
 
 def test_curves_leave_out_numbers_that_would_overlap_and_no_names():

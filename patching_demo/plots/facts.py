@@ -12,20 +12,44 @@ from patching_demo.results import baselines, largest_cells
 
 CELL_DIMS = ("layer", "head", "position")
 
+#: The units of :func:`patching_demo.share`.
+SHARE = "share of clean - corrupted"
+
+#: What stands in place of a fact in which combined results differ.
+SEVERAL = "several"
+
 #: The runs that activations come from and go to.
 RUNS = {"denoising": ("clean", "corrupted"), "noising": ("corrupted", "clean")}
 
 
-def baselines_of(result: xr.DataArray) -> tuple[float, float]:
-    """(clean, corrupted) of a result.
+def drawn(result: xr.DataArray) -> xr.DataArray:
+    """What a figure of a result shows: the mean over its prompts, with the baselines of these.
 
     Raises:
         TypeError: if it has no labels.
-        ValueError: if it lacks a baseline.
+        ValueError: if it lacks a baseline, or is empty.
     """
     if not isinstance(result, xr.DataArray):
         raise TypeError(f"a figure needs a labelled result (xarray), got {type(result).__name__}")
-    return baselines(result)
+    baselines(result)
+    if result.size == 0:
+        raise ValueError(f"the result is empty: {dict(result.sizes)}")
+    if "prompt" not in result.dims and "prompt" not in result.coords:
+        return result
+    own: dict[str, Any] = {}
+    for name in ("clean_baseline", "corrupted_baseline"):
+        # What was turned into shares keeps the baselines that were measured beside it.
+        measured = name in result.coords and result.attrs.get("units") != SHARE
+        if measured and set(result[name].dims) <= {"prompt"}:
+            own[name] = float(result[name].mean())
+    if "prompt" in result.dims:
+        count = result.sizes["prompt"]
+        own["prompts"] = f"mean over {count} prompt{'s' * (count > 1)}"
+        # A cell that some prompts do not have is no mean of the others.
+        result = result.mean("prompt", skipna=False, keep_attrs=True)
+    else:
+        own["prompts"] = f"prompt {result['prompt'].item()}"
+    return result.assign_attrs(own)
 
 
 def baseline_names(result: xr.DataArray) -> tuple[str, str]:
@@ -65,13 +89,39 @@ def what_was_patched(result: xr.DataArray) -> str:
 
     >>> what_was_patched(xr.DataArray(0.0, attrs={"kind": "q", "direction": "noising"}))
     'corrupted queries patched into the clean run'
+    >>> what_was_patched(xr.DataArray(0.0, attrs={"kind": "v", "source": "zero"}))
+    'zero ablation of values in the corrupted run'
     """
-    kinds, (source, target) = kinds_of(result), baseline_names(result)
+    attrs, kinds, (source, target) = result.attrs, kinds_of(result), baseline_names(result)
     known = len(kinds) == 1 and kinds[0] in KINDS
-    return (
-        f"{source} {KINDS[kinds[0]].plural if known else 'activations'} "
-        f"patched into the {target} run"
-    )
+    what = KINDS[kinds[0]].plural if known else "activations"
+    values = attrs.get("source", "clean")
+    if attrs.get("by") == "path":
+        receivers = str(attrs.get("receivers", "the receivers"))
+        receivers = {"logits": "the logits", SEVERAL: "several receivers"}.get(receivers, receivers)
+        text = f"{source} {what} sent to {receivers} in the {target} run"
+    elif values in ("zero", "mean"):
+        text = f"{values} ablation of {what} in the {target} run"
+    elif values == "clean":
+        text = f"{source} {what} patched into the {target} run"
+    else:
+        text = f"{'given ' * (values == 'given')}{what} patched into the {target} run"
+    return text + estimated(result)
+
+
+def estimated(result: xr.DataArray) -> str:
+    """That values are estimates and were not measured, empty if they were."""
+    method = result.attrs.get("method")
+    return "" if method is None else ", partly estimated" if method == SEVERAL else ", estimated"
+
+
+def metric_of(result: xr.DataArray) -> str:
+    """The metric, and that its values are estimates if they are.
+
+    >>> metric_of(xr.DataArray(0.0, attrs={"metric": "logit difference", "method": "gradient"}))
+    'logit difference, estimated'
+    """
+    return str(result.attrs.get("metric", "metric")) + estimated(result)
 
 
 def what_is_one_patch(result: xr.DataArray) -> str:
@@ -79,13 +129,26 @@ def what_is_one_patch(result: xr.DataArray) -> str:
 
     >>> what_is_one_patch(xr.DataArray(0.0, attrs={"kind": "q", "by": "all_pos"}))
     'one head at a time, over all positions'
+    >>> what_is_one_patch(xr.DataArray(0.0, attrs={"kind": "mlp_out", "by": "pos", "window": 5}))
+    'one position at a time, in 5 layers at once'
     """
-    kinds = [KINDS[kind] for kind in kinds_of(result) if kind in KINDS]
-    if result.attrs.get("by") == "all_pos":
-        return "one head at a time, over all positions"
-    if not kinds or result.attrs.get("by") != "pos":
+    attrs, kinds = result.attrs, [KINDS[kind] for kind in kinds_of(result) if kind in KINDS]
+    by, window = attrs.get("by"), attrs.get("window", 1)
+    if by == "set":
+        return "one set of activations at a time"
+    if by == "path":
+        how = {"direct": ", by direct paths", "mlps": ", by paths through MLPs"}
+        return "one sender at a time" + how.get(attrs.get("through"), "")
+    if by not in ("pos", "all_pos") or (by == "pos" and not kinds):
         return ""
-    return f"one {'head' if kinds[0].of_heads else 'layer'} and position at a time"
+    layers = f", in {window if window != SEVERAL else 'several'} layers at once"
+    if by == "all_pos":
+        text = "one head at a time, over all positions"
+    elif kinds[0].of_heads:
+        text = "one head and position at a time"
+    else:
+        text = "one layer and position at a time" if window == 1 else "one position at a time"
+    return text + layers * (window != 1)
 
 
 def title_of(result: xr.DataArray, given: str | None) -> tuple[str, str]:
@@ -100,10 +163,25 @@ def title_of(result: xr.DataArray, given: str | None) -> tuple[str, str]:
         swept = "by" in attrs or kinds_of(result)
         what = what_was_patched(result) if swept else metric
         main = what[:1].upper() + what[1:]
-    if units and units not in ("share of clean - corrupted", metric):
+    if units and units not in (SHARE, metric):
         metric += f" in {units}"
-    facts = (what_is_one_patch(result), attrs.get("model"), attrs.get("task"), metric)
-    return main, " · ".join(str(fact) for fact in facts if fact)
+    return main, " · ".join(filter(None, [what_is_one_patch(result), *origin(result), metric]))
+
+
+def origin(result: xr.DataArray) -> list[str]:
+    """Where the numbers of a result come from: model, task, prompts, and a method of estimating."""
+    attrs = result.attrs
+    facts = [attrs.get(name) for name in ("model", "task", "prompts")]
+    method = attrs.get("method", SEVERAL)
+    facts += [f"estimated by {method!r}"] if method != SEVERAL else []
+    return [str(fact) for fact in facts if fact]
+
+
+def why_missing(result: xr.DataArray) -> str:
+    """Why cells of a figure are grey."""
+    if result.attrs.get("by") == "path":
+        return "from grey cells no path leads to the receivers"
+    return "grey cells do not exist in this model or were not measured"
 
 
 def largest_effects(result: xr.DataArray, n: int = 3) -> str:
@@ -120,5 +198,5 @@ def largest_effects(result: xr.DataArray, n: int = 3) -> str:
 
 def baselines_in_words(result: xr.DataArray) -> str:
     """Both baselines for a screen reader."""
-    pairs = zip(baseline_names(result), baselines_of(result), strict=True)
+    pairs = zip(baseline_names(result), baselines(result), strict=True)
     return "Baselines: " + ", ".join(f"{name} {number(value)}" for name, value in [*pairs][::-1])

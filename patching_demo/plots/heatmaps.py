@@ -13,6 +13,7 @@ import xarray as xr
 
 from patching_demo.plots import facts, panels, theme
 from patching_demo.plots.theme import compact, escape, percent
+from patching_demo.results import baselines
 
 
 def heatmap(
@@ -32,7 +33,8 @@ def heatmap(
     Args:
         result: from :func:`patching_demo.sweep` or :func:`patching_demo.combine`, with
             dimensions among ``layer``, ``position`` and ``head`` and up to two others, which
-            become panels. With all three, rows are heads (L9H6) and columns are positions.
+            become panels. With all three, rows are heads (L9H6) and columns are positions. Of a
+            result with ``prompt``, the mean over prompts is drawn.
         title: instead of the one made from the result's attributes.
         caption: instead of the sentence on how to read the figure.
         top: of more rows than this, only so many with the largest effects are drawn, largest
@@ -42,9 +44,8 @@ def heatmap(
     Raises:
         ValueError: if there is nothing to draw, or the dimensions or attributes do not fit.
     """
-    clean, centre = facts.baselines_of(result)
-    if result.size == 0:
-        raise ValueError(f"the result is empty: {dict(result.sizes)}")
+    result = facts.drawn(result)
+    clean, centre = baselines(result)
     if not bool(result.notnull().any()):
         raise ValueError("the result has no cell with a number in it: there is nothing to draw")
     grid = panels.Grid(*_panels(result, collapse))
@@ -143,8 +144,8 @@ def _panel_traces(
     """The measured panels.cells, and those at which there is nothing to patch."""
     words = grid.columns.words, [grid.rows.words[i] for i in view]
     shared = {"xaxis": f"x{axis}", "yaxis": f"y{axis}", "visible": visible}
-    clean, centre = facts.baselines_of(result)
-    name, metric = panel.name, escape(result.attrs.get("metric", "metric"))
+    clean, centre = baselines(result)
+    name, metric = panel.name, escape(facts.metric_of(result))
     template = f"{name}<br>" * bool(name) + f"%{{y}}, %{{x}}{_grouped_heads(result, panel)}"
     template += f"<br>{metric}: %{{z:.3~g}}"
     values = panel.values[view].astype(float)
@@ -171,14 +172,16 @@ def _grouped_heads(result: xr.DataArray, panel: panels.Panel) -> str:
 def _caption(result: xr.DataArray, grid: panels.Grid, top: int, note: str) -> str:
     source, target = facts.baseline_names(result)
     parts = [
-        f"Each cell is the metric ({result.attrs.get('metric', 'unnamed')}) of the {target} run "
+        f"Each cell is the metric ({facts.metric_of(result)}) of the {target} run "
         f"after one patch: white means no change, blue a move towards the {source} run, orange a "
         "move away"
     ]
     if any(panel.agrees.any() for panel in grid.panels):
         parts.append("at positions marked = both inputs agree up to there: nothing to patch")
     if any((np.isnan(panel.values) & ~panel.agrees).any() for panel in grid.panels):
-        parts.append("grey cells do not exist in this model")
+        parts.append(facts.why_missing(result))
+    if "window" in result.attrs:
+        parts.append("a row is named by the middle one of its layers")
     if note:
         parts.append(note)
     if top:

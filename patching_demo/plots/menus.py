@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ import xarray as xr
 
 from patching_demo.plots import facts, panels, theme
 from patching_demo.plots.theme import escape, number
-from patching_demo.results import combine
+from patching_demo.results import baselines, combine
 from patching_demo.results import share as to_share
 
 #: Pixels for a menu with its name above it.
@@ -48,7 +49,7 @@ def explore(
     Raises:
         ValueError: if there are more than three further dimensions, or nothing to choose from.
     """
-    measured = combine(results) if isinstance(results, Mapping) else results
+    measured = facts.drawn(combine(results) if isinstance(results, Mapping) else results)
     here = [d for d in facts.CELL_DIMS if d in measured.dims]
     lead = [str(d) for d in measured.dims if d not in here]
     if len(here) < 2:
@@ -82,6 +83,7 @@ def explore(
     )
     y = _axis_of_blocks([f"layer {e}" if e is not None else "" for e in layers], rows)
 
+    estimated = facts.estimated(measured)
     first = [facts.entries_of(shares, d)[0] for d in rest]
     traces, owners = [], []
     for i, state in enumerate(states):
@@ -93,13 +95,13 @@ def explore(
             "hoverinfo": "all" if all(chosen[1:]) else "skip",
         }
         name = " · ".join(map(escape, state))
-        baselines = ", ".join(
+        levels = ", ".join(
             f"{escape(which)} {number(value)}"
             for which, value in zip(names[::-1], _baselines_in(part)[::-1], strict=True)
         )
         template = (
             f"{name}<br>" * bool(name) + "%{x}<br>%{y}<br>%{z:.0%} of "
-            f"{escape(' minus '.join(names))}<br>{baselines}<extra></extra>"
+            f"{escape(' minus '.join(names))}{estimated}<br>{levels}<extra></extra>"
         )
         words = x.words, y.words
         drawn = [
@@ -159,15 +161,15 @@ def explore(
         sliders = [_slider("layer ", steps, start, below)]
     grid = panels.Grid(rows, columns)
     y_step = math.ceil(height / (20 if row_dim == "layer" else 40))
-    sources = [str(measured.attrs[k]) for k in ("model", "task") if measured.attrs.get(k)]
-    main = title if title is not None else "Explore: one patch at a time"
-    alt = f"Interactive heatmap. {main} ({' · '.join(sources)})."
+    sources = " · ".join(filter(None, [facts.what_is_one_patch(measured), *facts.origin(measured)]))
+    main = title if title is not None else f"Explore: one patch at a time{estimated}"
+    alt = f"Interactive heatmap. {main} ({sources})."
     if choices:
         alt += f" Menus: {theme.listed([_MENU_NAMES.get(dim, dim) for dim in choices])}."
-    missing = bool((np.isnan(values) & ~agrees).any())
+    missing = facts.why_missing(measured) if (np.isnan(values) & ~agrees).any() else ""
     return panels.composed(
         traces,
-        (main, " · ".join(sources)),
+        (main, sources),
         over=over + _CHOICE_HEIGHT * menu_rows,
         plot=max(grid.height(height), 160),
         below=below + 86 * bool(sliders),
@@ -208,7 +210,7 @@ def _axis_of_blocks(entries: list[str], axis: panels.Axis) -> panels.Axis:
     for i, entry in enumerate(entries):
         words += [f"{entry}, {word}" if entry else word for word in axis.words] + [" " * (i + 1)]
         ticks += [*axis.ticks, ""]
-    return panels.Axis(words, ticks, axis.title)
+    return replace(axis, words=words, ticks=ticks)
 
 
 def _ticks(blocks: int, size: int, step: int) -> list[int]:
@@ -219,7 +221,7 @@ def _baselines_in(part: xr.DataArray) -> list[float]:
     """(clean, corrupted) as measured, before results were made shares."""
     given = [part.coords.get(f"{which}_baseline") for which in ("clean", "corrupted")]
     known = [float(value) for value in given if value is not None and value.size == 1]
-    return known if len(known) == 2 else list(facts.baselines_of(part))
+    return known if len(known) == 2 else list(baselines(part))
 
 
 def _slider(prefix: str, steps: list[dict[str, Any]], start: int, below: int) -> dict[str, Any]:
@@ -238,7 +240,7 @@ def _slider(prefix: str, steps: list[dict[str, Any]], start: int, below: int) ->
 
 
 def _caption(
-    names: tuple[str, str], scale: panels.Scale, sliding: bool, missing: bool, agreeing: bool
+    names: tuple[str, str], scale: panels.Scale, sliding: bool, missing: str, agreeing: bool
 ) -> str:
     source, target = names
     text = (
@@ -251,7 +253,7 @@ def _caption(
     if sliding:
         text += "; the slider chooses the layer"
     if missing:
-        text += "; grey cells do not exist in this model"
+        text += f"; {missing}"
     if agreeing:
         text += "; on plain light grey both inputs agree: nothing to patch"
     return text + "."

@@ -66,18 +66,15 @@ BAR_HEIGHT, MENU_HEIGHT = 66, 38
 class Axis:
     """Rows, columns or groups: each entry in words, as a tick, and what all of them are.
 
-    ``places`` has the position that each entry stands for, if they are positions.
+    ``places`` has the position that each entry stands for, if they are positions. Ticks that are
+    ``turned`` stand upright below a figure.
     """
 
     words: list[str]
     ticks: list[str]
     title: str
     places: Sequence[int] = ()
-
-    @property
-    def turned(self) -> bool:
-        """Whether ticks stand upright below a figure."""
-        return self.title == "position"
+    turned: bool = False
 
     @property
     def longest(self) -> int:
@@ -127,7 +124,7 @@ def position_axis(labels: Sequence[str], tokens: Sequence[str]) -> Axis:
     told = all(n.isdecimal() for n in numbers) and len(set(numbers)) == len(numbers)
     places = [int(n) for n in numbers] if told else list(range(len(labels)))
     words = [f"position {i} '{token}'" for i, token in zip(places, tokens, strict=True)]
-    return Axis(words, [theme.short_label(label) for label in labels], "position", places)
+    return Axis(words, [theme.short_label(label) for label in labels], "position", places, True)
 
 
 def agreement(result: xr.DataArray) -> xr.DataArray:
@@ -162,7 +159,7 @@ def collapsed(agrees: np.ndarray, columns: Axis) -> tuple[list[int], Axis]:
             kept += run
             words += [columns.words[i] for i in run]
             ticks += [columns.ticks[i] for i in run]
-    return kept, Axis(words, ticks, columns.title, [columns.places[i] for i in kept])
+    return kept, Axis(words, ticks, columns.title, [columns.places[i] for i in kept], True)
 
 
 def largest_rows(effect: np.ndarray, top: int) -> np.ndarray:

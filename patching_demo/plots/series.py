@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import xarray as xr
 
 from patching_demo.plots import facts, panels, theme
 from patching_demo.plots.theme import compact, escape, number
+from patching_demo.results import baselines
 
 # Pixels that a telephone of 390 pixels leaves the horizontal axis.
 _NARROW = 238
@@ -49,8 +51,8 @@ def curves(
             marker={"symbol": theme.SYMBOLS[symbol], "size": 7},
         )
 
-    metric = result.attrs.get("metric", "") if isinstance(result, xr.DataArray) else ""
-    how = f"Each line is the metric ({metric}) after one patch"
+    result = facts.drawn(result)
+    how = f"Each line is the metric ({facts.metric_of(result)}) after one patch"
     return _figure(result, along, line, "%{y:.3~g}", title, caption, how)
 
 
@@ -74,7 +76,8 @@ def bars(
         ValueError: if the dimensions do not fit.
         TypeError: if ``result`` is not labelled.
     """
-    _, centre = facts.baselines_of(result)
+    result = facts.drawn(result)
+    _, centre = baselines(result)
 
     def bar(i: int, values: np.ndarray) -> go.Bar:
         # Colour, pattern and outline together: no two are alike.
@@ -97,7 +100,7 @@ def bars(
     along = along or (str(result.dims[-1]) if result.dims else "")
     how = (
         f"Each bar runs from the {facts.baseline_names(result)[1]} baseline to the metric "
-        f"({result.attrs.get('metric', '')}) after one patch"
+        f"({facts.metric_of(result)}) after one patch"
     )
     return _figure(result, along, bar, "%{customdata:.3~g}", title, caption, how)
 
@@ -112,14 +115,18 @@ def _figure(
     how: str,
 ) -> go.Figure:
     """A trace for each series between the two baselines."""
-    clean, centre = facts.baselines_of(result)
+    clean, centre = baselines(result)
     source, target = facts.baseline_names(result)
+    if along == "prompt":
+        raise ValueError(
+            "figures show the mean over prompts: select one, by result.isel(prompt=0) for instance"
+        )
     if along not in result.dims or result.ndim > 2:
         raise ValueError(
             f"lines and bars need one or two dimensions, one of them {along!r}, got "
             f"{dict(result.sizes)}: select or reduce the others"
         )
-    metric = str(result.attrs.get("metric", "value"))
+    metric, measure = str(result.attrs.get("metric", "value")), escape(facts.metric_of(result))
     other = next((str(d) for d in result.dims if d != along), None)
     names = [metric]
     if other is not None:
@@ -140,7 +147,7 @@ def _figure(
         trace.update(
             x=[escape(word) for word in axis.words],
             name=escape(name),
-            hovertemplate=f"{lead}%{{x}}<br>{escape(metric)}: {value}<extra></extra>",
+            hovertemplate=f"{lead}%{{x}}<br>{measure}: {value}<extra></extra>",
         )
         traces.append(trace)
         if np.isfinite(row).any():
@@ -148,10 +155,13 @@ def _figure(
             furthest.append(f"{name} {number(row[at])} at {axis.ticks[at]}")
     main, below = facts.title_of(result, title)
     at = range(len(axis.words))
-    if axis.title in ("layer", "head", "position"):
+    if axis.title in facts.CELL_DIMS:
         # As many numbers as fit beside each other on a telephone; names are never left out.
         each = 11.5 if axis.turned else 6.6 * axis.longest + 6
         at = at[:: math.ceil(len(at) * each / _NARROW)]
+    elif len(at) > 1 and len(at) * (6.6 * axis.longest + 6) > _NARROW:
+        ticks = [tick if len(tick) <= 24 else f"{tick[:23]}…" for tick in axis.ticks]
+        axis = replace(axis, ticks=ticks, turned=True)
     ends = [*values[np.isfinite(values)], clean, centre]
     pad = 0.08 * ((max(ends) - min(ends)) or 1.0)
     everywhere = agrees.all(axis=0)
