@@ -57,6 +57,15 @@ def attribute(
     Raises:
         ValueError: for kinds, ``by``, ``method`` or ``steps`` that do not exist or fit, and where
             the metric's gradient does not reach a hook (the attention is computed elsewhere).
+
+    >>> from patching_demo import induction_task, load_model, sweep
+    >>> model = load_model("attn-only-2l-demo")
+    >>> task = induction_task(model, batch=2, seq_len=6)
+    >>> estimate = attribute(model, task, "out", by="all_pos")
+    >>> large = abs(estimate - task.corrupted_baseline) > 0.5
+    >>> exact = sweep(model, task, "out", by="all_pos", where=large, progress=False)
+    >>> bool((exact.notnull() == large).all())
+    True
     """
     several = not isinstance(kinds, str)
     names = list(kinds) if several else [kinds]

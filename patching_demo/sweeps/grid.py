@@ -45,8 +45,8 @@ def sweep(
         by: "pos" patches one position at a time, "all_pos" a whole head at once (heads only).
         layers, positions, heads: what ``.sel`` of the result takes (a value, a list, a slice);
             only these cells are computed.
-        where: booleans with dimensions and labels of the result; other cells are NaN and cost
-            nothing.
+        where: booleans with dimensions and labels of the result, such as those of an estimate by
+            :func:`patching_demo.attribute`; other cells are NaN and cost nothing.
         window: patches so many consecutive layers at once, labelled by the middle one (Meng et
             al., 2022, use 10).
         source: where patched values come from: "clean", "zero", "mean" (over the prompts of the
@@ -63,8 +63,8 @@ def sweep(
         replaces an activation by itself.
 
     Raises:
-        ValueError: if a kind, ``by``, ``window`` or ``source`` is unknown or does not fit the
-            others, or the task's baselines are another model's.
+        ValueError: if a kind, ``by``, ``where``, ``window`` or ``source`` is unknown or does not
+            fit the others, or the task's baselines are another model's.
         KeyError: if a layer, position or head to select does not exist.
         TypeError: if the model is no TransformerBridge, the task none, or an option unknown.
 
@@ -132,8 +132,15 @@ def sweep_metrics(
             if dim not in dims:
                 raise ValueError(f"this sweep has no {dim}: its dimensions are {dims}")
             cells = cells.sel({dim: labels})
-    wanted = cells if where is None else cells.where(where)
-    numbered = wanted.values[np.isfinite(wanted.values)].astype(int)
+    if where is not None:
+        if not isinstance(where, xr.DataArray) or where.dtype != bool or set(where.dims) - set(dims):
+            raise ValueError(
+                f"where must be a DataArray of booleans with dimensions among {dims}, such as "
+                f"result > 1, got {getattr(where, 'dtype', type(where).__name__)} with dimensions "
+                f"{list(getattr(where, 'dims', ()))}"
+            )
+        cells = cells.where(where.reset_coords(drop=True))
+    numbered = cells.values[np.isfinite(cells.values)].astype(int)
     live = list(names)
     while True:
         hooks = [f"blocks.{i}.{KINDS[name].hook}" for name in live for i in range(n_layers)]
@@ -146,7 +153,7 @@ def sweep_metrics(
                 if name in live and at.get("head", 0) < heads_of(model, name):
                     rows.append(number)
                     made.append(Cell(len(made), _patches(name, by, at, window, question)))
-            values = question.run(made) if made else {n: np.empty((0,)) for n in tasks}
+            values = question.run(made)
             break
         except checks.HookNotLive as reason:
             left = [name for name in live if not reason.hook.endswith(KINDS[name].hook)]
@@ -157,7 +164,6 @@ def sweep_metrics(
             live = left
     place = {number: index for index, number in enumerate(rows)}
     index = np.vectorize(lambda x: place.get(x, -1), otypes=[int])(np.nan_to_num(cells, nan=-1))
-    index = np.where(np.isfinite(wanted.broadcast_like(cells).values), index, -1)
     results = {}
     for name, found in values.items():
         found = found.T if per_prompt else found[None]  # [prompt or 1, cell]

@@ -13,7 +13,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from patching_demo.engine.bridge import logits_from_resid
+from patching_demo.engine.bridge import Unsupported, attached_hooks, logits_from_resid
 from patching_demo.engine.cells import Cell, Patch, in_order
 from patching_demo.engine.frozen import SENDERS, FrozenModel, outputs_of
 from patching_demo.engine.kinds import KINDS
@@ -59,8 +59,14 @@ def paths(
         leads from a sender to a receiver.
 
     Raises:
-        ValueError: if a receiver, sender or ``through`` is unknown or does not exist, or if the
-            model's blocks do more than add what attention and MLP return.
+        ValueError: if a receiver, sender or ``through`` is unknown or does not exist, if hooks are
+            attached to the model, or if its blocks do more than add what attention and MLP return.
+
+    >>> from patching_demo import induction_task, load_model
+    >>> model = load_model("attn-only-2l-demo")
+    >>> task = induction_task(model, batch=2, seq_len=6)
+    >>> paths(model, task, [("k", 1, 5)], progress=False).dims
+    ('layer', 'head')
     """
     if senders not in SENDERS:
         raise ValueError(f"senders must be one of {', '.join(SENDERS)}, got {senders!r}")
@@ -69,7 +75,14 @@ def paths(
     parts = _checked_receivers(model, receivers)
     question = Question(model, {"metric": task}, [], per_prompt=per_prompt, options=options)
     model = question.model
-    frozen = FrozenModel(model, task.corrupted_tokens)
+    try:
+        if hooks := attached_hooks(model):
+            raise Unsupported(f"the model has hooks attached ({hooks[0]})")
+        frozen = FrozenModel(model, question.tokens)
+    except Unsupported as reason:
+        raise ValueError(
+            f"paths cannot be told apart on this model: {reason}. sweep and patch run on it"
+        ) from reason
     clean = outputs_of(model, task.clean_tokens)
     n_layers = model.cfg.n_layers
     last = max((layer for _, layer, _ in parts), default=n_layers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,8 @@ from patching_demo.tasks import Task
 
 #: Where patched values may come from; a mapping from hook names to activations is one, too.
 SOURCES = ("clean", "zero", "mean")
+#: Runs that will take more seconds than this are announced.
+LONG_SECONDS = 300.0
 
 
 class Question:
@@ -71,10 +74,12 @@ class Question:
                     f"{name!r} has other prompts than the first task: measure it by itself"
                 )
         self.tokens = checks.checked_tokens(model, first.corrupted_tokens, masked=True)
+        begin = time.perf_counter()
         with torch.no_grad():
             logits, cache = self.model.run_with_cache(
                 first.clean_tokens.to(device_of(model)), names_filter=list(hooks)
             )
+            self._seconds = time.perf_counter() - begin  # of one forward pass, at most
             for task in tasks.values():
                 _check_baseline(task, "clean", float(task.metric(logits)), logits)
             self.clean_values = {
@@ -120,6 +125,7 @@ class Question:
         Raises:
             ValueError: if the corrupted baseline of a task is another model's.
         """
+        self._announce(cells)
         values, base = runner.run_cells(
             self.model,
             self.tokens,
@@ -136,6 +142,29 @@ class Question:
         self.corrupted_values = dict(zip(self.tasks, base.float().cpu().numpy(), strict=True))
         found = values.detach().float().cpu().numpy()
         return dict(zip(self.tasks, found, strict=True))
+
+    def _announce(self, cells: Sequence[Cell]) -> None:
+        """Warn that the runs take minutes, estimated from what each must compute again."""
+        n_layers, first = self.model.cfg.n_layers, min(self.differing, default=0)
+        n_pos = self.tokens.shape[1]
+        end = 1 + max(int(task.metric.positions.max()) for task in self.tasks.values())
+        share = sum(
+            (n_layers - cell.layer) * max(0, end - max(first, cell.start)) / n_layers / n_pos
+            for cell in cells
+            if max(patch.positions[-1] for patch in cell.patches) >= first
+        )
+        if share * self._seconds <= LONG_SECONDS:
+            return
+        begin = time.perf_counter()  # The first pass may have been slow for being the first.
+        with torch.no_grad():
+            self.model(self.tokens, return_type="logits")
+        seconds = share * min(self._seconds, time.perf_counter() - begin)
+        if seconds > LONG_SECONDS:
+            checks.warn_once(
+                f"{len(cells):,} patched runs will take about {max(1, round(seconds / 60))} "
+                "minutes here: choose cells with where=, positions= or layers= (attribute "
+                "estimates all of them in a few passes)"
+            )
 
     def labelled(
         self, name: str, values: np.ndarray, dims: Sequence[str], coords: Any, **facts: Any
