@@ -12,6 +12,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from patching_demo import patching
 from patching_demo.engine import checks, runner, store
-from patching_demo.engine.cells import Cell
+from patching_demo.engine.cells import Cell, Patch
 
 pytestmark = pytest.mark.filterwarnings("ignore:this sweep takes the plain loop")
 
@@ -87,16 +88,43 @@ def counting() -> tuple[Callable[[Tensor], Tensor], list[int]]:
     return metric, calls
 
 
-@pytest.mark.parametrize("plain", [False, True])
+KILLED = """
+    import os, signal, sys
+    sys.path.insert(0, sys.argv[1])
+    import torch
+    torch.set_num_threads(1)
+    from patching_demo.engine import store
+    import oracle, test_store
+    store.CellStore.most_cells = lambda self, total: 8
+    def metric(logits, calls=iter(range(20))):
+        if next(calls, None) is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return oracle.all_logits(logits)
+    test_store.sweep(sys.argv[2], metric)
+"""
+
+
+def python(code: str, path: Path) -> subprocess.CompletedProcess[str]:
+    """Code in a process of its own, which finds this folder and a file in its arguments."""
+    command = [sys.executable, "-c", textwrap.dedent(code), str(Path(__file__).parent), str(path)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("how", ["interrupted", "in a plain loop", "killed"])
 def test_an_interrupted_sweep_resumes_where_it_was(
-    tmp_path: Path, plain: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if plain:
+    if how == "in a plain loop":
         monkeypatch.setattr(runner, "_reasons_for_plain_loop", lambda *_: ["a test"])
-    path = tmp_path / "cells.sweep"
+    path = tmp_path / "here" / "there" / "a name with späces"
     whole = sweep(None)
-    with pytest.raises(Interrupt):
-        sweep(path, interrupting(20))
+    if how == "killed":
+        path.parent.mkdir(parents=True)
+        done = python(KILLED, path)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+    else:
+        with pytest.raises(Interrupt):
+            sweep(path, interrupting(20))
     finished = kept(path)
     assert 0 < finished < whole.numel()
     metric, calls = counting()
@@ -104,35 +132,10 @@ def test_an_interrupted_sweep_resumes_where_it_was(
     assert torch.allclose(resumed, whole, rtol=1e-5)
     # The corrupted run is scored again (and a turned copy of it, to tell the metric); no cell is.
     assert calls[0] <= whole.numel() - finished + 3
-    again, calls = counting()
-    assert torch.equal(sweep(path, again), resumed)
+    # It serves the same inputs from another place and under other options.
+    moved, (again, calls) = path.rename(tmp_path / "moved.safetensors"), counting()
+    assert torch.equal(sweep(moved, again, memory=5_000), resumed)
     assert calls[0] <= 3
-
-
-def test_a_killed_process_leaves_a_store_to_resume_from(tmp_path: Path) -> None:
-    path = tmp_path / "cells.sweep"
-    script = f"""
-        import os, signal, sys
-        sys.path.insert(0, {str(Path(__file__).parent)!r})
-        import torch
-        torch.set_num_threads(1)
-        from patching_demo.engine import store
-        import oracle, test_store
-        store.CellStore.most_cells = lambda self, total: 8
-        def metric(logits, calls=iter(range(20))):
-            if next(calls, None) is None:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return oracle.all_logits(logits)
-        test_store.sweep({str(path)!r}, metric)
-    """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
-    finished = kept(path)
-    assert finished > 0
-    metric, calls = counting()
-    resumed = sweep(path, metric)
-    assert torch.allclose(resumed, sweep(None), rtol=1e-5)
-    assert calls[0] <= resumed.numel() - finished + 3
 
 
 @contextmanager
@@ -142,112 +145,115 @@ def unchanged(path: Path) -> Iterator[None]:
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("keep", [4, 100, 5000, -1])
-def test_a_truncated_file_is_named(tmp_path: Path, keep: int) -> None:
+@pytest.mark.parametrize("what", ["short", "shorter", "text", "a folder", "another's", "newer"])
+def test_what_is_no_store_is_named_and_stays(tmp_path: Path, what: str) -> None:
     path = tmp_path / "cells.sweep"
-    sweep(path)
-    path.write_bytes(path.read_bytes()[:keep])
-    with unchanged(path), pytest.raises(ValueError, match="cells.sweep' is not a complete store"):
-        sweep(path)
-
-
-@pytest.mark.parametrize("made_by", ["text", "another program", "a newer version"])
-def test_another_file_is_named(tmp_path: Path, made_by: str) -> None:
-    path = tmp_path / "cells.sweep"
+    if what == "a folder":
+        with pytest.raises(ValueError, match="is not a complete store of a sweep"):
+            sweep(tmp_path)
+        return
     with closing(sqlite3.connect(path)) as file:
-        if made_by == "text":
-            path.write_text("not a database, but long enough to be looked at" * 9)
-        elif made_by == "another program":
+        if what == "another's":
             file.execute("CREATE TABLE finished (cell INTEGER PRIMARY KEY, value BLOB)")
         else:
             sweep(path)
+        if what == "newer":
             file.execute("PRAGMA user_version = 99")
-    says = "store version 99, this is version" if "newer" in made_by else "is not a complete store"
-    with unchanged(path), pytest.raises(ValueError, match=says):
+    if what == "text":
+        path.write_text("not a database, but long enough to be looked at" * 9)
+    if what.startswith("short"):
+        path.write_bytes(path.read_bytes()[: {"short": -1, "shorter": 100}[what]])
+    says = "store version 99, this is version" if what == "newer" else "is not a complete store"
+    with unchanged(path), pytest.raises(ValueError, match=f"cells.sweep' .*{says}|{says}"):
         sweep(path)
 
 
-def other_inputs() -> dict[str, dict[str, Any]]:
-    model = tiny.model("gpt2")
-    other = tiny.fresh("gpt2", seed=1)
+def generic(path: Path, rows: list[list[int]], setter: Any = None) -> Tensor:
+    """A sweep of chosen cells, by a setter of the user's own or TransformerLens's."""
+    data = pair("gpt2")
+    activation, usual, axes = oracle.SWEEPS["resid_pre"]
+    return patching.generic_activation_patch(
+        tiny.model("gpt2"),
+        data.corrupted,
+        data.cache,
+        oracle.all_logits,
+        setter or usual,
+        activation,
+        index_df=pd.DataFrame(rows, columns=axes),
+        store=path,
+        progress=False,
+    )
+
+
+def adding(corrupted: Tensor, index: list[int], clean: Tensor, times: float = 1) -> Tensor:
+    """A patch setter of the user's own."""
+    corrupted[:, index[1]] += clean[:, index[1]] * times
+    return corrupted
+
+
+def normalised(name: str) -> Any:
+    """A metric that is 0 on the corrupted run, as every normalised one."""
+    metric = pair("gpt2").metrics[name]
+    with torch.no_grad():
+        base = float(metric(tiny.model("gpt2")(pair("gpt2").corrupted)))
+    return metric.normalised(clean=base + 1, corrupted=base)
+
+
+def other_inputs() -> dict[str, tuple[Callable[..., Tensor], dict[str, Any], dict[str, Any]]]:
+    """By what differs: a sweep, its inputs, and inputs that differ in that alone."""
+    data, model = pair("gpt2"), tiny.model("gpt2")
+    other = make_pair(model, seed=3)
+    other = oracle.Pair(other.clean, data.corrupted, other.cache, data.metrics)
+    rows = [[layer, pos] for layer in (0, 1) for pos in range(1, 5)]
+    per_example = {"metric": oracle.all_logits_per_example, "reduce": "mean"}
     return {
-        "prompts": {"data": make_pair(model, differ=(2,), seed=1)},
-        "clean prompts": {"data": with_cache_of(make_pair(model, seed=3))},
-        "model": {"model": other},
-        "metric": {"metric": lambda logits: oracle.all_logits(logits) * 2},
-        "kind": {"kind": "attn_head_q_by_pos"},
-        "cells": {"kind": "attn_head_out_all_pos"},
-        "reduction": {"metric": oracle.all_logits_per_example, "reduce": "mean"},
+        "prompts": (sweep, {}, {"data": make_pair(model, differ=(2,), seed=1)}),
+        "clean prompts": (sweep, {}, {"data": other}),
+        "model": (sweep, {}, {"model": tiny.fresh("gpt2", seed=1)}),
+        "metric": (sweep, {}, {"metric": lambda logits: oracle.all_logits(logits) * 2}),
+        "normalised metric": (
+            sweep,
+            {"metric": normalised("difference")},
+            {"metric": normalised("log-probability")},
+        ),
+        "kind": (sweep, {}, {"kind": "attn_head_q_by_pos"}),
+        "kind of cell": (sweep, {}, {"kind": "attn_head_out_all_pos"}),
+        "reduction": (sweep, {}, per_example),
+        "order of cells": (generic, {"rows": rows}, {"rows": rows[::-1]}),
+        "setter": (
+            generic,
+            {"rows": rows, "setter": adding},
+            {"rows": rows, "setter": partial(adding, times=2)},
+        ),
     }
 
 
-def with_cache_of(other: Any) -> Any:
-    """The usual corrupted prompts and another clean run."""
-    data = pair("gpt2")
-    return oracle.Pair(other.clean, data.corrupted, other.cache, data.metrics)
-
-
 @pytest.mark.parametrize(
-    "what", ["prompts", "clean prompts", "model", "metric", "kind", "cells", "reduction"]
+    "what",
+    ["prompts", "clean prompts", "model", "metric", "normalised metric", "kind", "kind of cell"]
+    + ["reduction", "order of cells", "setter"],
 )
 def test_a_file_of_other_inputs_is_refused(tmp_path: Path, what: str) -> None:
     path = tmp_path / "cells.sweep"
-    sweep(path)
+    run, first, second = other_inputs()[what]
+    values = run(path, **first)
     with unchanged(path), pytest.raises(ValueError, match="belongs to a sweep of another|shape"):
-        sweep(path, **other_inputs()[what])
-
-
-def test_a_file_of_as_many_other_cells_is_refused(tmp_path: Path) -> None:
-    """Of the same activations, so that nothing but their indices tells them apart."""
-    path, data = tmp_path / "cells.sweep", pair("gpt2")
-    activation, setter, axes = oracle.SWEEPS["resid_pre"]
-    cells = pd.DataFrame([[layer, pos] for layer in (0, 1) for pos in range(1, 5)], columns=axes)
-
-    def sweep_of(index: pd.DataFrame) -> Tensor:
-        return patching.generic_activation_patch(
-            tiny.model("gpt2"),
-            data.corrupted,
-            data.cache,
-            oracle.all_logits,
-            setter,
-            activation,
-            index_df=index,
-            store=path,
-            progress=False,
-        )
-
-    values = sweep_of(cells)
-    with unchanged(path), pytest.raises(ValueError, match="belongs to a sweep of another"):
-        sweep_of(cells[::-1].reset_index(drop=True))
-    assert values.std() > 0 and torch.equal(sweep_of(cells), values)
-
-
-def test_a_file_serves_the_same_inputs_from_another_place(tmp_path: Path) -> None:
-    first, second = tmp_path / "first.safetensors", tmp_path / "a name with späces.safetensors"
-    values = sweep(first)
-    first.rename(second)
-    metric, calls = counting()
-    assert torch.equal(sweep(second, metric), values)
-    assert calls[0] <= 3
+        run(path, **second)
+    assert values.std() > 0 and torch.equal(run(path, **first), values)
 
 
 def test_two_sweeps_do_not_share_a_file(tmp_path: Path) -> None:
     """The second is sent away, in this process and in another, and the first goes on."""
     path, refusals = tmp_path / "cells.sweep", []
-    script = f"""
-        import sys
-        sys.path.insert(0, {str(Path(__file__).parent)!r})
-        import test_store
-        test_store.sweep({str(path)!r})
-    """
+    script = "import sys; sys.path.insert(0, sys.argv[1])\n"
+    script += "import test_store; test_store.sweep(sys.argv[2])"
 
     def on_progress(done: int, total: int) -> None:
         if done and not refusals:
             with pytest.raises(RuntimeError, match="another sweep is writing to") as refusal:
                 sweep(path)
             refusals.append(str(refusal.value))
-            command = [sys.executable, "-c", textwrap.dedent(script)]
-            refusals.append(subprocess.run(command, capture_output=True, text=True).stderr)
+            refusals.append(python(script, path).stderr)
 
     values = sweep(path, on_progress=on_progress)
     assert len(refusals) == 2 and "another sweep is writing to" in refusals[1]
@@ -257,7 +263,8 @@ def test_two_sweeps_do_not_share_a_file(tmp_path: Path) -> None:
 
 def test_a_finished_cell_is_never_written_again(tmp_path: Path) -> None:
     """The last of many cells costs no more than the first."""
-    cells = [Cell(row, None, "hook", 0, (0,), index=(row,)) for row in range(3000)]
+    patches = [Patch(None, "hook", 0, (0,), index=(row,)) for row in range(3000)]
+    cells = [Cell(row, (patch,)) for row, patch in enumerate(patches)]
     model = SimpleNamespace(state_dict=lambda: {"weight": torch.ones(3)})
     inputs = (model, torch.ones(1, 2), {"hook": torch.ones(2)}, cells, lambda: torch.ones(2))
     values, written = torch.rand(1, len(cells)), []
@@ -312,39 +319,4 @@ def test_a_folder_that_cannot_be_written_is_named_before_the_work(tmp_path: Path
     metric, calls = counting()
     with pytest.raises(OSError, match=r"cannot write '.*cells.sweep' .*ame a file elsewh"):
         sweep(folder / "cells.sweep", metric)
-    assert calls[0] <= 3
-
-
-def test_a_folder_in_place_of_the_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is not a complete store of a sweep"):
-        sweep(tmp_path)
-
-
-def test_a_missing_folder_is_made(tmp_path: Path) -> None:
-    path = tmp_path / "here" / "there" / "cells.sweep"
-    assert torch.equal(sweep(path), sweep(path))
-
-
-def test_metrics_that_agree_on_the_corrupted_run_are_told_apart(tmp_path: Path) -> None:
-    """Every normalised metric is 0 there."""
-    path = tmp_path / "cells.sweep"
-    data = pair("gpt2")
-    with torch.no_grad():
-        logits = tiny.model("gpt2")(data.corrupted)
-    metrics = []
-    for name in ("difference", "log-probability"):
-        base = float(data.metrics[name](logits))
-        metrics.append(data.metrics[name].normalised(clean=base + 1, corrupted=base))
-    one, other = metrics
-    assert max(abs(float(metric(logits))) for metric in metrics) < 1e-5
-    sweep(path, one)
-    with unchanged(path), pytest.raises(ValueError, match="belongs to a sweep of another"):
-        sweep(path, other)
-
-
-def test_finished_cells_are_not_computed_again_under_other_options(tmp_path: Path) -> None:
-    path = tmp_path / "cells.sweep"
-    first = sweep(path, memory=100_000)
-    metric, calls = counting()
-    assert torch.equal(sweep(path, metric, memory=5_000), first)
     assert calls[0] <= 3

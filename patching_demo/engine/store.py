@@ -173,17 +173,23 @@ def _identity(
     """What is the same bit for bit in a resumed sweep, hashed; and what is so but for rounding.
 
     Weights are summarised too, since folding norms into them is arithmetic, the last bits of
-    which depend on the machine and its number of threads.
+    which depend on the machine and its number of threads. A patch setter is told from another by
+    what it writes.
     """
     weights = model.state_dict()
     digest = hashlib.sha256(str(VERSION).encode())
     digest.update(repr([(name, tuple(value.shape)) for name, value in weights.items()]).encode())
     digest.update(tokens.cpu().numpy().tobytes())
     patches = [patch for cell in cells for patch in cell.patches]
-    digest.update(repr([[str(patch) for patch in cell.patches] for cell in cells]).encode())
-    names = sorted({patch.hook_name for patch in patches if patch.values is None})
+    parts = [[(str(p), p.source, p.values is None) for p in cell.patches] for cell in cells]
+    digest.update(repr(parts).encode())
+    clean_names = sorted({patch.hook_name for patch in patches if patch.values is None})
     own = [patch.values for patch in patches if patch.values is not None]
-    rows = [*weights.values(), *(clean[name] for name in names), *own, probe]
+    setters = {patch.hook_name: patch for patch in patches if patch.setter is not None}
+    written = [
+        patch.write(torch.ones_like(clean[name]), clean[name]) for name, patch in setters.items()
+    ]
+    rows = [*weights.values(), *(clean[name] for name in clean_names), *own, *written, probe]
     return digest.hexdigest(), torch.stack([_summarised(row) for row in rows])
 
 
