@@ -622,7 +622,7 @@ class _Plan:
     """The cells of a sweep, and the clean activations they copy from."""
 
     def __init__(self, model: Any, tokens: Tensor, clean_cache: Mapping[str, Tensor]) -> None:
-        self.model, self.tokens, self.clean_cache = isolated(model), tokens, clean_cache
+        self.model, self.tokens, self.clean_cache = isolated(model, self), tokens, clean_cache
         self.clean: dict[str, Tensor] = {}
         self.cells: list[Cell] = []
         self.differing = self._differing_positions()

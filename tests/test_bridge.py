@@ -206,7 +206,7 @@ def test_a_setter_that_returns_a_new_tensor_counts() -> None:
         return torch.zeros_like(activation)
 
     patch = Patch(None, "blocks.1.hook_resid_pre", 1, (0,), setter=zeros, index=(1,))
-    logits = bridge.run_plain(model, data.corrupted, [patch], data.cache)
+    logits = bridge.run_plain(model, data.corrupted, [patch], dict(data.cache.items()))
     assert torch.allclose(logits[:, 0], logits[:, 1], atol=1e-5)
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import gc
+import sqlite3
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ import pytest
 import tiny
 import torch
 from oracle import assert_close, expected, pair
-from safetensors.torch import load_file
 from torch import Tensor
 
 from patching_demo import patching
@@ -268,7 +268,7 @@ def test_running_out_of_memory_for_good_says_so(monkeypatch: pytest.MonkeyPatch)
 def test_finished_cells_survive_running_out_of_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = tmp_path / "cells.safetensors"
+    path = tmp_path / "cells.sqlite"
     monkeypatch.setattr(store.CellStore, "most_cells", lambda self, total: 8)
     right, calls = runner.sweep_cells, iter(range(2))
 
@@ -281,8 +281,8 @@ def test_finished_cells_survive_running_out_of_memory(
         patch.setattr(runner, "sweep_cells", twice)
         with pytest.raises(MemoryError):
             sweep(store=path)
-    finished = int(load_file(path)["done"].sum())
-    assert finished >= 16
+    with closing(sqlite3.connect(path)) as file:
+        assert file.execute("SELECT count(*) FROM finished").fetchone()[0] >= 8
     assert_close(
         sweep(store=path),
         expected("gpt2", "attn_head_out_by_pos")["all logits"].mean(),
@@ -316,7 +316,7 @@ def test_the_progress_bar_is_closed_and_leaves_nothing(
     assert capsys.readouterr().err == ""
 
 
-def test_two_hundred_sweeps_take_no_more_memory_than_a_few() -> None:
+def test_many_sweeps_take_no_more_memory_than_a_few() -> None:
     process = psutil.Process()
 
     def resident() -> int:
@@ -328,11 +328,11 @@ def test_two_hundred_sweeps_take_no_more_memory_than_a_few() -> None:
         sweep("resid_mid", metric=metric, check=1)
     before = resident()
     tensors = sum(type(thing) is Tensor for thing in gc.get_objects())
-    for _ in range(180):
+    for _ in range(60):
         sweep("resid_mid", metric=metric, check=1)
     grown = resident() - before
     assert sum(type(thing) is Tensor for thing in gc.get_objects()) <= tensors + 5
-    assert grown < 8e6, f"{grown / 1e6:.1f} MB more after 180 sweeps"
+    assert grown < 4e6, f"{grown / 1e6:.1f} MB more after 60 sweeps"
 
 
 def test_patches_are_copied_out_of_the_cache_and_never_into_it() -> None:

@@ -23,32 +23,67 @@ _CALLS = {BridgeCore.run_with_hooks.__code__, BridgeCore.run_with_cache.__code__
 _ATTEMPTS = 100  # A snapshot fails only if another thread's call came or went while it was taken.
 
 
-def isolated(model: Any) -> Any:
+class _Idle:
+    """Copies of a model that nobody uses now, each with what the model was when it was copied."""
+
+    def __init__(self) -> None:
+        self.copies: list[tuple[Any, _Copier]] = []
+
+    def __reduce__(self) -> Any:  # A copied or pickled model begins with none.
+        return _Idle, ()
+
+
+def isolated(model: Any, user: Any = None) -> Any:
     """The same model on modules that nobody else has: nothing done to one reaches the other.
 
     Weights are shared, not copied, so it takes milliseconds and no memory. Hooks that the caller
     left on the model are kept. Those that ``run_with_cache`` or ``run_with_hooks`` has there for
     the length of a call in another thread are not. What is no bridge of modules, or is isolated
-    already, is returned as it is.
+    already, is returned as it is; so is any model while PyTorch has hooks for every module, as
+    those may know modules by identity.
+
+    Once ``user`` is gone, its copy serves again, as long as nothing of the model was changed.
     """
     if not isinstance(model, BridgeCore) or not isinstance(model, nn.Module):
         return model
+    every = nn.modules.module
+    if every._global_forward_hooks or every._global_forward_pre_hooks:
+        return model
     if "_isolated" in model.__dict__:
         return model
-    for _ in range(_ATTEMPTS):
+    idle = model.__dict__.setdefault("_isolated_copies", _Idle())
+    copied, copier = _idle_copy(idle) if user is not None else (None, None)
+    for _ in range(_ATTEMPTS if copied is None else 0):
         copier = _Copier()
         copied = copier.of(model)
-        for point, handle in _hooks_of_calls_elsewhere(model):
+        elsewhere = _hooks_of_calls_elsewhere(model)
+        for point, handle in elsewhere:
             own = copier.of(point)
             own.fwd_hooks = [kept for kept in own.fwd_hooks if kept is not handle]
             own.bwd_hooks = [kept for kept in own.bwd_hooks if kept is not handle]
             own._forward_hooks.pop(handle.hook.id, None)
             own._backward_hooks.pop(handle.hook.id, None)
+            user = None  # What it was copied from will not be there again.
         # A call that ended meanwhile has left the list of those under way, and its hooks here.
         if all(copier.of(m)._forward_hooks.keys() <= m._forward_hooks.keys() for m in copier.seen):
             break
     copied.__dict__["_isolated"] = True
+    copied.__dict__.pop("_isolated_copies", None)
+    if user is not None:
+        weakref.finalize(user, idle.copies.append, (copied, copier)).atexit = False
     return copied
+
+
+def _idle_copy(idle: _Idle) -> tuple[Any, _Copier | None]:
+    """A copy that nobody uses and that is what a new one would be; those that are not go."""
+    while idle.copies:
+        try:
+            copied, copier = idle.copies.pop()
+            if copier.is_current():
+                return copied, copier
+        except (IndexError, RuntimeError, TypeError, ValueError):
+            pass  # Another thread took it or changes the model, or tensors were replaced.
+    return None, None
 
 
 def _hooks_of_calls_elsewhere(model: Any) -> list[tuple[HookPoint, Any]]:
@@ -69,6 +104,7 @@ class _Copier:
     def __init__(self) -> None:
         self.seen: list[nn.Module] = []
         self._copies: dict[int, Any] = {}
+        self._before: list[tuple[dict[str, Any], dict[str, Any]]] = []
 
     def of(self, value: Any) -> Any:
         """The copy of a value, or the value itself if no module can be reached from it."""
@@ -98,6 +134,7 @@ class _Copier:
         copied = self._copies[id(value)] = object.__new__(type(value))
         if isinstance(value, nn.Module):
             self.seen.append(value)
+        self._before.append((value.__dict__, _contents_of(value.__dict__)))
         own = copied.__dict__
         own.update(value.__dict__)
         for name, entry in own.items():
@@ -109,6 +146,15 @@ class _Copier:
             else:
                 own[name] = self.of(entry)
         return copied
+
+    def is_current(self) -> bool:
+        """Whether all that was copied is as it was, and no hook has been left on a copy."""
+        return all(now == before for now, before in self._before) and all(
+            self._copies[id(module)]._forward_hooks.keys() == module._forward_hooks.keys()
+            and self._copies[id(module)]._forward_pre_hooks.keys()
+            == module._forward_pre_hooks.keys()
+            for module in self.seen
+        )
 
     def _hook(self, value: Any) -> Any:
         """The bridge's own hooks belong to their modules; all others are the caller's."""
@@ -135,6 +181,16 @@ class _Copier:
 _SHARED = {type(None), bool, int, float, str, bytes, type}
 # Weights are shared. The caller's hooks may count or collect.
 _KEPT = ("_parameters", "_buffers", "_hooks", "_hooks_with_kwargs", "_hooks_always_called")
+
+
+def _contents_of(value: Any) -> Any:
+    """Containers copied, everything else as it is: to be compared with what they hold later."""
+    kind = type(value)
+    if kind in (dict, OrderedDict):
+        return kind([(key, _contents_of(entry)) for key, entry in list(value.items())])
+    if kind in (list, tuple, set):
+        return kind([_contents_of(entry) for entry in list(value)])
+    return value
 
 
 def _contents(cell: CellType) -> Any:

@@ -35,16 +35,21 @@ def prove(model: Any, run: Run, cells: Sequence[Cell], scorer: Scorer) -> Tensor
 
 def _proved(model: Any, run: Run, cells: Sequence[Cell], scorer: Scorer) -> Tensor:
     for layer, arguments in enumerate(run.arguments):
-        if _looks_ahead(arguments.get("attention_mask")):
-            raise Unsupported(f"block {layer} lets a position attend to later ones")
-    members = _crowded(_some(spans(cells, scorer.last_read + 1)))
+        if misfit := _misfit(arguments.get("attention_mask")):
+            raise Unsupported(f"block {layer} {misfit}")
+    rising = _some(spans(cells, scorer.last_read + 1))
+    members = _crowded(rising)
     first, n_layers = min(cell.layer for cell in cells), len(run.resid) - 1
     pack = Pack(_first_prompt(run), members)
+    alone = Pack(
+        pack.run, [(Cell(-1, ()), rising[0])]
+    )  # For blocks that go by their input's length.
     read = torch.isin(pack.position, torch.tensor(sorted(scorer.read), device=pack.flat.device))
     for layer in range(first, n_layers):
-        pack.fill(pack.run.resid[layer])
-        pack.step(model, layer)
-        _compare(pack, layer, torch.ones_like(read))
+        for control in (pack, alone):
+            control.fill(control.run.resid[layer])
+            control.step(model, layer)
+            _compare(control, layer, torch.ones_like(control.position, dtype=torch.bool))
     if read.any():
         pack.fill(pack.run.resid[-2])
         pack.step(model, n_layers - 1, scorer.read)
@@ -110,13 +115,15 @@ def _compare(pack: Pack, layer: int, tokens: Tensor) -> None:
         )
 
 
-def _looks_ahead(mask: Any) -> bool:
-    """Whether a mask ``[..., dest, source]`` lets a position attend to a later one."""
+def _misfit(mask: Any) -> str | None:
+    """What is wrong with a mask ``[..., dest, source]`` of a decoder, None if nothing is."""
     if not isinstance(mask, Tensor) or mask.ndim < 3 or mask.shape[-1] != mask.shape[-2]:
-        return False
+        return None
+    seen = mask if mask.dtype == torch.bool else mask > -1e3
+    if not seen.diagonal(dim1=-2, dim2=-1).any():
+        return "has an attention mask that is not understood (it hides each position from itself)"
     later = torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device).triu(1)
-    ahead = mask[..., later]
-    return bool(ahead.any() if ahead.dtype == torch.bool else (ahead > -1e3).any())
+    return "lets a position attend to later ones" if seen[..., later].any() else None
 
 
 def _first_prompt(run: Run) -> Run:

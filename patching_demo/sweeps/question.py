@@ -64,7 +64,8 @@ class Question:
             if option not in known:
                 raise TypeError(f"unknown option {option!r}: the options are {', '.join(known)}")
         checks.checked_model(model)
-        self.model, self.tasks, self.per_prompt = isolated(model), dict(tasks), per_prompt
+        self.model, self.tasks = isolated(model, self), dict(tasks)
+        self.per_prompt = per_prompt
         self.task = first = next(iter(tasks.values()))
         self.options = runner.Options(**(options or {}))
         for name, task in tasks.items():
