@@ -80,7 +80,7 @@ offline: venv ## test again with the network cut (Linux); the first make test fe
 	$(PY) scripts/offline.py $(MAKE) --no-print-directory test
 
 unit: venv ## unit tests, doctests, the wheel, and what of the package they run
-	$(PYTEST) -n 2 --ignore=tests/test_book.py --cov --cov-report=term-missing:skip-covered
+	$(PYTEST) -n 2 --dist loadfile --ignore=tests/test_book.py --cov --cov-report=term-missing:skip-covered
 
 slow: venv ## tests that take minutes on the offline language model
 	$(PYTEST) -m slow --ignore=tests/test_book.py

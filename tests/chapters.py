@@ -55,14 +55,16 @@ def code(script: Path) -> list[str]:
 class Rehearsal:
     """A chapter's own cells in this process, on a given model, with what its sweeps return changed.
 
-    What stands before the first sweep runs once, and so does each sweep. Nothing is drawn.
+    What stands before the first sweep runs once, and so does each sweep. Nothing is drawn. Where
+    all values will be replaced, sweeps need not be ``measured``: then they have labels and NaN.
     """
 
-    def __init__(self, chapter: str, model: Any) -> None:
+    def __init__(self, chapter: str, model: Any, measured: bool = True) -> None:
         sources = code(script_of(chapter))
         first = next(i for i, s in enumerate(sources) if re.search(r"\bsweep\w*\(\s*model", s))
         self.model, self.swept, self.said, self.start = model, [], [], {}
         self._real = sweeps.sweep_metrics
+        self._options = {} if measured else {"where": xr.DataArray(False)}
         self._run(sources[:first], self.start, lambda result: result)
         self.rest = sources[first:]
 
@@ -75,7 +77,7 @@ class Rehearsal:
     def _sweep_metrics(self, model, tasks, kinds, **options):
         call = next(self._calls)
         if call == len(self.swept):
-            self.swept.append(self._real(model, tasks, kinds, progress=False, **options))
+            self.swept.append(self._real(model, tasks, kinds, progress=False, **self._options, **options))
         return {name: self._change(result) for name, result in self.swept[call].items()}
 
     def _sweep(self, model, task, kinds, **options):
