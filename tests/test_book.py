@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -67,55 +68,35 @@ def local(reference: str) -> bool:
     return not parts.scheme and not parts.netloc
 
 
-def test_pages_fetch_nothing_from_elsewhere(pages):
+def test_nothing_is_fetched_from_elsewhere(pages):
+    fetched = set()
     for name, page in pages.items():
+        fetched |= {reference.rpartition("/")[2].partition("?")[0] for reference in page.fetched}
         strangers = [r for r in page.fetched if not local(r) and not r.startswith("data:")]
         assert not strangers, f"{name} fetches {strangers}"
         for script in page.scripts:
             if script.get("type") != "application/json":
                 assert not CDN.search(script.string or ""), f"{name}: {script}"
-
-
-def test_styles_fetch_nothing_from_elsewhere(pages):
     for style in SITE.rglob("*.css"):
         text = style.read_text(encoding="utf-8", errors="ignore")
         text = re.sub(r"/\*.*?\*/", "", text, flags=re.DOTALL)
         for reference in re.findall(r"url\(\s*['\"]?([^'\")]+)", text):
             assert local(reference) or reference.startswith("data:"), f"{style.name}: {reference}"
         assert not re.search(r"@import\s+['\"]?https?:", text), style.name
-
-
-def test_scripts_name_no_cdn(pages):
+    # plotly.js holds addresses of map tiles, which no figure here asks for.
     for script in SITE.rglob("*.js"):
-        # plotly.js holds addresses of map tiles, which no figure here asks for.
-        if script.name in {"plotly.min.js", "searchindex.js"}:
-            continue
-        found = CDN.search(script.read_text(encoding="utf-8", errors="ignore"))
-        used = any(
-            script.name in reference for page in pages.values() for reference in page.fetched
-        )
-        assert not (found and used), f"{script.name} names {found[0]}"
+        if script.name in fetched - {"plotly.min.js", "searchindex.js"}:
+            assert not CDN.search(script.read_text("utf-8", errors="ignore")), script.name
 
 
-def test_local_references_exist(pages):
+def test_local_references_and_their_anchors_exist(pages):
     for name, page in pages.items():
-        for reference in page.fetched + page.links:
+        for reference in filter(local, page.fetched + page.links):
             parts = urlsplit(reference)
-            if not local(reference) or not parts.path:
-                continue
-            target = (page.path.parent / unquote(parts.path)).resolve()
-            assert target.exists(), f"{name} refers to {reference}, which is not there"
-
-
-def test_anchors_exist(pages):
-    for name, page in pages.items():
-        for reference in page.links:
-            parts = urlsplit(reference)
-            if not local(reference) or not parts.fragment:
-                continue
             target = (page.path.parent / unquote(parts.path)).resolve() if parts.path else page.path
-            other = pages.get(target.relative_to(SITE.resolve()).as_posix()) if parts.path else page
-            if other is not None:
+            assert target.exists(), f"{name} refers to {reference}, which is not there"
+            other = pages.get(os.path.relpath(target, SITE.resolve()))
+            if parts.fragment and other is not None:
                 assert unquote(parts.fragment) in other.ids, f"{name} links to {reference}"
 
 
@@ -194,13 +175,9 @@ def test_references_name_every_entry(pages):
     assert entries and not set(addresses) - set(pages["references.html"].links)
 
 
-def test_pages_name_no_folder_of_this_machine(pages):
+def test_pages_have_title_language_and_viewport_and_name_no_folder_of_this_machine(pages):
     for name, page in pages.items():
         assert str(ROOT) not in page.text, name
-
-
-def test_pages_have_title_language_and_viewport(pages):
-    for name, page in pages.items():
         assert re.search(r'<html[^>]* lang="en"', page.text), name
         assert re.search(r"<title>\s*\S+", page.text), name
         assert '<meta name="viewport"' in page.text, name

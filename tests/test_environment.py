@@ -9,7 +9,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from namespaces import works
+from machines import works
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -1,22 +1,17 @@
 """Models from a hub: fetched, kept, checked, never waited for too long, and not changed by folding.
 
-A hub on this machine's loopback serves tiny models, or a fault. The main cases run in a process of
-their own, as a user's do, where `HF_ENDPOINT` and the rest have their effect; the others set what
-those variables set, which is quicker.
+A hub on this machine's loopback serves tiny models, or a fault. Tests set what `HF_ENDPOINT` and
+the like set in a process of its own.
 """
 
 from __future__ import annotations
 
 import io
-import json
 import os
-import signal
-import subprocess
-import sys
-import textwrap
 import time
-from pathlib import Path
+from contextlib import nullcontext
 
+import machines
 import pytest
 import tiny
 import torch
@@ -31,7 +26,6 @@ from patching_demo.models import hub as hub_module
 from patching_demo.models import load_model, resolve_model
 from patching_demo.models.cache import ModelUnavailable
 
-ROOT = Path(__file__).resolve().parents[1]
 PROMPT = " John gave the"
 
 
@@ -76,44 +70,24 @@ def assert_same_model(logits: torch.Tensor, expected: torch.Tensor) -> None:
     )
 
 
-def test_gpt2_is_fetched_once_then_loads_without_the_hub(repositories, connect, tmp_path):
-    code = f"""
-        import json, torch
-        from patching_demo.models import load_model
-        model = load_model("gpt2-small")
-        with torch.no_grad():
-            logits = model({PROMPT!r})
-        state = [model.training, model.compatibility_mode, model.cfg.model_name]
-        print(json.dumps([logits.tolist(), *state]))
-    """
-
-    def run(**env: str) -> subprocess.CompletedProcess:
-        env = {"HF_ENDPOINT": hub.address, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **env}
-        return subprocess.run(
-            [sys.executable, "-Wignore", "-c", textwrap.dedent(code)],
-            env={**os.environ, "HF_HOME": str(tmp_path / "hf"), **env},
-            text=True,
-            capture_output=True,
-            timeout=300,
-        )
-
+def test_gpt2_is_fetched_once_then_loads_without_the_hub(repositories, connect, capfd):
     with serve(repositories["repos"]) as hub:
-        connect(hub.address)  # no proxy, no token
-        first = run()
-        assert first.returncode == 0, first.stderr
+        connect(hub.address)
+        model = load_model("gpt2-small")
+        assert not model.training and model.compatibility_mode
+        assert model.cfg.model_name == "gpt2-small"
         asked = [line for line in hub.requests if line.startswith("GET") and "/resolve/" in line]
         assert any(line.endswith("model.safetensors") for line in asked)
         assert not any(".bin" in line for line in asked)
         hub.requests.clear()
-        second = run()
+        # Nothing but the progress of the fetch on either stream, and then nothing at all.
+        assert capfd.readouterr().out == ""
+        again = load_model("gpt2-small")
         assert hub.requests == []
-    offline = run(HF_HUB_OFFLINE="1")
-    logits, *state = json.loads(first.stdout)
-    assert state == [False, True, "gpt2-small"]
-    assert_same_model(torch.tensor(logits), repositories["gpt2_logits"])
-    # Nothing but the answer, on either stream, except for the progress of the first fetch.
-    assert first.stdout == second.stdout == offline.stdout
-    assert second.stderr == offline.stderr == ""
+    connect(hub.address, offline=True)
+    for found in (model, again, load_model("gpt2-small")):
+        assert_same_model(logits_of(found), repositories["gpt2_logits"])
+    assert capfd.readouterr() == ("", "")
 
 
 def test_legacy_attention_only_model_is_fetched_with_its_tokenizer(
@@ -287,38 +261,24 @@ def test_a_sharded_model_counts_as_cached_only_when_every_shard_is_there(
 
 @pytest.mark.parametrize("trouble", ["no folder", "full"])
 def test_a_hub_cache_that_cannot_be_written(trouble, repositories, connect, tmp_path):
-    resource = pytest.importorskip("resource")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
     if trouble == "no folder":
         (tmp_path / "hf").write_text("in the way")  # Not even root makes a folder below a file.
-    else:
-        # As on a full disk, writes beyond a few kilobytes fail.
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
-    try:
-        with serve(repositories["repos"]) as hub:
-            connect(hub.address)
-            with pytest.raises(
-                ModelUnavailable, match="NotADirectory|FileExists|too large"
-            ) as caught:
-                load_model("gpt2-small")
-            assert resolve_model() == "smollm2-135m"
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    limit = machines.file_size_limit(20_000) if trouble == "full" else nullcontext()
+    with serve(repositories["repos"]) as hub, limit:
+        connect(hub.address)
+        with pytest.raises(ModelUnavailable, match="NotADirectory|FileExists|too large") as caught:
+            load_model("gpt2-small")
+        assert resolve_model() == "smollm2-135m"
     assert "\n" not in str(caught.value) and 'load_model("smollm2-135m")' in str(caught.value)
     assert not list(tmp_path.rglob("*.safetensors")), "half a file is no file"
-
-
-def test_no_hub_at_all(connect, capsys):
-    connect("http://127.0.0.1:9")
-    assert resolve_model() == "smollm2-135m"
-    assert resolve_model("auto", "induction") == "attn-only-2l-demo"
-    assert capsys.readouterr().out.count("ConnectError") == 2
 
 
 def test_the_hubs_models_are_taken_where_it_answers_and_it_may_be_asked(
     repositories, connect, capsys
 ):
+    connect("http://127.0.0.1:9")  # nobody answers
+    assert resolve_model() == "smollm2-135m"
+    assert "ConnectError" in capsys.readouterr().out
     with serve(repositories["repos"]) as hub:
         connect(hub.address, offline=True)
         assert resolve_model() == "smollm2-135m"

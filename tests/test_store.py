@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import resource
 import signal
 import sqlite3
 import subprocess
@@ -17,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import machines
 import oracle
 import pandas as pd
 import pytest
@@ -285,26 +285,13 @@ def test_a_finished_cell_is_never_written_again(tmp_path: Path) -> None:
         assert file.unfinished(read) == cells
 
 
-@contextmanager
-def file_size_limit(limit: int) -> Iterator[None]:
-    """What a full disk does, as a process without other rights can have it: writes fail."""
-    old = resource.getrlimit(resource.RLIMIT_FSIZE)
-    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, old[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, old)
-        signal.signal(signal.SIGXFSZ, ignored)
-
-
 def test_a_full_disk_is_named_and_leaves_the_last_complete_state(tmp_path: Path) -> None:
     path = tmp_path / "cells.sweep"
     with pytest.raises(Interrupt):
         sweep(path, interrupting(20))
     finished = kept(path)
     with (
-        file_size_limit(64),
+        machines.file_size_limit(64),
         pytest.raises(OSError, match="cannot write .*what it held before is intact"),
     ):
         sweep(path)
