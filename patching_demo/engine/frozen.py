@@ -53,8 +53,8 @@ class FrozenModel:
         if hooks := attached_hooks(model):
             raise Unsupported(f"the model has hooks attached ({hooks[0]})")
         self.model = model
-        self.run: Run = capture(model, tokens)
-        self.outputs = outputs_of(model, tokens)
+        with recorded(model) as self.outputs:
+            self.run: Run = capture(model, tokens)
         for layer in range(len(model.blocks)):
             self._check(layer)
 
@@ -74,7 +74,7 @@ class FrozenModel:
                 f"block {layer} does more with its input than add the outputs of attention and MLP"
             )
         # Some positions alone, in another order, with heads put together from the recorded ones.
-        at = every.flip(0)[::2]
+        at = every.flip(0)[::4]
         rows = self.sent(self.outputs, "out", layer, at, "mlps") - after[:, at]
         if rows.abs().max() > tolerance(before.dtype) * 10 * after.abs().max():
             raise Unsupported(f"block {layer} works on more than one position at a time")
@@ -119,7 +119,7 @@ class FrozenModel:
         """The stream after ``layer`` with one clean output in it: ``[n, batch, token, d_model]``.
 
         There is one row for each head, or one in all for ``attn_out`` and ``mlp_out``. ``clean``
-        are :func:`outputs_of` the clean tokens.
+        is what was :func:`recorded` of the clean run.
         """
         own, other = self.outputs[layer], clean[layer]
         start = self.run.resid[layer][None, :, at]
@@ -183,8 +183,12 @@ class FrozenModel:
         return {name: torch.cat([part[name] for part in parts]) for name in names}
 
 
-def outputs_of(model: Any, tokens: Tensor) -> list[dict[str, Any]]:
-    """What attention and MLP of each block return, and what the attention's projection is given."""
+@contextmanager
+def recorded(model: Any) -> Iterator[list[dict[str, Any]]]:
+    """What attention and MLP of each block return, and what the attention's projection is given.
+
+    Of the first forward pass within the ``with`` block.
+    """
     found: list[dict[str, Any]] = [{} for _ in model.blocks]
     handles = []
     for outputs, block in zip(found, model.blocks, strict=True):
@@ -194,21 +198,20 @@ def outputs_of(model: Any, tokens: Tensor) -> list[dict[str, Any]]:
                 def keep(
                     module: Any, args: Any, output: Any, into: Any = outputs, name: str = name
                 ) -> None:
-                    into[name] = output
+                    into.setdefault(name, output)
 
                 handles.append(getattr(block, name).register_forward_hook(keep))
         if isinstance(getattr(getattr(block, "attn", None), "o", None), torch.nn.Module):
 
             def keep_input(module: Any, args: Any, into: Any = outputs) -> None:
-                into["heads"] = args[0]
+                into.setdefault("heads", args[0])
 
             handles.append(block.attn.o.register_forward_pre_hook(keep_input))
     try:
-        model(tokens, return_type="logits")
+        yield found
     finally:
         for handle in handles:
             handle.remove()
-    return found
 
 
 def _first(output: Any) -> Tensor:
@@ -229,4 +232,4 @@ def _forward_of(module: Any, function: Callable[..., Any]) -> Iterator[None]:
             module.__dict__["forward"] = own
 
 
-__all__ = ["SENDERS", "FrozenModel", "outputs_of"]
+__all__ = ["SENDERS", "FrozenModel", "recorded"]

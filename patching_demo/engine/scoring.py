@@ -172,25 +172,31 @@ class Scorer:
         """A metric that says what it reads: ``[cell, (batch)]``, a few runs at a time."""
         metric = self.metrics[name]
         positions = metric.positions.to(self.run.tokens.device)
-        tokens = getattr(metric, "tokens", None)
         n_logits = positions.numel() * self.run.logits.shape[-1]
         size = len(pack.cells) if name in self.by_token else max(1, self.logits_held // n_logits)
         rows = []
         for cells in torch.arange(len(pack.cells), device=positions.device).split(size):
-            final = self._final(pack, cells, positions)
-            with unforeseen("computing logits from the last residual stream"):
-                if name in self.by_token:
-                    read = some_logits_from_resid(
-                        self.model, final, tokens.to(positions.device), self.run.logit_scale
-                    )
-                else:
-                    read = logits_from_resid(self.model, final.flatten(0, 1), self.run.logit_scale)
-                    read = read.view(*final.shape[:-1], -1)
-            if tokens is not None and name not in self.by_token:
-                wanted = tokens.to(read.device)[:, None].expand(*read.shape[:-1], -1)
-                read = read.gather(-1, wanted)
-            rows.append(self._reduce(metric.from_read(read)))
+            rows.append(self.of_streams(name, self._final(pack, cells, positions)))
         return torch.cat(rows)
+
+    def of_streams(self, name: str, final: Tensor) -> Tensor:
+        """A metric ``[n, (batch)]`` of final residual streams where it reads.
+
+        ``final`` is ``[n, batch, n_positions, d_model]``; the metric is one that says what it
+        reads, and :meth:`check_logits` has been called.
+        """
+        metric, scale = self.metrics[name], self.run.logit_scale
+        tokens = getattr(metric, "tokens", None)
+        tokens = tokens if tokens is None else tokens.to(final.device)
+        with unforeseen("computing logits from the last residual stream"):
+            if name in self.by_token:
+                read = some_logits_from_resid(self.model, final, tokens, scale)
+            else:
+                read = logits_from_resid(self.model, final.flatten(0, 1), scale)
+                read = read.view(*final.shape[:-1], -1)
+        if tokens is not None and name not in self.by_token:
+            read = read.gather(-1, tokens[:, None].expand(*read.shape[:-1], -1))
+        return self._reduce(metric.from_read(read))
 
     def _final(self, pack: Pack, cells: Tensor, positions: Tensor) -> Tensor:
         """Final residual streams ``[cell, batch, n_positions, d_model]`` at some positions."""

@@ -16,6 +16,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
+from patching_demo.engine import checks
 from patching_demo.engine.kinds import KINDS, Kind
 from patching_demo.engine.scoring import tolerance
 from patching_demo.sweeps.question import Question, check_kinds, grid_labels, heads_of
@@ -74,6 +75,7 @@ def attribute(
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise ValueError(f"steps must be a whole number of at least 1, got {steps!r}")
+    checks.check_bridge(model)
     hooks = {
         (name, layer): f"blocks.{layer}.{KINDS[name].hook}"
         for name in names

@@ -133,7 +133,11 @@ def sweep_metrics(
                 raise ValueError(f"this sweep has no {dim}: its dimensions are {dims}")
             cells = cells.sel({dim: labels})
     if where is not None:
-        if not isinstance(where, xr.DataArray) or where.dtype != bool or set(where.dims) - set(dims):
+        if (
+            not isinstance(where, xr.DataArray)
+            or where.dtype != bool
+            or set(where.dims) - set(dims)
+        ):
             raise ValueError(
                 f"where must be a DataArray of booleans with dimensions among {dims}, such as "
                 f"result > 1, got {getattr(where, 'dtype', type(where).__name__)} with dimensions "

@@ -5,7 +5,8 @@ After Wang et al. (2022) and Goldowsky-Dill et al. (2023).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,14 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from patching_demo.engine.bridge import Unsupported, attached_hooks, logits_from_resid
+from patching_demo.engine import checks
+from patching_demo.engine.bridge import Unsupported
 from patching_demo.engine.cells import Cell, Patch, in_order
-from patching_demo.engine.frozen import SENDERS, FrozenModel, outputs_of
+from patching_demo.engine.frozen import SENDERS, FrozenModel, recorded
+from patching_demo.engine.isolation import isolated
 from patching_demo.engine.kinds import KINDS
 from patching_demo.engine.packs import CALL_TOKENS
+from patching_demo.engine.scoring import Scorer
 from patching_demo.sweeps.question import Question, head_labels
 from patching_demo.tasks import Task
 
@@ -27,6 +31,17 @@ THROUGH = ("direct", "mlps")
 Receiver = tuple[str, int, "int | None"]
 
 
+@contextmanager
+def _refused_by_name() -> Iterator[None]:
+    try:
+        yield
+    except Unsupported as reason:
+        raise ValueError(
+            f"paths cannot be told apart on this model: {reason}. sweep and patch run on it"
+        ) from reason
+
+
+@_refused_by_name()
 @torch.no_grad()
 def paths(
     model: Any,
@@ -72,18 +87,12 @@ def paths(
         raise ValueError(f"senders must be one of {', '.join(SENDERS)}, got {senders!r}")
     if through not in THROUGH:
         raise ValueError(f"through must be one of {', '.join(THROUGH)}, got {through!r}")
+    checks.check_bridge(model)
     parts = _checked_receivers(model, receivers)
-    question = Question(model, {"metric": task}, [], per_prompt=per_prompt, options=options)
-    model = question.model
-    try:
-        if hooks := attached_hooks(model):
-            raise Unsupported(f"the model has hooks attached ({hooks[0]})")
-        frozen = FrozenModel(model, question.tokens)
-    except Unsupported as reason:
-        raise ValueError(
-            f"paths cannot be told apart on this model: {reason}. sweep and patch run on it"
-        ) from reason
-    clean = outputs_of(model, task.clean_tokens)
+    model = isolated(model)
+    with recorded(model) as clean:
+        question = Question(model, {"metric": task}, [], per_prompt=per_prompt, options=options)
+    frozen = FrozenModel(model, question.tokens)
     n_layers = model.cfg.n_layers
     last = max((layer for _, layer, _ in parts), default=n_layers)
     at = torch.arange(task.agree_until, task.corrupted_tokens.shape[1])
@@ -111,10 +120,11 @@ def paths(
         cells = _cells(seen, parts, at)
         found = question.run(cells)["metric"]
     else:
-        scored = _in_calls(lambda s: _scored(frozen, task, s, at), states)
-        read = task.metric.per_example(frozen.run.logits)
-        question.corrupted_values = {"metric": read.float().cpu().numpy()}
-        found = (scored if per_prompt else scored.mean(-1)).float().cpu().numpy()
+        scorer = Scorer(model, frozen.run, {"metric": question.metric(task)}, per_prompt)
+        scorer.check_logits()
+        scored = _in_calls(lambda s: _scored(scorer, s, at), states)
+        question.corrupted_values = {"metric": scorer.baseline[0].float().cpu().numpy()}
+        found = scored.float().cpu().numpy()
     values = np.full((n_senders, *found.shape[1:]), np.nan, np.float32)
     values[: len(found)] = found
     values = values.reshape(n_layers, per_layer, *found.shape[1:])
@@ -198,17 +208,10 @@ def _words(part: Any) -> str:
     return f"L{layer} {kind}" if head is None else f"L{layer}H{head} {kind}"
 
 
-def _scored(frozen: FrozenModel, task: Task, states: Tensor, at: Tensor) -> Tensor:
-    """The metric ``[n, batch]`` of final streams ``[n, batch, token, d_model]``."""
-    positions = task.metric.positions.to(at.device)
-    final = frozen.run.resid[-1].expand(len(states), *frozen.run.resid[-1].shape).clone()
+def _scored(scorer: Scorer, states: Tensor, at: Tensor) -> Tensor:
+    """The metric ``[n, (batch)]`` of final streams ``[n, batch, token, d_model]``."""
+    positions, resid = scorer.metrics["metric"].positions.to(at.device), scorer.run.resid[-1]
+    final = resid.expand(len(states), *resid.shape).clone()
     final[:, :, at] = states
-    rows = torch.arange(final.shape[1], device=at.device)[:, None]
-    read = logits_from_resid(
-        frozen.model, final[:, rows, positions].flatten(0, 1), frozen.run.logit_scale
-    )
-    read = read.unflatten(0, final.shape[:2])
-    if task.metric.tokens is not None:
-        tokens = task.metric.tokens.to(at.device)[None, :, None, :]
-        read = read.gather(-1, tokens.expand(*read.shape[:-1], -1))
-    return task.metric.per_example.from_read(read)
+    rows = torch.arange(len(resid), device=at.device)[:, None]
+    return scorer.of_streams("metric", final[:, rows, positions])

@@ -84,7 +84,7 @@ class Question:
             for task in tasks.values():
                 _check_baseline(task, "clean", float(task.metric(logits)), logits)
             self.clean_values = {
-                name: self._metric(task)(logits).float().cpu().numpy()
+                name: self.metric(task)(logits).float().cpu().numpy()
                 for name, task in tasks.items()
             }
         self._logits = logits
@@ -117,7 +117,8 @@ class Question:
             f"activations, got {source!r}"
         )
 
-    def _metric(self, task: Task) -> Any:
+    def metric(self, task: Task) -> Any:
+        """A task's metric, per prompt where that was asked for."""
         return task.metric.per_example if self.per_prompt else task.metric
 
     def run(self, cells: Sequence[Cell]) -> dict[str, np.ndarray]:
@@ -132,7 +133,7 @@ class Question:
             self.tokens,
             self.clean,
             cells,
-            {name: self._metric(task) for name, task in self.tasks.items()},
+            {name: self.metric(task) for name, task in self.tasks.items()},
             differing=self.differing,
             lengths=self.task.lengths,
             per_example=self.per_prompt,
