@@ -64,14 +64,11 @@ def test_the_diagram_speaks_to_screen_readers_and_needs_no_network():
 @pytest.mark.parametrize("where", ["plain Python", "Jupyter", "Google Colab"])
 @pytest.mark.parametrize("gpu", [False, True])
 def test_the_runtime_is_described_in_three_lines(where, gpu, monkeypatch):
-    for name, present in (
-        ("ipykernel", where != "plain Python"),
-        ("google.colab", where == "Google Colab"),
-    ):
+    there = {"ipykernel": where != "plain Python", "google.colab": where == "Google Colab"}
+    for name, present in there.items():
+        monkeypatch.delitem(sys.modules, name, raising=False)
         if present:
             monkeypatch.setitem(sys.modules, name, ModuleType(name))
-        else:
-            monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
     runtime, device, versions = notebook.runtime().splitlines()

@@ -16,20 +16,14 @@ from patching_demo.results import (
     strong_heads,
     top_head,
 )
+from patching_demo.sweeps.question import head_labels
 
 
 def labelled(values, dims, clean=1.0, corrupted=0.0, **coords) -> xr.DataArray:
     out = xr.DataArray(np.array(values, dtype=np.float32), dims=dims, coords=coords)
     out.attrs.update(clean_baseline=clean, corrupted_baseline=corrupted, metric="m")
     if "head" in dims:
-        labels = [
-            [f"L{i}H{j}" for j in range(out.sizes["head"])] for i in range(out.sizes["layer"])
-        ]
-        out = out.assign_coords(
-            layer=range(out.sizes["layer"]),
-            head=range(out.sizes["head"]),
-            head_label=(("layer", "head"), labels),
-        )
+        out = out.assign_coords(head_labels(*out.shape), layer=range(len(out)))
     return out
 
 
@@ -42,21 +36,13 @@ def test_top_and_strong_heads_bring_back_most(sign):
     result = labelled(np.multiply(HEADS, 2 * sign), ("layer", "head"), clean=2 * sign)
     for given in (result, result.transpose("head", "layer")):
         best = top_head(given)
-        assert (int(best["layer"]), int(best["head"]), float(best)) == (
-            1,
-            1,
-            pytest.approx(1.6 * sign),
-        )
-        assert best["head_label"].item() == "L1H1"
+        assert float(best) == pytest.approx(1.6 * sign) and best["head_label"].item() == "L1H1"
         assert float(result.sel(layer=best["layer"], head=best["head"])) == float(best)
         strong = strong_heads(given)
         assert strong["head_label"].values.tolist() == ["L1H1", "L1H2"]
         np.testing.assert_allclose(strong, [0.8, 0.4], rtol=1e-6)
         assert [int(place["head"]) for place in strong] == [1, 2]
         assert len(strong_heads(given, part=0)) == 4
-
-
-def test_no_head_is_strong_where_none_brings_anything_back():
     assert not strong_heads(labelled([[-0.5, -0.1]], ("layer", "head"))).size
 
 

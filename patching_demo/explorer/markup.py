@@ -21,8 +21,9 @@ from plotly.colors import sample_colorscale
 
 from patching_demo.engine.kinds import kind_label
 from patching_demo.plots import theme
-from patching_demo.plots.facts import what_is_one_patch, what_was_patched
-from patching_demo.plots.tables import table, tokens_table
+from patching_demo.plots.facts import entries_of, entry_name, what_is_one_patch, what_was_patched
+from patching_demo.plots.panels import largest_rows
+from patching_demo.plots.tables import scoped, table, tokens_table
 from patching_demo.plots.theme import as_html, number, percent
 from patching_demo.results import largest_cells
 from patching_demo.tasks import Task
@@ -88,10 +89,7 @@ def prompts_table(prompts: Sequence[Sequence[int]], strings: Sequence[Sequence[s
 
 def entries(result: xr.DataArray, dim: str) -> list[str]:
     """What the entries along a dimension are called."""
-    values = result[dim].values.tolist()
-    if dim == "kind":
-        return [kind_label(value) for value in values]
-    return [str(value).replace("\n", "\\n") for value in values]
+    return [entry_name(dim, entry).replace("\n", "\\n") for entry in entries_of(result, dim)]
 
 
 def largest_effects(result: xr.DataArray) -> list[tuple[str, tuple[int, ...]]]:
@@ -168,8 +166,7 @@ def heatmap_table(result: xr.DataArray, chosen: tuple[int, ...]) -> str:
     looks[here] += _CHOSEN
     rows, note = np.arange(values.shape[1]), ""
     if len(rows) > MOST_ROWS:
-        largest = np.nan_to_num(np.abs(effect), nan=-1.0).max(axis=(0, 2))
-        rows = np.argsort(-largest, kind="stable")[:MOST_ROWS]
+        rows = largest_rows(effect, MOST_ROWS)
         rows = rows if here[1] in rows else np.append(rows, here[1])
         note = f" Of {values.shape[1]} heads, those with the largest effects, largest first."
     if down == ["layer"]:
@@ -218,23 +215,18 @@ def _styled(frame: pd.DataFrame, looks: np.ndarray, heads: Sequence[str], captio
     style = style.format_index(lambda column: heads[column], axis="columns")
     if caption:
         style = style.set_caption(as_html(caption))
-    markup = style.to_html(table_attributes='class="patching-heatmap"')
-    for which in ("col", "row"):
-        heading = rf'<th (?=[^>]*class="{which}_heading)'
-        markup = re.sub(heading, f'<th scope="{which}" ', markup)
-    return f"<div>{markup}</div>"
+    table_of_cells = style.to_html(table_attributes='class="patching-heatmap"')
+    return f"<div>{scoped(table_of_cells)}</div>"
 
 
 def _legend(clean: float, corrupted: float, reach: float, toward_clean: float, also: str) -> str:
     """The colours from end to end, with the numbers they stand for."""
     stops = ",".join(f"{colour} {at:.0%}" for at, colour in theme.DIVERGING)
-    ends = [number(corrupted + toward_clean * side * reach) for side in (-1, 1)]
-    words = (
-        f"{ends[0]} (away from clean)",
-        f"{number(corrupted)}, the corrupted baseline",
-        f"{ends[1]} (towards clean)",
+    away, towards = (number(corrupted + toward_clean * side * reach) for side in (-1, 1))
+    labels = (
+        f"<span>{away} (away from clean)</span><span>{number(corrupted)}, the corrupted baseline"
+        f"</span><span>{towards} (towards clean)</span>"
     )
-    labels = "".join(f"<span>{word}</span>" for word in words)
     return (
         '<div style="max-width:560px;font-size:12px">'
         f'<div aria-hidden="true" style="height:10px;background:linear-gradient(90deg,{stops})">'

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import xarray as xr
 
 from patching_demo.engine.kinds import KINDS, kind_label
-from patching_demo.plots.theme import number
+from patching_demo.plots.theme import number, percent
 from patching_demo.results import baselines, largest_cells
 
 CELL_DIMS = ("layer", "head", "position")
@@ -175,6 +176,28 @@ def origin(result: xr.DataArray) -> list[str]:
     method = attrs.get("method", SEVERAL)
     facts += [f"estimated by {method!r}"] if method != SEVERAL else []
     return [str(fact) for fact in facts if fact]
+
+
+def bounds_of(result: xr.DataArray) -> xr.DataArray | None:
+    """``[bound, ...]`` of a result of :func:`patching_demo.interval`, None of any other."""
+    if "low" not in result.coords or "high" not in result.coords:
+        return None
+    return xr.concat([result[n].drop_vars(["low", "high"]) for n in ("low", "high")], "bound")
+
+
+def intervals(bounds: np.ndarray) -> np.ndarray:
+    """Bounds ``[2, ...]`` in words."""
+    words = [f"{number(low)} to {number(high)}" for low, high in bounds.reshape(2, -1).T]
+    return np.array(words, dtype=object).reshape(bounds.shape[1:])
+
+
+def whiskers(result: xr.DataArray) -> str:
+    """What the intervals of a result are, empty if it has none."""
+    if bounds_of(result) is None:
+        return ""
+    return (
+        f"; intervals hold the middle {percent(result.attrs['level'])} of a bootstrap over prompts"
+    )
 
 
 def why_missing(result: xr.DataArray) -> str:

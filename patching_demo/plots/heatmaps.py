@@ -113,7 +113,7 @@ def _panels(
     order = [*lead, *row_dims, column_dim]
     agrees = panels.agreement(result).transpose(*order)
     values = result.where(~panels.agreement(result)).transpose(*order)
-    kept = list(range(len(columns.words)))
+    kept, bounds = list(range(len(columns.words))), facts.bounds_of(result)
     if collapse:
         kept, columns = panels.collapsed(agrees.values, columns)
     made = []
@@ -128,7 +128,11 @@ def _panels(
         cells = [
             array.values.reshape(len(rows.words), -1)[:, kept] for array in (part, agrees.isel(at))
         ]
-        made.append(panels.Panel(*spot, *cells, kind, names))
+        said = None
+        if bounds is not None:
+            own = bounds.transpose("bound", *order).isel(at).values
+            said = facts.intervals(own.reshape(2, len(rows.words), -1)[..., kept])
+        made.append(panels.Panel(*spot, *cells, kind, names, said))
     return rows, columns, made
 
 
@@ -154,11 +158,14 @@ def _panel_traces(
         template += f" (%{{z:.0%}} of {span})"
     elif clean != centre:
         template += f" (%{{customdata:.0%}} of {span})"
-        shared["customdata"] = compact((values - centre) / (clean - centre), digits=3)
+        shared["customdata"] = compact((values - centre) / (clean - centre))
+    if panel.intervals is not None:
+        template += "<br>%{hovertext}"
+        shared["hovertext"] = panel.intervals[view]
     measured = panels.cells(
         values, *words, hovertemplate=f"{template}<extra></extra>", name=name, **shared
     )
-    shared.pop("customdata", None)
+    shared = {"xaxis": measured.xaxis, "yaxis": measured.yaxis, "visible": visible}
     return [measured, *panels.nothing_to_patch(panel.agrees[view], *words, **shared)]
 
 
@@ -174,7 +181,7 @@ def _caption(result: xr.DataArray, grid: panels.Grid, top: int, note: str) -> st
     parts = [
         f"Each cell is the metric ({facts.metric_of(result)}) of the {target} run "
         f"after one patch: white means no change, blue a move towards the {source} run, orange a "
-        "move away"
+        f"move away{facts.whiskers(result)}"
     ]
     if any(panel.agrees.any() for panel in grid.panels):
         parts.append("at positions marked = both inputs agree up to there: nothing to patch")

@@ -225,6 +225,7 @@ class Panel:
     agrees: np.ndarray  # bool [row, column]
     kind: str = ""
     names: tuple[str, ...] = ()  # one for each further dimension
+    intervals: np.ndarray | None = None  # [row, column], in words
 
     @property
     def name(self) -> str:

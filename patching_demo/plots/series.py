@@ -140,10 +140,25 @@ def _figure(
     values = np.where(agrees, np.nan, values)
     kept, axis = panels.collapsed(agrees, axis)
     agrees, values = agrees[:, kept], values[:, kept]
+    bounds = facts.bounds_of(result)
+    if bounds is not None:
+        bounds = bounds.transpose("bound", ..., along).values.reshape(2, len(names), -1)[..., kept]
+        value += " (%{hovertext})"
     traces, furthest = [], []
     for i, (name, row) in enumerate(zip(names, values, strict=True)):
         lead = "" if name == metric else f"{escape(name)}<br>"
         trace = draw(i, row)
+        if bounds is not None:
+            low, high = bounds[:, i]
+            trace.hovertext = facts.intervals(bounds[:, i])
+            trace.error_y = {
+                "array": compact(high - row),
+                "arrayminus": compact(row - low),
+                "symmetric": False,
+                "color": theme.INK,
+                "thickness": 1,
+                "width": 3,
+            }
         trace.update(
             x=[escape(word) for word in axis.words],
             name=escape(name),
@@ -160,13 +175,15 @@ def _figure(
         each = 11.5 if axis.turned else 6.6 * axis.longest + 6
         at = at[:: math.ceil(len(at) * each / _NARROW)]
     elif len(at) > 1 and len(at) * (6.6 * axis.longest + 6) > _NARROW:
-        ticks = [tick if len(tick) <= 24 else f"{tick[:23]}…" for tick in axis.ticks]
+        ticks = [tick if len(tick) <= 24 else f"{tick[:13]}…{tick[-10:]}" for tick in axis.ticks]
         axis = replace(axis, ticks=ticks, turned=True)
-    ends = [*values[np.isfinite(values)], clean, centre]
+    shown = [values] if bounds is None else [values, np.where(np.isnan(values), np.nan, bounds)]
+    ends = [*np.concatenate([part[np.isfinite(part)] for part in shown]), clean, centre]
     pad = 0.08 * ((max(ends) - min(ends)) or 1.0)
     everywhere = agrees.all(axis=0)
     if caption is None:
         caption = f"{how}; dashed lines mark the {source} and the {target} baseline"
+        caption += facts.whiskers(result)
         caption += (
             "; in grey bands both inputs agree: nothing to patch." if everywhere.any() else "."
         )

@@ -143,11 +143,16 @@ def framed(style: Styler, caption: str, styles: Sequence[dict[str, Any]] = ()) -
     style = style.format_index(as_html, axis="index")
     style = style.set_table_styles([{"selector": "th, td", "props": _CELLS}, *styles])
     # Themes know pandas's tables by their class, and leave them readable in the dark.
-    markup = style.to_html(table_attributes='class="dataframe" style="margin-left:0"')
-    for names, scope in (("col_heading|index_name", "col"), ("row_heading", "row")):
-        markup = re.sub(rf'<th (?=[^>]*class="({names}) )', f'<th scope="{scope}" ', markup)
+    markup = scoped(style.to_html(table_attributes='class="dataframe" style="margin-left:0"'))
     return (
         f'<div class="tex2jax_ignore mathjax_ignore"><p style="margin:0">{as_html(caption)}</p>'
         f'<div role="region" aria-label="{html.escape(caption)}" tabindex="0" '
         f'style="overflow-x:auto">{markup}</div></div>'
     )
+
+
+def scoped(markup: str) -> str:
+    """The markup of a table in which every head says whether it is a row's or a column's."""
+    for names, scope in (("col_heading|index_name", "col"), ("row_heading", "row")):
+        markup = re.sub(rf'<th (?=[^>]*class="({names}) )', f'<th scope="{scope}" ', markup)
+    return markup

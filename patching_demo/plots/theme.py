@@ -149,22 +149,14 @@ def title(main: str, below: str) -> tuple[dict[str, dict[str, Any]], int]:
     return settings, height
 
 
-def compact(values: Any, digits: int = 4) -> np.ndarray:
-    """Numbers with few significant digits, in the form that is smallest in a figure's JSON."""
+def compact(values: Any) -> np.ndarray:
+    """Numbers with few digits, in the form that is smallest in a figure's JSON."""
     values = np.asarray(values, dtype=np.float64)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        exponent = np.where(
-            (values != 0) & np.isfinite(values), np.floor(np.log10(np.abs(values))), 0
-        )
-    scale = 10.0 ** (digits - 1 - exponent)
-    rounded = np.round(values * scale) / scale
     # Plotly 6 and later pack arrays as base64, where float32 is half the size. Plotly 5 writes
     # decimals, where float32 would be written with the seventeen digits of a float64.
-    return rounded.astype(np.float32) if _packs_arrays() else rounded
-
-
-def _packs_arrays() -> bool:
-    return int(plotly.__version__.split(".")[0]) >= 6
+    if int(plotly.__version__.split(".")[0]) >= 6:
+        return values.astype(np.float32)
+    return np.array([float(f"{value:.4g}") for value in values.flat]).reshape(values.shape)
 
 
 def listed(words: Sequence[str]) -> str:
