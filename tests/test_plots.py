@@ -719,7 +719,10 @@ def test_intervals_are_drawn_and_said():
         assert trace.hovertext[0] == f"{theme.number(low[0])} to {theme.number(high[0])}"
         bottom, top = figure.layout.yaxis.range
         assert bottom < np.nanmin(result["low"][:, 1]) and top > np.nanmax(result["high"][:, 1])
-        assert "the middle 95 % of a bootstrap" in figure.layout.meta["caption"]
+        assert "95 % intervals by bootstrap" in figure.layout.meta["caption"]
+    other = interval(each.where(each["head"] != 2), level=0.5)
+    several = plots.heatmap(combine({"a": result, "b": other}))
+    assert "; intervals by bootstrap" in several.layout.meta["caption"]
     trace = _measured(plots.heatmap(result))[1]
     assert trace.hovertext[1][3] == f"{theme.number(low[3])} to {theme.number(high[3])}"
     assert "%{hovertext}" in trace.hovertemplate and trace.text is None

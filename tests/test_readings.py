@@ -23,7 +23,7 @@ def labelled(values, dims, clean=1.0, corrupted=0.0, **coords) -> xr.DataArray:
     out = xr.DataArray(np.array(values, dtype=np.float32), dims=dims, coords=coords)
     out.attrs.update(clean_baseline=clean, corrupted_baseline=corrupted, metric="m")
     if "head" in dims:
-        out = out.assign_coords(head_labels(*out.shape), layer=range(len(out)))
+        out = out.assign_coords({**head_labels(*out.shape), "layer": range(len(out))})
     return out
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import xarray as xr
 
 from patching_demo.engine.kinds import KINDS, kind_label
-from patching_demo.plots.theme import number, percent
+from patching_demo.plots.theme import number
 from patching_demo.results import baselines, largest_cells
 
 CELL_DIMS = ("layer", "head", "position")
@@ -195,9 +195,8 @@ def whiskers(result: xr.DataArray) -> str:
     """What the intervals of a result are, empty if it has none."""
     if bounds_of(result) is None:
         return ""
-    return (
-        f"; intervals hold the middle {percent(result.attrs['level'])} of a bootstrap over prompts"
-    )
+    level = result.attrs.get("level")  # Combined results may have several.
+    return f"; {f'{number(100 * level)} % ' if level else ''}intervals by bootstrap over prompts"
 
 
 def why_missing(result: xr.DataArray) -> str:
