@@ -154,10 +154,15 @@ def interval(result: xr.DataArray, level: float = 0.95, seed: int = 0) -> xr.Dat
     mean = result.mean("prompt", skipna=False, keep_attrs=True)
     one = xr.ones_like(result["prompt"], float)
     start, spread = 0 * one, one
-    if baselines(result) == (1.0, 0.0) and "clean_baseline" in result.coords:
+    measured = {
+        name: labels
+        for name in ("clean_baseline", "corrupted_baseline")
+        if (labels := result.coords.get(name)) is not None and "prompt" in labels.dims
+    }
+    if measured and baselines(result) == (1.0, 0.0):
         # A share is one of means, and those of the baselines change with the prompts drawn.
-        start, spread = result["corrupted_baseline"], result["clean_baseline"]
-        spread = spread - start
+        start = measured["corrupted_baseline"]
+        spread = measured["clean_baseline"] - start
     moved = result * spread.mean("prompt") + start.mean("prompt") - start
     values, scale = (
         part.transpose("prompt", *mean.dims).values.reshape(n, -1)
@@ -182,7 +187,10 @@ def interval(result: xr.DataArray, level: float = 0.95, seed: int = 0) -> xr.Dat
         rng=np.random.default_rng(seed),
     ).confidence_interval
     low, high = ((mean.dims, bound.reshape(mean.shape)) for bound in bounds)
-    return mean.astype(np.float32).assign_coords(low=low, high=high).assign_attrs(level=level)
+    # What was combined keeps the measured baselines of each part.
+    means = {name: labels.mean("prompt") for name, labels in measured.items() if labels.ndim > 1}
+    mean = mean.astype(np.float32).assign_coords(low=low, high=high, **means)
+    return mean.assign_attrs(level=level)
 
 
 def largest_cells(result: xr.DataArray, n: int = 5) -> pd.DataFrame:

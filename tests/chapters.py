@@ -77,7 +77,9 @@ class Rehearsal:
     def _sweep_metrics(self, model, tasks, kinds, **options):
         call = next(self._calls)
         if call == len(self.swept):
-            self.swept.append(self._real(model, tasks, kinds, progress=False, **self._options, **options))
+            self.swept.append(
+                self._real(model, tasks, kinds, progress=False, **self._options, **options)
+            )
         return {name: self._change(result) for name, result in self.swept[call].items()}
 
     def _sweep(self, model, task, kinds, **options):

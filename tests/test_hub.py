@@ -242,16 +242,13 @@ def test_a_half_filled_cache_is_completed(missing, known, repositories, connect,
         assert_same_model(logits_of(load_model("gpt2-small")), repositories["gpt2_logits"])
 
 
-def test_a_sharded_model_counts_as_cached_only_when_every_shard_is_there(
-    repositories, connect, tmp_path
-):
-    gpt2 = tiny._hf("gpt2")[1]
-    gpt2.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
-    files = saved(tmp_path / "sharded", tiny.tokenizer())
-    with serve({"a/b": files}) as hub:
+def test_a_sharded_model_counts_as_cached_only_when_every_shard_is_there(connect, tmp_path):
+    tiny._hf("gpt2")[1].save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    with serve({"a/b": saved(tmp_path / "sharded", tiny.tokenizer())}) as hub:
         connect(hub.address)
-        folder = hub_module.repository("a/b", hub_module.MODEL_FILES)
-        first, *others = hub_module.weight_files(folder)
+        first, *others = hub_module.weight_files(
+            hub_module.repository("a/b", hub_module.MODEL_FILES)
+        )
         assert others and all(path.is_file() for path in others)
         first.unlink()
         connect(hub.address, offline=True)

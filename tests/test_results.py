@@ -223,6 +223,10 @@ def test_an_interval_of_shares_draws_the_baselines_with_the_prompts():
         spread = scaled.attrs["clean_baseline"] and {1: clean.mean(), -1: -5.0}[sign]
         np.testing.assert_allclose(width, 1 / abs(spread - corrupted.mean()), rtol=1e-4)
     assert "low" not in effect_sizes(measured).coords
+    # Where the baselines of single prompts are not known, those of all stand.
+    bare = share(result.drop_vars(["clean_baseline", "corrupted_baseline"]))
+    both = interval(combine({"a": bare, "b": bare}))
+    np.testing.assert_allclose(both["low"].isel(corrupted=1), share(measured)["low"], atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -255,6 +259,9 @@ def test_results_of_single_prompts_keep_their_baselines():
         np.testing.assert_array_equal(share(result)[which], result[which])
         np.testing.assert_array_equal(combined[which].sel(metric="probability"), result[which])
     alone, together = interval(share(result)), interval(combined)
+    for metric, one in results.items():
+        measured = together["clean_baseline"].sel(metric=metric).item()
+        assert measured == pytest.approx(one.attrs["clean_baseline"], abs=1e-6)
     np.testing.assert_allclose(together.sel(metric="probability"), alone, atol=1e-6)
     np.testing.assert_allclose(together["low"].sel(metric="probability"), alone["low"], atol=1e-6)
     pd.testing.assert_frame_equal(largest_cells(result), largest_cells(whole), atol=1e-4)
