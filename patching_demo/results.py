@@ -216,7 +216,7 @@ def largest_cells(result: xr.DataArray, n: int = 5) -> pd.DataFrame:
     if "layer" not in result.dims and "layer" not in result.coords:
         raise ValueError(f"the result has no layer, only {list(result.dims)}")
     if "prompt" in result.dims:
-        result = result.mean("prompt", keep_attrs=True)
+        result = result.mean("prompt", skipna=False, keep_attrs=True)
     clean, corrupted = baselines(result)
     values = result.values.astype(float)
     if "agrees" in result.coords:

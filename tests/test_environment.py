@@ -1,4 +1,4 @@
-"""What may be missing where the project runs: a home, git, the network, the right to write."""
+"""The wheel, and what may be missing where it runs: a home, git, the network, rights to write."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,11 @@ WORK = """
         sys.exit("the guard does not hold")
     except OSError:
         pass
-    from patching_demo import induction_task, load, load_model, plots, save, sweep
+    import importlib, pkgutil, patching_demo
+    assert patching_demo.__file__.startswith(ROOT), patching_demo.__file__
+    for module in pkgutil.walk_packages(patching_demo.__path__, "patching_demo."):
+        importlib.import_module(module.name)
+    from patching_demo import *
     model = load_model("attn-only-2l-demo")
     task = induction_task(model, batch=1, seq_len=4)
     result = sweep(model, task, "out", by="all_pos", store="cells é.safetensors", progress=False)
@@ -65,11 +70,36 @@ def bare(folder: Path) -> dict[str, str]:
     return {**kept, "PATH": str(Path(sys.executable).parent), "TMPDIR": str(folder)}
 
 
-def test_the_package_works_in_a_read_only_checkout_without_home_git_or_network(tmp_path):
-    folder = tmp_path / "a földer"
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """The wheel, built from the checkout without isolation, hence without network."""
+    folder = tmp_path_factory.mktemp("wheel")
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+        + ["--no-index", "--disable-pip-version-check", "--wheel-dir", str(folder), str(ROOT)],
+        check=True,
+    )
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+def test_wheel_holds_the_package_and_its_data_only(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
+    assert tops == {"patching_demo"}
+    data = (path for path in (ROOT / "patching_demo/data").rglob("*") if path.is_file())
+    kept = {path.relative_to(ROOT).as_posix() for path in data if "__pycache__" not in path.parts}
+    assert kept and kept <= set(names)
+    assert not [name for name in names if name.endswith((".pt", ".pth", ".bin", ".pkl"))]
+
+
+def test_wheel_works_where_it_cannot_be_written_without_home_git_or_network(wheel, tmp_path):
+    """In this environment; test_project.py holds imports to the dependencies that are declared."""
+    place, folder = tmp_path / "a place", tmp_path / "a földer"
     folder.mkdir()
+    zipfile.ZipFile(wheel).extractall(place)
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(GUARD) + textwrap.dedent(WORK), str(ROOT)],
+        [sys.executable, "-c", textwrap.dedent(GUARD) + textwrap.dedent(WORK), str(place)],
         cwd=folder,
         env=bare(folder),
         capture_output=True,
