@@ -38,13 +38,14 @@ from transformer_lens.patching import (
 from transformer_lens.utilities import get_act_name
 
 from patching_demo.engine import checks, runner
-from patching_demo.engine.bridge import Unsupported, embedding
+from patching_demo.engine.bridge import Unsupported
 from patching_demo.engine.cells import Cell, Patch
 from patching_demo.engine.frozen import FrozenModel
 from patching_demo.engine.isolation import isolated
 from patching_demo.engine.kinds import HEAD_KINDS, KINDS, Kind, kind_of_activation
+from patching_demo.engine.packs import unforeseen
 from patching_demo.engine.scoring import measured
-from patching_demo.engine.skipping import Survey, differing_positions
+from patching_demo.engine.skipping import NOTHING, differing_positions
 from patching_demo.engine.tokens import key_value_heads, text_lengths
 
 if TYPE_CHECKING:
@@ -132,26 +133,16 @@ def generic_activation_patch(
 
     Source: ``transformer_lens.patching.generic_activation_patch``.
     """
-    metrics, has_metric_axis = _metrics(patching_metric)
-    _check_choices(reduce, return_index_df, has_metric_axis or baseline)
+    how = _How(patching_metric, reduce, baseline, return_index_df)
     tokens, lengths, options_ = _prepare(model, corrupted_tokens, options)
     index, rows = _indices(model, tokens, patch_setter, activation_name, index_axis_names, index_df)
     plan = _Plan(model, tokens, clean_cache)
     plan.add(patch_setter, activation_name, rows)
-    values, base = plan.run(metrics, reduce, lengths, options_)
-    shape = _shape(index) if index_df is None else (len(index),)
-    values = _shaped(values, shape, reduce)
-    if not (has_metric_axis or baseline or reduce == "none"):
-        return (values[0], index) if return_index_df else values[0]
-    return PatchingResult(
-        values=values if has_metric_axis else values[0],
-        axis_names=list(index.columns) if index_df is None else [],
-        index_df=index,
-        metric_names=list(metrics),
-        reduced=reduce != "none",
-        baseline=_baseline(base, reduce, has_metric_axis) if baseline else None,
-        has_metric_axis=has_metric_axis,
-    )
+    values, base = plan.run(how, lengths, options_)
+    axes = list(index.columns) if index_df is None else []
+    values = how.shaped(values, _shape(index) if axes else (len(index),))
+    result = how.answer(values, base, axes, index)
+    return (result, index) if return_index_df else result
 
 
 def combined_activation_patch(
@@ -176,51 +167,34 @@ def combined_activation_patch(
     Args, Raises: as for :func:`generic_activation_patch`; ``kinds`` are names of
         :data:`patching_demo.engine.kinds.KINDS`, all with heads or all without.
     """
-    metrics, has_metric_axis = _metrics(metric)
-    _check_choices(reduce, False, has_metric_axis or baseline)
+    how = _How(metric, reduce, baseline)
     tokens, lengths, options_ = _prepare(model, corrupted_tokens, options)
     axes = _axes(KINDS[kinds[0]], by)
-    live = list(kinds)
-    while True:
+
+    def swept(live: Sequence[str]) -> tuple[Any, ...]:
         plan, parts = _Plan(model, tokens, clean_cache), {}
-        try:
-            for name in live:
-                activation, setter = KINDS[name].activation, setter_of(KINDS[name], by)
-                hooks = [get_act_name(activation, layer) for layer in range(model.cfg.n_layers)]
-                checks.refuse_uncalled_hooks(plan.model, tokens, clean_cache, hooks)
-                index, rows = _indices(model, tokens, setter, activation, axes, None)
-                first = len(plan.cells)
-                plan.add(setter, activation, rows)
-                parts[name] = slice(first, len(plan.cells)), _shape(index)
-            values, base = plan.run(metrics, reduce, lengths, options_)
-            break
-        except checks.HookNotLive as reason:
-            left = [name for name in live if not reason.hook.endswith(KINDS[name].hook)]
-            if not left or left == live:
-                raise
-            gone = ", ".join(name for name in live if name not in left)
-            checks.warn_once(f"{gone!r} is NaN in this sweep, as {reason}")
-            live = left
+        for name in live:
+            activation, setter = KINDS[name].activation, setter_of(KINDS[name], by)
+            hooks = [get_act_name(activation, layer) for layer in range(model.cfg.n_layers)]
+            checks.refuse_uncalled_hooks(plan.model, tokens, clean_cache, hooks)
+            index, rows = _indices(model, tokens, setter, activation, axes, None)
+            first = len(plan.cells)
+            plan.add(setter, activation, rows)
+            parts[name] = slice(first, len(plan.cells)), _shape(index)
+        return parts, *plan.run(how, lengths, options_)
+
+    parts, values, base = checks.without_dead_kinds(kinds, swept)
     sizes = [max(each) for each in zip(*(shape for _, shape in parts.values()), strict=True)]
     if "head" in axes:
         sizes[-1] = max(_heads(model, KINDS[name].activation) for name in kinds)
     trailing = values.shape[2:] if reduce == "none" else ()
-    result = values.new_full((len(metrics), len(kinds), *sizes, *trailing), float("nan"))
+    result = values.new_full((len(values), len(kinds), *sizes, *trailing), float("nan"))
     for name, (rows, shape) in parts.items():
-        part = _shaped(values[:, rows], shape, reduce)
+        part = how.shaped(values[:, rows], shape)
         result[(slice(None), kinds.index(name), *(slice(size) for size in shape))] = part
-    if not (has_metric_axis or baseline or reduce == "none"):
-        return result[0]
-    return PatchingResult(
-        values=result if has_metric_axis else result[0],
-        axis_names=["patch_type", *axes],
-        index_df=make_df_from_ranges([len(kinds), *sizes], ["patch_type", *axes]),
-        metric_names=list(metrics),
-        reduced=reduce != "none",
-        baseline=_baseline(base, reduce, has_metric_axis) if baseline else None,
-        has_metric_axis=has_metric_axis,
-        patch_type_names=list(kinds),
-    )
+    axes = ["patch_type", *axes]
+    index = make_df_from_ranges([len(kinds), *sizes], axes)
+    return how.answer(result, base, axes, index, list(kinds))
 
 
 def get_act_patch_resid_pre(
@@ -534,21 +508,27 @@ def _direct_paths(
         raise ValueError(f"component must be 'q', 'k' or 'v', got {component!r}")
     if isinstance(metric, Mapping):
         raise TypeError("direct path patching takes one metric, got a mapping: give one function")
-    metrics, _ = _metrics(metric)
-    tokens = checks.checked_tokens(model, corrupted_tokens)
+    metrics, tokens = _How(metric).metrics, checks.checked_tokens(model, corrupted_tokens)
     names = {layer: get_act_name("z", layer) for layer, _ in sources}
     clean, corrupted = (
-        {name: checks.checked_activation(model, cache, name, tokens, which)
-         for name in names.values()}
+        {n: checks.checked_activation(model, cache, n, tokens, which) for n in names.values()}
         for which, cache in zip(("clean", "corrupted"), caches, strict=True)
-    )  # fmt: skip
-    survey = Survey(clean)
-    for name, activation in corrupted.items():
-        survey.compare(name, activation)
-    survey.warn_if_nothing_moves(_Plan(model, tokens, caches[0]).differing)
+    )
+    change = {layer: clean[name] - corrupted[name] for layer, name in names.items()}
+    moved = torch.stack([each.flatten(2).any(-1).any(0) for each in change.values()]).any(0)
+    if not moved.any():
+        checks.warn_once(NOTHING)
+        moved = ~moved
     try:
         return _frozen_paths(
-            isolated(model), tokens, (clean, corrupted), metrics, sources, component, verbose
+            isolated(model),
+            tokens,
+            change,
+            moved,
+            metrics,
+            sources,
+            component,
+            runner.Options(progress=verbose),
         )
     except (Unsupported, checks.HookNotLive) as reason:
         checks.warn_once(f"direct paths take the plain loop: {reason}")
@@ -565,53 +545,43 @@ def _direct_paths(
 def _frozen_paths(
     model: Any,
     tokens: Tensor,
-    caches: tuple[Cache, Cache],
+    change: Mapping[int, Tensor],
+    moved: Tensor,
     metrics: Mapping[str, Callable[..., Any]],
     sources: Sequence[tuple[int, int]],
     component: str,
-    verbose: bool,
+    options: runner.Options,
 ) -> Tensor:
     """The paths by the engine: what the later heads take in is computed, then patched.
 
     Raises:
         Unsupported: if the model's blocks do more than add what attention and MLP return.
     """
-    kind, frozen = KINDS[component], FrozenModel(model, tokens)
-    resid, sent = frozen.run.resid, {}
-    for layer, _ in sources:
-        name, own = get_act_name("z", layer), frozen.outputs[layer]["heads"]
-        change = (caches[0][name].to(own) - caches[1][name].to(own)).view_as(own)
-        sent[layer] = {"heads": own + change}
-    moved = [(s["heads"] != frozen.outputs[i]["heads"]).any(-1).any(0) for i, s in sent.items()]
-    at = torch.stack(moved).any(0).nonzero()[:, 0]
-    if not len(at):
-        at = torch.arange(tokens.shape[1], device=tokens.device)
-    # Without attention and MLPs on the way, the stream carries the change as it is.
-    changes = torch.cat(
-        [
-            (frozen.sent(sent, "out", layer, at, "direct") - resid[layer + 1][:, at])[
-                [head for from_layer, head in sources if from_layer == layer]
-            ]
-            for layer in sent
-        ]
-    )
-    shape = len(sources), model.cfg.n_layers, model.cfg.n_heads
-    found = torch.full(shape, float("nan"), device=tokens.device)
-    for layer in range(1, model.cfg.n_layers):
-        count = sum(from_layer < layer for from_layer, _ in sources)
-        if not count:
-            continue
+    kind, frozen, at = KINDS[component], FrozenModel(model, tokens), moved.nonzero()[:, 0]
+    resid, changes = frozen.run.resid, []
+    for layer, writes in change.items():
+        own = frozen.outputs[layer]["heads"]
+        with unforeseen("a change of the heads' outputs"):
+            sent = {layer: {"heads": own + writes.to(own).view_as(own)}}
+        # Without attention and MLPs on the way, the stream carries a change as it is.
+        after = frozen.sent(sent, "out", layer, at, "direct") - resid[layer + 1][:, at]
+        changes.append(after[[head for source, head in sources if source == layer]])
+    every = torch.cat(changes)
+    found = every.new_full(
+        (len(every), model.cfg.n_layers, model.cfg.n_heads), float("nan")
+    ).float()
+    for layer in range(min(change) + 1, model.cfg.n_layers):
+        count = sum(source < layer for source, _ in sources)
         name = f"blocks.{layer}.{kind.hook}"
-        states = resid[layer][:, at] + changes[:count]
-        values = frozen.received(layer, states, at, [name])[name]
-        into = range(values.shape[3])
+        taken = frozen.received(layer, resid[layer][:, at] + every[:count], at, [name])[name]
+        into = range(taken.shape[3])
         cells = [
             Cell(row, (Patch(kind, name, layer, tuple(at.tolist()), head=head, values=own),))
-            for row, (own, head) in enumerate(product(values, into))
+            for row, (own, head) in enumerate(product(taken, into))
         ]
         scored, _ = runner.run_cells(
-            model, tokens, {}, cells, metrics, differing=at.tolist(), per_example=False,
-            options=runner.Options(progress=verbose),
+            model, tokens, {}, cells, metrics,
+            differing=at.tolist(), per_example=False, options=options,
         )  # fmt: skip
         found = found.to(scored.dtype)
         found[:count, layer, : len(into)] = scored[0].view(count, -1)
@@ -625,20 +595,7 @@ class _Plan:
         self.model, self.tokens, self.clean_cache = isolated(model, self), tokens, clean_cache
         self.clean: dict[str, Tensor] = {}
         self.cells: list[Cell] = []
-        self.differing = self._differing_positions()
-
-    def _differing_positions(self) -> tuple[int, ...]:
-        """Where the inputs of the two runs differ; every position if the cache cannot tell."""
-        everywhere = tuple(range(self.tokens.shape[1]))
-        try:
-            clean = self.clean_cache["hook_embed"]
-        except (KeyError, TypeError, IndexError):
-            return everywhere
-        with torch.no_grad():
-            corrupted = embedding(self.model, self.tokens)
-        if corrupted is None or not isinstance(clean, Tensor) or clean.shape != corrupted.shape:
-            return everywhere
-        return differing_positions(clean.to(corrupted.device), corrupted)
+        self.differing = differing_positions(self.model, tokens, clean_cache)
 
     def add(self, setter: Setter, activation: str, rows: Sequence[Sequence[int]]) -> None:
         """Add one cell for each row of the indices that ``setter`` takes."""
@@ -652,65 +609,86 @@ class _Plan:
                     self.model, self.clean_cache, name, self.tokens
                 )
             where = dict(zip(names, row, strict=False))
-            self.cells.append(
-                Cell(
-                    len(self.cells),
-                    (
-                        Patch(
-                            kind=kind,
-                            hook_name=name,
-                            layer=row[0],
-                            positions=(where["pos"],) if "pos" in where else everywhere,
-                            head=where.get("head"),
-                            source=where.get("src_pos"),
-                            setter=setter,
-                            index=tuple(row),
-                        ),
-                    ),
-                )
+            patch = Patch(
+                kind=kind,
+                hook_name=name,
+                layer=row[0],
+                positions=(where["pos"],) if "pos" in where else everywhere,
+                head=where.get("head"),
+                source=where.get("src_pos"),
+                setter=setter,
+                index=tuple(row),
             )
+            self.cells.append(Cell(len(self.cells), (patch,)))
 
     def run(
-        self,
-        metrics: Mapping[str, Callable[..., Any]],
-        reduce: str,
-        lengths: Tensor | None,
-        options: runner.Options,
+        self, how: _How, lengths: Tensor | None, options: runner.Options
     ) -> tuple[Tensor, Tensor]:
+        """Values ``[metric, cell, (batch)]`` and baselines, see :func:`runner.run_cells`."""
         return runner.run_cells(
-            self.model,
-            self.tokens,
-            self.clean,
-            self.cells,
-            metrics,
-            differing=self.differing,
-            lengths=lengths,
-            per_example=reduce != "scalar",
-            options=options,
-        )
+            self.model, self.tokens, self.clean, self.cells, how.metrics, differing=self.differing,
+            lengths=lengths, per_example=how.reduce != "scalar", options=options,
+        )  # fmt: skip
 
 
-def _metrics(metric: Any) -> tuple[dict[str, Callable[..., Any]], bool]:
-    if isinstance(metric, Mapping):
-        if not metric:
+class _How:
+    """The metrics of a sweep, and the form in which their values are returned.
+
+    Raises:
+        TypeError: if a metric is not a function.
+        ValueError: if there is no metric, or the choices are unknown or exclude each other.
+    """
+
+    def __init__(
+        self, metric: Any, reduce: str = "scalar", baseline: bool = False, index: bool = False
+    ) -> None:
+        self.several = isinstance(metric, Mapping)
+        self.metrics: dict[str, Any] = dict(metric) if self.several else {"metric": metric}
+        self.reduce, self.baseline = reduce, baseline
+        if not self.metrics:
             raise ValueError("patching_metric is an empty mapping: give at least one metric")
-        metrics = dict(metric)
-    else:
-        metrics = {"metric": metric}
-    for name, function in metrics.items():
-        if not callable(function):
-            raise TypeError(
-                f"metric {name!r} must be a function of logits, got {type(function).__name__}"
+        for name, function in self.metrics.items():
+            if not callable(function):
+                raise TypeError(
+                    f"metric {name!r} must be a function of logits, got {type(function).__name__}"
+                )
+        if reduce not in ("scalar", "mean", "none"):
+            raise ValueError(f"reduce must be 'scalar', 'mean' or 'none', got {reduce!r}")
+        self.plain = not (self.several or baseline or reduce == "none")
+        if index and not self.plain:
+            raise ValueError(
+                "return_index_df goes with a tensor result; a PatchingResult has its index_df "
+                "already"
             )
-    return metrics, isinstance(metric, Mapping)
 
+    def shaped(self, values: Tensor, shape: Sequence[int]) -> Tensor:
+        """``[metric, cell, (batch)]`` to ``[metric, *shape, (batch)]``, averaged for "mean"."""
+        values = values.view(len(values), *shape, *values.shape[2:])
+        return values.mean(dim=-1) if self.reduce == "mean" else values
 
-def _check_choices(reduce: str, return_index_df: bool, rich: bool) -> None:
-    if reduce not in ("scalar", "mean", "none"):
-        raise ValueError(f"reduce must be 'scalar', 'mean' or 'none', got {reduce!r}")
-    if return_index_df and (rich or reduce == "none"):
-        raise ValueError(
-            "return_index_df goes with a tensor result; a PatchingResult has its index_df already"
+    def answer(
+        self,
+        values: Tensor,
+        base: Tensor,
+        axes: list[str],
+        index: pd.DataFrame,
+        kinds: list[str] | None = None,
+    ) -> Tensor | PatchingResult:
+        """A tensor, or a ``PatchingResult`` where more than that is asked for."""
+        if self.plain:
+            return values[0]
+        if self.reduce == "mean":
+            base = base.mean(dim=-1)
+        values, base = (values, base) if self.several else (values[0], base[0])
+        return PatchingResult(
+            values=values,
+            axis_names=axes,
+            index_df=index,
+            metric_names=list(self.metrics),
+            reduced=self.reduce != "none",
+            baseline=base if self.baseline else None,
+            has_metric_axis=self.several,
+            patch_type_names=kinds,
         )
 
 
@@ -867,14 +845,3 @@ def _whole_numbers(index_df: Any) -> pd.DataFrame:
 
 def _shape(index: pd.DataFrame) -> tuple[int, ...]:
     return tuple(index.max() + 1)
-
-
-def _shaped(values: Tensor, shape: Sequence[int], reduce: str) -> Tensor:
-    """``[metric, cell, (batch)]`` to ``[metric, *shape, (batch)]``, averaged for "mean"."""
-    values = values.view(len(values), *shape, *values.shape[2:])
-    return values.mean(dim=-1) if reduce == "mean" else values
-
-
-def _baseline(base: Tensor, reduce: str, has_metric_axis: bool) -> Tensor:
-    base = base.mean(dim=-1) if reduce == "mean" else base
-    return base if has_metric_axis else base[0]

@@ -20,7 +20,7 @@ from transformer_lens import patching as plain_patching
 from transformer_lens.hook_points import HookPoint
 
 from patching_demo import patching
-from patching_demo.engine import bridge
+from patching_demo.engine import bridge, skipping
 from patching_demo.engine.cells import Patch
 
 
@@ -124,15 +124,12 @@ def test_single_logits_are_columns_of_w_u_and_b_u(name: str) -> None:
 
 
 @MODELS
-def test_the_embedding_is_what_hook_embed_has(name: str) -> None:
-    """model.embed(tokens); equal tokens give equal rows, bit for bit."""
+def test_positions_of_other_tokens_are_told_from_the_embedding_bit_for_bit(name: str) -> None:
     model, data = oracle.model(name), pair(name)
-    _, cache = model.run_with_cache(data.corrupted)
-    assert torch.equal(bridge.embedding(model, data.corrupted), cache["hook_embed"])
-
-
-def test_a_model_without_a_usable_embedding_is_no_error() -> None:
-    assert bridge.embedding(object(), torch.zeros(1, 1, dtype=torch.long)) is None
+    differ = (data.clean != data.corrupted).any(0).nonzero()[:, 0].tolist()
+    assert skipping.differing_positions(model, data.corrupted, data.cache) == tuple(differ)
+    assert skipping.differing_positions(model, data.clean, data.cache) == ()
+    assert skipping.differing_positions(object(), data.clean, data.cache) == tuple(range(6))
 
 
 @MODELS

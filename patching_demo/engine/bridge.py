@@ -672,11 +672,3 @@ def _is_a_librarys(function: Any) -> bool:
 def _is_own(handle: Any) -> bool:
     module = getattr(getattr(handle, "user_hook", None), "__module__", None) or ""
     return bool(handle.is_permanent) and module.split(".")[0] == "transformer_lens"
-
-
-def embedding(model: Any, tokens: Tensor) -> Tensor | None:
-    """Token embeddings ``[batch, pos, d_model]`` as ``hook_embed`` has them, None if unknown."""
-    try:
-        return model.embed(tokens)
-    except (TypeError, AttributeError, RuntimeError):
-        return None

@@ -25,7 +25,7 @@ from patching_demo.engine.bridge import (
     hooked,
 )
 from patching_demo.engine.cells import Cell
-from patching_demo.engine.kinds import kind_of_hook
+from patching_demo.engine.kinds import KINDS, kind_of_hook
 from patching_demo.engine.tokens import (
     check_ids,
     check_length,
@@ -56,6 +56,25 @@ class HookNotLive(ValueError):
             "every cell would read as zero effect (some hooks need a switch, for instance "
             "model.set_use_attn_result(True))"
         )
+
+
+def without_dead_kinds(kinds: Sequence[str], swept: Callable[[Sequence[str]], Any]) -> Any:
+    """What ``swept`` returns for the kinds whose hooks are live; a warning names the others.
+
+    Raises:
+        HookNotLive: if no kind is left, or a hook of no kind is not live.
+    """
+    live = list(kinds)
+    while True:
+        try:
+            return swept(live)
+        except HookNotLive as reason:
+            left = [name for name in live if not reason.hook.endswith(KINDS[name].hook)]
+            if not left or left == live:
+                raise
+            gone = ", ".join(name for name in live if name not in left)
+            warn_once(f"{gone!r} is NaN in this sweep, as {reason}")
+            live = left
 
 
 def check_bridge(model: Any, *parts: str) -> None:

@@ -17,13 +17,27 @@ from patching_demo.engine.checks import HookNotLive, warn_once
 from patching_demo.engine.kinds import Kind
 from patching_demo.engine.scoring import tolerance
 
+#: Said where clean and corrupted runs are the same.
+NOTHING = (
+    "there is nothing to patch: clean and corrupted activations are the same at every position "
+    "(are the prompts the same?), so every cell is the corrupted baseline"
+)
 
-def differing_positions(clean: Tensor, corrupted: Tensor) -> tuple[int, ...]:
-    """The positions at which two embeddings ``[batch, pos, d_model]`` differ in any prompt.
+
+def differing_positions(model: Any, tokens: Tensor, cache: Any) -> tuple[int, ...]:
+    """Where the inputs of the two runs differ in any prompt; everywhere if the cache cannot tell.
 
     An embedding is looked up, not computed, so it is compared bit for bit.
     """
-    return tuple((clean != corrupted).any(dim=-1).any(dim=0).nonzero()[:, 0].tolist())
+    try:
+        with torch.no_grad():
+            clean, corrupted = cache["hook_embed"], model.embed(tokens)
+        if clean.shape == corrupted.shape:
+            differs = (clean.to(corrupted.device) != corrupted).any(dim=-1).any(dim=0)
+            return tuple(differs.nonzero()[:, 0].tolist())
+    except (AttributeError, KeyError, IndexError, TypeError, RuntimeError):
+        pass
+    return tuple(range(tokens.shape[1]))
 
 
 def changed_positions(
@@ -156,7 +170,4 @@ class Survey:
         """Warn once if clean and corrupted activations are the same everywhere."""
         apart = self.moved if differing else self.far
         if not any(bool(moved.any()) for moved in apart.values()):
-            warn_once(
-                "there is nothing to patch: clean and corrupted activations are the same at every "
-                "position (are the prompts the same?), so every cell is the corrupted baseline"
-            )
+            warn_once(NOTHING)

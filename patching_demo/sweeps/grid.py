@@ -145,27 +145,20 @@ def sweep_metrics(
             )
         cells = cells.where(where.reset_coords(drop=True))
     numbered = cells.values[np.isfinite(cells.values)].astype(int)
-    live = list(names)
-    while True:
+
+    def swept(live: Sequence[str]) -> tuple[Any, ...]:
         hooks = [f"blocks.{i}.{KINDS[name].hook}" for name in live for i in range(n_layers)]
-        try:
-            question = Question(model, tasks, hooks, source, per_prompt, options)
-            made, rows = [], []
-            for number in numbered:
-                at = dict(zip(dims, np.unravel_index(number, list(sizes.values())), strict=True))
-                name = names[at.get("kind", 0)]
-                if name in live and at.get("head", 0) < heads_of(model, name):
-                    rows.append(number)
-                    made.append(Cell(len(made), _patches(name, by, at, window, question)))
-            values = question.run(made)
-            break
-        except checks.HookNotLive as reason:
-            left = [name for name in live if not reason.hook.endswith(KINDS[name].hook)]
-            if not left or left == live:
-                raise
-            gone = ", ".join(name for name in live if name not in left)
-            checks.warn_once(f"{gone!r} is NaN in this sweep, as {reason}")
-            live = left
+        question = Question(model, tasks, hooks, source, per_prompt, options)
+        made, rows = [], []
+        for number in numbered:
+            at = dict(zip(dims, np.unravel_index(number, list(sizes.values())), strict=True))
+            name = names[at.get("kind", 0)]
+            if name in live and at.get("head", 0) < heads_of(model, name):
+                rows.append(number)
+                made.append(Cell(len(made), _patches(name, by, at, window, question)))
+        return question, rows, question.run(made)
+
+    question, rows, values = checks.without_dead_kinds(names, swept)
     place = {number: index for index, number in enumerate(rows)}
     index = np.vectorize(lambda x: place.get(x, -1), otypes=[int])(np.nan_to_num(cells, nan=-1))
     results = {}
