@@ -82,53 +82,79 @@ def test_lengths_and_batches_must_agree(
     assert "the same number of prompts and of tokens" in str(caught.value)
 
 
-def test_one_clean_prompt_does_not_broadcast(no_forward: None) -> None:
-    cache = renamed(pair("gpt2").cache, lambda value: value[:1])
-    with pytest.raises(
-        ValueError, match=r"'blocks.0.hook_resid_pre' .* \(1, 6, 32\).*\[2, 6, 32\]"
-    ):
-        sweep(clean_cache=cache)
+def with_hook_z(change: Any) -> dict[str, Tensor]:
+    """The clean cache with the heads' outputs changed."""
+    cache = pair("gpt2").cache.items()
+    return {name: change(value) if name.endswith("hook_z") else value for name, value in cache}
 
 
-def test_a_cache_of_another_model_is_named(no_forward: None) -> None:
-    """As wide, but with a layer less; and narrower."""
-    cache = {k: v for k, v in pair("gpt2").cache.items() if not k.startswith("blocks.1")}
-    with pytest.raises(ValueError, match="the clean cache has no 'blocks.1.hook_resid_pre'"):
-        sweep(clean_cache=cache)
-    narrow = renamed(pair("gpt2").cache, lambda value: value[..., :16])
-    with pytest.raises(ValueError, match="the cache must come from this model"):
-        sweep(clean_cache=narrow)
+#: The cache, what is swept with it, and what is said.
+UNFIT = {
+    "one prompt does not broadcast": (
+        lambda usual: renamed(usual, lambda value: value[:1]),
+        "resid_pre",
+        r"'blocks.0.hook_resid_pre' .* \(1, 6, 32\).*\[2, 6, 32\]",
+    ),
+    "a model with a layer less": (
+        lambda usual: {k: v for k, v in usual.items() if not k.startswith("blocks.1")},
+        "resid_pre",
+        "the clean cache has no 'blocks.1.hook_resid_pre'",
+    ),
+    # As wide, with as many heads: every entry that is read would fit.
+    "a model with a layer more": (
+        lambda usual: pair("llama").cache,
+        "resid_pre",
+        "has 'blocks.2.hook_resid_pre', but .* only 2 blocks",
+    ),
+    "a narrower model": (
+        lambda usual: renamed(usual, lambda value: value[..., :16]),
+        "resid_pre",
+        "the cache must come from this model",
+    ),
+    "fewer heads": (
+        lambda usual: with_hook_z(lambda value: value[:, :, :2]),
+        "attn_head_out_by_pos",
+        r"hook_z' in the clean cache has shape \(2, 6, 2, 8\)",
+    ),
+    "without the activation": (
+        lambda usual: {"blocks.0.hook_resid_pre": usual["blocks.0.hook_resid_pre"]},
+        "attn_head_out_by_pos",
+        "names_filter that keeps names ending in 'attn.hook_z'",
+    ),
+    # As multi-head latent attention has them, [batch, head, pos, d_head]; and split otherwise.
+    "heads before positions": (
+        lambda usual: with_hook_z(lambda value: value.transpose(1, 2)),
+        "attn_head_out_by_pos",
+        "this model's hook has heads before positions",
+    ),
+    "heads split otherwise": (
+        lambda usual: with_hook_z(lambda value: value.reshape(2, 6, 2, 16)),
+        "attn_head_out_by_pos",
+        "the number of heads is another",
+    ),
+    **{
+        f"no cache but {cache!r}": (
+            lambda usual, cache=cache: cache,
+            "resid_pre",
+            "the clean cache has no 'blocks.0.hook_resid_pre'",
+        )
+        for cache in (None, 3, [], "cache", torch.zeros(3))
+    },
+}
 
 
-def test_a_cache_of_a_deeper_model_is_named(no_forward: None) -> None:
-    """As wide, with as many heads, and with a layer more: every entry that is read would fit."""
-    deeper = pair("llama").cache
-    assert deeper["blocks.0.hook_resid_pre"].shape == pair("gpt2").cache["hook_embed"].shape
-    with pytest.raises(ValueError, match="has 'blocks.2.hook_resid_pre', but .* only 2 blocks"):
-        sweep(clean_cache=deeper)
-
-
-def test_a_cache_of_a_model_with_other_heads_is_named(no_forward: None) -> None:
-    cache = {
-        name: value[:, :, :2] if name.endswith("hook_z") else value
-        for name, value in pair("gpt2").cache.items()
-    }
-    with pytest.raises(ValueError, match=r"hook_z' in the clean cache has shape \(2, 6, 2, 8\)"):
-        sweep(clean_cache=cache, kind="attn_head_out_by_pos")
+@pytest.mark.parametrize("what", UNFIT)
+def test_a_cache_that_does_not_fit_is_refused_before_any_forward(
+    what: str, no_forward: None
+) -> None:
+    cache, kind, message = UNFIT[what]
+    with pytest.raises(ValueError, match=message):
+        sweep(clean_cache=cache(pair("gpt2").cache), kind=kind)
 
 
 def test_a_head_of_another_width_is_named() -> None:
-    cache = {
-        name: value[..., :4] if name.endswith("hook_z") else value
-        for name, value in pair("gpt2").cache.items()
-    }
+    cache = with_hook_z(lambda value: value[..., :4])
     with pytest.raises(ValueError, match=r"in the corrupted run it has \(2, 6, 4, 8\)"):
-        sweep(clean_cache=cache, kind="attn_head_out_by_pos")
-
-
-def test_a_cache_without_the_activation_names_the_filter(no_forward: None) -> None:
-    cache = {"blocks.0.hook_resid_pre": pair("gpt2").cache["blocks.0.hook_resid_pre"]}
-    with pytest.raises(ValueError, match=r"names_filter that keeps names ending in 'attn.hook_z'"):
         sweep(clean_cache=cache, kind="attn_head_out_by_pos")
 
 
@@ -139,20 +165,6 @@ def test_a_cache_that_lost_its_batch_axis_is_named(kind: str, no_forward: None) 
     lost = ActivationCache(cache, model).remove_batch_dim()
     with pytest.raises(ValueError, match=r"no batch axis .*remove_batch_dim\(\)"):
         sweep(clean_cache=lost, corrupted_tokens=pair("gpt2").corrupted[:1], kind=kind)
-
-
-def test_heads_in_another_layout_are_named(no_forward: None) -> None:
-    """As multi-head latent attention has them: [batch, head, pos, d_head]; and split otherwise."""
-    for change, message in (
-        (lambda value: value.transpose(1, 2), "this model's hook has heads before positions"),
-        (lambda value: value.reshape(2, 6, 2, 16), "the number of heads is another"),
-    ):
-        cache = {
-            name: change(value) if name.endswith("hook_q") else value
-            for name, value in pair("gpt2").cache.items()
-        }
-        with pytest.raises(ValueError, match=message):
-            sweep(clean_cache=cache, kind="attn_head_q_by_pos")
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama-gqa"])
@@ -175,12 +187,6 @@ def test_scores_that_are_masked_by_infinity_are_patched(name: str) -> None:
     arguments = (model, data.corrupted, broken, oracle.all_logits, setter, "attn_scores")
     with pytest.raises(ValueError, match="hook_attn_scores' in the clean cache holds NaN or inf"):
         patching.generic_activation_patch(*arguments, index_df=index, progress=False)
-
-
-@pytest.mark.parametrize("cache", [None, 3, [], "cache", torch.zeros(3)])
-def test_something_else_than_a_cache_is_refused(cache: Any, no_forward: None) -> None:
-    with pytest.raises(ValueError, match="the clean cache has no 'blocks.0.hook_resid_pre'"):
-        sweep(clean_cache=cache)
 
 
 def test_a_cache_with_nan_is_refused(no_forward: None) -> None:
@@ -534,27 +540,6 @@ def test_a_metric_made_for_another_batch_names_itself() -> None:
         sweep(patching_metric=other.metrics["difference"])
 
 
-def test_a_metric_that_misstates_where_it_reads_gets_all_logits() -> None:
-    """Such a metric is believed no further than a comparison on the corrupted run goes."""
-
-    class Misstated:
-        positions = torch.tensor([[0], [0]])
-        tokens = None
-
-        def read(self, logits: Tensor) -> Tensor:
-            return logits[:, :1]
-
-        def from_read(self, read: Tensor) -> Tensor:
-            return read.mean((-1, -2))
-
-        def __call__(self, logits: Tensor) -> Tensor:
-            return oracle.all_logits(logits)
-
-    assert torch.allclose(
-        sweep(patching_metric=Misstated()), sweep(patching_metric=oracle.all_logits)
-    )
-
-
 def test_a_metric_that_is_all_rounding_is_no_mismatch() -> None:
     """The logits are centred, so their mean is 0 but for the last bits."""
     found = sweep(
@@ -565,8 +550,10 @@ def test_a_metric_that_is_all_rounding_is_no_mismatch() -> None:
     assert found.abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("read", [3.0, b"", None, torch.zeros(2, 3), torch.zeros(5)])
+@pytest.mark.parametrize("read", [3.0, b"", None, torch.zeros(2), torch.zeros(2, 3)])
 def test_a_metric_whose_parts_are_of_the_wrong_kind_gets_all_logits(read: Any) -> None:
+    """It is believed no further than a comparison on the corrupted run goes."""
+
     class Odd:
         positions, tokens = [[0], [0]], None
         read = staticmethod(lambda logits: logits)
@@ -642,36 +629,36 @@ def test_double_precision_stays_double(architecture: str) -> None:
     assert abs(float(found[0, 0, 0] - base)) < 1e-12
 
 
-def test_a_model_on_two_devices_is_refused(no_forward: None) -> None:
-    model = tiny.fresh("gpt2")
-    model.blocks[1].mlp.to("meta")
-    with pytest.raises(ValueError, match=r"spread over \['cpu', 'meta'\]: move it to one device"):
-        sweep(model=model)
-
-
-def test_a_quantised_model_is_refused(no_forward: None) -> None:
-    model = tiny.fresh("gpt2")
+def quantised(model: Any) -> None:
     weight = torch.nn.Parameter(torch.zeros(2, dtype=torch.int8), requires_grad=False)
     model.original_model.register_parameter("packed", weight)
-    with pytest.raises(ValueError, match=r"the model is quantised \(.*packed\)"):
-        sweep(model=model)
 
 
-def test_a_quantised_model_is_known_by_its_config(no_forward: None) -> None:
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.blocks[1].mlp.to("meta"), r"spread over \['cpu', 'meta'\]: move it to one"),
+        (quantised, r"the model is quantised \(.*packed\)"),
+        (
+            lambda m: setattr(m.original_model.config, "quantization_config", {"bits": 4}),
+            r"the model is quantised \(its config says so\)",
+        ),
+        (
+            lambda m: setattr(m.original_model.config, "is_encoder_decoder", True),
+            "encoder-decoder models are not supported",
+        ),
+        (
+            lambda m: setattr(m.cfg, "attention_dir", "bidirectional"),
+            "the model attends in both directions",
+        ),
+    ],
+)
+def test_models_that_cannot_be_swept_are_refused(
+    change: Any, message: str, no_forward: None
+) -> None:
     model = tiny.fresh("gpt2")
-    model.original_model.config.quantization_config = {"bits": 4}
-    with pytest.raises(ValueError, match=r"the model is quantised \(its config says so\)"):
-        sweep(model=model)
-
-
-def test_encoders_are_refused(no_forward: None) -> None:
-    model = tiny.fresh("gpt2")
-    model.original_model.config.is_encoder_decoder = True
-    with pytest.raises(ValueError, match="encoder-decoder models are not supported"):
-        sweep(model=model)
-    model.original_model.config.is_encoder_decoder = False
-    model.cfg.attention_dir = "bidirectional"
-    with pytest.raises(ValueError, match="the model attends in both directions"):
+    change(model)
+    with pytest.raises(ValueError, match=message):
         sweep(model=model)
 
 

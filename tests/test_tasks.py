@@ -75,12 +75,6 @@ def test_normalised_task_is_one_clean_and_zero_corrupted(model):
         assert float(task.metric(model(task.corrupted_tokens))) == pytest.approx(0.0, abs=1e-5)
 
 
-def test_normalising_refuses_equal_baselines(model):
-    task = dataclasses.replace(ioi_task(model), clean_baseline=0.5, corrupted_baseline=0.5)
-    with pytest.raises(ValueError, match="both 0.5"):
-        task.normalised()
-
-
 def test_labels_are_unique_and_name_token_and_position(model):
     task = ioi_task(model)
     assert task.position_labels[0] == "<bos> 0"
@@ -612,13 +606,7 @@ def test_gpt2_small_gives_the_published_numbers():
     task = ioi_task(load_model("gpt2-small"))
     assert task.clean_baseline == pytest.approx(3.5519, abs=5e-4)
     assert task.corrupted_baseline == pytest.approx(-3.5519, abs=5e-4)
+    pairs = [(5335, 1757), (4186, 3700), (6035, 15686), (5780, 14235)]
     assert task.answers.tolist() == [
-        [5335, 1757],
-        [1757, 5335],
-        [4186, 3700],
-        [3700, 4186],
-        [6035, 15686],
-        [15686, 6035],
-        [5780, 14235],
-        [14235, 5780],
+        list(p) for right, wrong in pairs for p in ((right, wrong), (wrong, right))
     ]
