@@ -184,13 +184,6 @@ def test_an_exception_in_a_direct_path_passes_through() -> None:
     assert model.cfg.use_split_qkv_input == split
 
 
-def test_a_setter_that_writes_into_the_clean_activation_is_the_callers_own() -> None:
-    """What the package's own setters write goes into the activation alone."""
-    with all_as_before():
-        sweep("attn_head_pattern_by_pos", check=10)
-        sweep("attn_head_v_all_pos", check=10)
-
-
 @pytest.mark.parametrize("stage", ["capture", "run_block", "hooked", "logits_from_resid"])
 def test_an_interrupt_in_the_middle_of_the_engine(
     stage: str, monkeypatch: pytest.MonkeyPatch

@@ -92,6 +92,75 @@ def test_hooks_that_the_caller_left_are_kept_and_stay_the_callers():
         assert len(isolated(model).hook_dict["hook_embed"].fwd_hooks) == 1
 
 
+class User:
+    """Whoever asks for a copy, and has it until it is gone."""
+
+
+def change(model, what: str) -> None:
+    linear = model.original_model.lm_head
+    linear = getattr(linear, "original_component", linear)
+    if what == "a weight in place":
+        linear.weight.data.mul_(2)
+    elif what == "another weight":
+        linear.weight = torch.nn.Parameter(linear.weight * 2)
+    elif what == "another module":
+        new = torch.nn.Linear(linear.in_features, linear.out_features, bias=False)
+        model.blocks[1].attn.o.original_component = new
+        model.unembed.set_original_component(new)
+    elif what == "another type":
+        model.double()
+    elif what == "a wrapped forward":
+        own = linear.forward
+        linear.forward = lambda x: own(x) * 2
+    elif what == "another class":
+        kind = type(linear)
+        forward = lambda self, x: kind.forward(self, x) * 2  # noqa: E731
+        linear.__class__ = type(kind.__name__, (kind,), {"forward": forward})
+    elif what == "a hook":
+        linear.register_forward_hook(lambda module, args, out: out * 2)
+    elif what == "a hook point":
+        model.add_hook("ln_final.hook_normalized", lambda act, hook: act * 2)
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        "a weight in place",
+        "another weight",
+        "another module",
+        "another type",
+        "a wrapped forward",
+        "another class",
+        "a hook",
+        "a hook point",
+    ],
+)
+@pytest.mark.parametrize("name", ["gpt2", "llama-gqa"])
+def test_a_copy_serves_its_next_user_unless_the_model_was_changed(name, what):
+    model, user = tiny.fresh(name), User()
+    ids = tokens(model)
+    own = isolated(model, user)
+    assert isolated(model, other := User()) is not own, "it is another's still"
+    del user, other
+    again = isolated(model, user := User())
+    assert again is own or isolated(model, User()) is own
+    del again, user
+    with torch.no_grad():
+        before = model(ids)
+        change(model, what)
+        after = model(ids)
+        assert not torch.equal(before.to(after), after), "the change shows"
+        assert torch.equal(isolated(model, User())(ids), after)
+
+
+def test_a_copy_on_which_a_hook_was_left_serves_nobody_else():
+    model, user = tiny.fresh("gpt2"), User()
+    isolated(model, user).add_hook("blocks.0.hook_mlp_out", lambda act, hook: act * 0)
+    del user
+    with torch.no_grad():
+        assert torch.equal(isolated(model, User())(tokens(model)), model(tokens(model)))
+
+
 @contextmanager
 def meanwhile(*uses: Callable[[], None]) -> Iterator[None]:
     """Each use over and over in a thread of its own, for as long as the block runs."""

@@ -111,7 +111,13 @@ def steer(*arguments: Any) -> Any:
     return (states, *out[1:]) if isinstance(out, tuple) else states
 
 
-@pytest.mark.parametrize("how", ["hook", "pre-hook", "everywhere"])
+def linear_in(module: nn.Module) -> nn.Module:
+    """A plain PyTorch module that the block runs, deep inside the original model."""
+    found = [m for m in module.modules() if type(m).__name__ in ("Linear", "Conv1D")]
+    return found[-1]
+
+
+@pytest.mark.parametrize("how", ["hook", "pre-hook", "everywhere", "wrapped", "inner hook"])
 @pytest.mark.parametrize("name", ["gpt2", "llama-gqa"])
 def test_hooks_of_pytorch_take_part_by_the_plain_loop(name: str, how: str) -> None:
     model = tiny.fresh(name)
@@ -121,13 +127,19 @@ def test_hooks_of_pytorch_take_part_by_the_plain_loop(name: str, how: str) -> No
     remove: Callable[[], None] = lambda: None  # noqa: E731
     if how == "hook":
         layer.register_forward_hook(steer)
+    elif how == "inner hook":
+        linear_in(inner).register_forward_hook(steer)
+    elif how == "wrapped":
+        linear = linear_in(inner)
+        own = linear.forward
+        linear.forward = lambda states: steer(own(states))
     elif how == "pre-hook":
         inner.register_forward_pre_hook(lambda module, args: (steer(args[0]), *args[1:]))
     else:
         hook = lambda module, args, out: steer(out) if module is inner else None  # noqa: E731
         remove = nn.modules.module.register_module_forward_hook(hook).remove
     try:
-        data = make_pair(model, 2, 9, (3,))
+        data = make_pair(model, 2, 6, (3,))
         with aloud("the model has hooks attached"):
             found = swept(model, data, "resid_pre", oracle.all_logits)
         assert_close(found, plainly(model, data, "resid_pre", oracle.all_logits), False)

@@ -104,7 +104,7 @@ class _Copier:
     def __init__(self) -> None:
         self.seen: list[nn.Module] = []
         self._copies: dict[int, Any] = {}
-        self._before: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self._before: list[tuple[Any, type, dict[str, Any]]] = []
 
     def of(self, value: Any) -> Any:
         """The copy of a value, or the value itself if no module can be reached from it."""
@@ -134,7 +134,7 @@ class _Copier:
         copied = self._copies[id(value)] = object.__new__(type(value))
         if isinstance(value, nn.Module):
             self.seen.append(value)
-        self._before.append((value.__dict__, _contents_of(value.__dict__)))
+        self._before.append((value, type(value), _contents_of(value.__dict__)))
         own = copied.__dict__
         own.update(value.__dict__)
         for name, entry in own.items():
@@ -149,7 +149,8 @@ class _Copier:
 
     def is_current(self) -> bool:
         """Whether all that was copied is as it was, and no hook has been left on a copy."""
-        return all(now == before for now, before in self._before) and all(
+        same = all(type(of) is kind and of.__dict__ == had for of, kind, had in self._before)
+        return same and all(
             self._copies[id(module)]._forward_hooks.keys() == module._forward_hooks.keys()
             and self._copies[id(module)]._forward_pre_hooks.keys()
             == module._forward_pre_hooks.keys()
