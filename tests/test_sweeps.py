@@ -310,6 +310,20 @@ def test_paths_refuse_blocks_that_do_more_than_add(name):
             paths(bridge, task_of(bridge), receivers)
 
 
+def test_paths_refuse_mlps_that_mix_positions():
+    bridge = tiny.fresh("gpt2")
+    mlp = bridge.blocks[1].mlp
+    kind = type(mlp)
+
+    def forward(self, *args, **kwargs):
+        out = kind.forward(self, *args, **kwargs)
+        return out + 0.3 * out.roll(1, dims=1)
+
+    mlp.__class__ = type(kind.__name__, (kind,), {"forward": forward})
+    with pytest.raises(ValueError, match="block 1 works on more than one position at a time"):
+        paths(bridge, task_of(bridge), "logits", through="mlps")
+
+
 @pytest.mark.parametrize("where", ["hook point", "module"])
 def test_left_over_hooks_act_in_every_verb(where):
     """The plain loop and the gradients have them, and paths refuse by name."""
@@ -333,6 +347,23 @@ def test_left_over_hooks_act_in_every_verb(where):
     assert close(estimate.attrs["corrupted_baseline"], task.corrupted_baseline, task)
     with pytest.raises(ValueError, match="hooks attached"):
         paths(bridge, task, "logits")
+
+
+def test_an_estimate_takes_two_forward_passes():
+    bridge = tiny.fresh("gpt2")
+    task, passes = task_of(bridge), []
+    own = type(bridge).forward
+
+    class Counted(type(bridge)):
+        def forward(self, *args, **kwargs):
+            passes.append(1)
+            return own(self, *args, **kwargs)
+
+    bridge.__class__ = Counted
+    attribute(bridge, task, ["out", "q", "k", "v", "pattern"])
+    passes.clear()  # The first call also finds out how the activations are laid out.
+    attribute(bridge, task, ["out", "q", "k", "v", "pattern"])
+    assert len(passes) == 2
 
 
 def test_long_sweeps_are_announced(monkeypatch):
