@@ -109,6 +109,9 @@ def sweep_metrics(
     Raises:
         As :func:`sweep`, and ValueError if the tasks have different prompts.
     """
+    for task in tasks.values():
+        if not isinstance(task, Task):
+            Question(model, tasks, [])
     several = not isinstance(kinds, str)
     names = list(kinds) if several else [kinds]
     check_kinds(names, by)
@@ -116,9 +119,6 @@ def sweep_metrics(
         raise ValueError(f"window must be a whole number of layers, at least 1, got {window!r}")
     checks.check_bridge(model)
     n_layers = model.cfg.n_layers
-    for task in tasks.values():
-        if not isinstance(task, Task):
-            Question(model, tasks, [])
     first = next(iter(tasks.values()), None)
     if first is None:
         raise ValueError("there is no task to score the sweep by")
