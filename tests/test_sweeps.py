@@ -148,7 +148,7 @@ def test_a_window_is_joint_hooks(name, window):
 def test_sources_are_joint_hooks(name, source):
     """Prompts of different lengths: a mean is over those that have text at the position."""
     bridge = model(name)
-    task = task_of(bridge, (7, 6, 7))
+    task = task_of(bridge, (7, 5, 7))
     clean = dict(task.clean_cache(bridge))
     text = task.attention_mask.bool()
     draw = torch.Generator().manual_seed(1)
