@@ -55,7 +55,11 @@ def isolated(model: Any, user: Any = None) -> Any:
     copied, copier = _idle_copy(idle) if user is not None else (None, None)
     for _ in range(_ATTEMPTS if copied is None else 0):
         copier = _Copier()
-        copied = copier.of(model)
+        try:
+            copied = copier.of(model)
+        except RuntimeError:  # Another thread's hooks came or went in what was being read.
+            copied = None
+            continue
         elsewhere = _hooks_of_calls_elsewhere(model)
         for point, handle in elsewhere:
             own = copier.of(point)
@@ -67,6 +71,12 @@ def isolated(model: Any, user: Any = None) -> Any:
         # A call that ended meanwhile has left the list of those under way, and its hooks here.
         if all(copier.of(m)._forward_hooks.keys() <= m._forward_hooks.keys() for m in copier.seen):
             break
+        copied = None
+    if copied is None:
+        raise RuntimeError(
+            "other threads attach and remove hooks of the model all the time, so there was no "
+            "moment to copy it: let them pause while a sweep starts"
+        )
     copied.__dict__["_isolated"] = True
     copied.__dict__.pop("_isolated_copies", None)
     if user is not None:
@@ -142,7 +152,8 @@ class _Copier:
             if kind in _SHARED:
                 continue
             if kind in (dict, OrderedDict) and (not entry or name.endswith(_KEPT)):
-                own[name] = kind([(key, self._hook(hook)) for key, hook in entry.items()])
+                hooks = list(entry.items())  # at once: another thread may change the original
+                own[name] = kind([(key, self._hook(hook)) for key, hook in hooks])
             else:
                 own[name] = self.of(entry)
         return copied
