@@ -99,7 +99,9 @@ def test_types_of_few_bits_are_held_to_what_rounding_does(dtype: torch.dtype) ->
         warnings.simplefilter("always")
         swept(model, data, "resid_pre", data.metrics["difference"], check=5)
     assert not any("plain loop" in str(w.message) for w in caught), [str(w) for w in caught]
-    changed(model.blocks[1], lambda h: torch.where(slots(h) == h.shape[1] - 1, 1.3 * h, h))
+    # Four times what rounding explains: the type of more bits is held to more.
+    factor = 1 + 32 * torch.finfo(dtype).eps
+    changed(model.blocks[1], lambda h: torch.where(slots(h) == h.shape[1] - 1, factor * h, h))
     with aloud("works by the place in its input"):
         swept(model, data, "resid_pre", data.metrics["difference"], check=0)
 
@@ -178,7 +180,7 @@ def test_an_adapter_on_the_unembedding_is_read(name: str, dtype: torch.dtype) ->
     head.__class__ = type(kind.__name__, (kind,), {"forward": forward})
     data = make_pair(model, 2, 9, (3,))
     metric = data.metrics["difference"]
-    found = swept(model, data, "resid_pre", metric, check=9)
+    found = swept(model, data, "resid_pre", metric, check=0)  # A recheck would find it, too.
     wanted = plainly(model, data, "resid_pre", metric)
     spread = float(wanted.max() - wanted.min())
     allowed = 1e-4 if dtype == torch.float32 else 0.05
@@ -246,8 +248,9 @@ def test_memory_counts_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     data = make_pair(model, 2, 12, (3,))
     for metric in (oracle.all_logits, data.metrics["log-probability"]):
         sizes.clear()
-        swept(model, data, "attn_head_out_by_pos", metric, memory=10_000, check=0)
-        assert max(sizes) <= 2 * 12, "no more than one run's logits at once"
+        # Room for the states of seven runs, but not for the logits of as many.
+        swept(model, data, "attn_head_out_by_pos", metric, memory=100_000, check=0)
+        assert max(sizes) <= 2 * 12
 
 
 def test_a_metric_may_say_where_it_reads_and_not_which_tokens() -> None:
