@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -162,38 +162,52 @@ class Scorer:
 
     def score(self, pack: Pack) -> Tensor:
         """Values ``[metric, cell, (batch)]`` of the runs in a finished pack."""
-        plain = self._score_plain(pack) if self.plain else {}
-        rows = [
-            plain[name] if name in plain else self._score_read(pack, name) for name in self.metrics
-        ]
-        return torch.stack([row.to(self.baseline.dtype) for row in rows])
+        rows = self._score_plain(pack) if self.plain else {}
+        together: dict[bytes, list[str]] = {}
+        for name, metric in self.metrics.items():
+            if name not in rows:
+                key = metric.positions.numpy(force=True).tobytes()
+                together.setdefault(key, []).append(name)
+        for names in together.values():
+            rows |= self._score_read(pack, names)
+        return torch.stack([rows[name].to(self.baseline.dtype) for name in self.metrics])
 
-    def _score_read(self, pack: Pack, name: str) -> Tensor:
-        """A metric that says what it reads: ``[cell, (batch)]``, a few runs at a time."""
-        metric = self.metrics[name]
-        positions = metric.positions.to(self.run.tokens.device)
+    def _score_read(self, pack: Pack, names: Sequence[str]) -> dict[str, Tensor]:
+        """Metrics that read the same positions: ``[cell, (batch)]`` each, a few runs at a time."""
+        positions = self.metrics[names[0]].positions.to(self.run.tokens.device)
         n_logits = positions.numel() * self.run.logits.shape[-1]
-        size = len(pack.cells) if name in self.by_token else max(1, self.logits_held // n_logits)
-        rows = []
+        few = self.by_token.issuperset(names)
+        size = len(pack.cells) if few else max(1, self.logits_held // n_logits)
+        rows: dict[str, list[Tensor]] = {name: [] for name in names}
         for cells in torch.arange(len(pack.cells), device=positions.device).split(size):
-            rows.append(self.of_streams(name, self._final(pack, cells, positions)))
-        return torch.cat(rows)
+            final = self._final(pack, cells, positions)
+            logits = None if few else self._logits(final)
+            for name in names:
+                rows[name].append(self.of_streams(name, final, logits))
+        return {name: torch.cat(parts) for name, parts in rows.items()}
 
-    def of_streams(self, name: str, final: Tensor) -> Tensor:
+    def _logits(self, final: Tensor) -> Tensor:
+        """All logits ``[n, batch, n_positions, d_vocab]`` of final residual streams."""
+        with unforeseen("computing logits from the last residual stream"):
+            logits = logits_from_resid(self.model, final.flatten(0, 1), self.run.logit_scale)
+            return logits.view(*final.shape[:-1], -1)
+
+    def of_streams(self, name: str, final: Tensor, logits: Tensor | None = None) -> Tensor:
         """A metric ``[n, (batch)]`` of final residual streams where it reads.
 
-        ``final`` is ``[n, batch, n_positions, d_model]``; the metric is one that says what it
-        reads, and :meth:`check_logits` has been called.
+        ``final`` is ``[n, batch, n_positions, d_model]``, and ``logits`` are those of it where
+        they are known; the metric is one that says what it reads, and :meth:`check_logits` has
+        been called.
         """
-        metric, scale = self.metrics[name], self.run.logit_scale
+        metric = self.metrics[name]
         tokens = getattr(metric, "tokens", None)
         tokens = tokens if tokens is None else tokens.to(final.device)
-        with unforeseen("computing logits from the last residual stream"):
-            if name in self.by_token:
-                read = some_logits_from_resid(self.model, final, tokens, scale)
-            else:
-                read = logits_from_resid(self.model, final.flatten(0, 1), scale)
-                read = read.view(*final.shape[:-1], -1)
+        if name in self.by_token:
+            with unforeseen("computing logits from the last residual stream"):
+                read = some_logits_from_resid(self.model, final, tokens, self.run.logit_scale)
+        else:
+            # A copy, as a metric may keep or change what it is given.
+            read = self._logits(final) if logits is None else logits.clone()
         if tokens is not None and name not in self.by_token:
             read = read.gather(-1, tokens[:, None].expand(*read.shape[:-1], -1))
         return self._reduce(metric.from_read(read))
