@@ -152,16 +152,16 @@ def test_hook_points_are_found_by_their_hooked_transformer_names(name: str) -> N
 
 def test_hook_handles_can_be_taken_off_again() -> None:
     """HookPoint.add_hook returns a handle with .hook.remove(), listed in .fwd_hooks."""
-    model, seen = tiny.model("gpt2"), []
+    model, tokens, seen = tiny.model("gpt2"), pair("gpt2").corrupted, []
     point = bridge.hook_point(model, "blocks.0.hook_attn_out")
     with bridge.hooked(model, "blocks.0.hook_attn_out", lambda value, hook: seen.append(hook)):
         assert len(point.fwd_hooks) == 1
         assert "blocks.0" in bridge.attached_hooks(model)[0]
-        model(pair("gpt2").corrupted)
+        model(tokens)
     assert len(seen) == 1
     assert point.fwd_hooks == []
     assert bridge.attached_hooks(model) == []
-    model(pair("gpt2").corrupted)
+    model(tokens)
     assert len(seen) == 1
 
 
