@@ -18,6 +18,7 @@ from tiny import D_VOCAB, N_CTX, tokenizer
 from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
 from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.sources.transformers import helpers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 _LLAMA_LIKE = dict(
@@ -185,8 +186,12 @@ def decoder(
         for parameter in inner.parameters():
             if parameter.ndim > 1:
                 torch.nn.init.normal_(parameter, std=0.2)
-    # Some families ask a hub for more of themselves, and wait where there is none.
-    with mock.patch.object(huggingface_hub.constants, "HF_HUB_OFFLINE", True):
+    # Some families ask a hub for more of themselves, and wait where there is none; for those that
+    # see, TransformerLens installs packages.
+    with (
+        mock.patch.object(huggingface_hub.constants, "HF_HUB_OFFLINE", True),
+        mock.patch.object(helpers, "_ensure_torchvision", lambda: False),
+    ):
         bridge = TransformerBridge.boot_transformers(
             f"tiny/{family}",
             hf_model=inner.to(dtype),
