@@ -46,7 +46,7 @@ from patching_demo.engine.kinds import HEAD_KINDS, KINDS, Kind, kind_of_activati
 from patching_demo.engine.packs import unforeseen
 from patching_demo.engine.scoring import measured
 from patching_demo.engine.skipping import NOTHING, differing_positions
-from patching_demo.engine.tokens import key_value_heads, text_lengths
+from patching_demo.engine.tokens import heads_of, text_lengths
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -186,7 +186,7 @@ def combined_activation_patch(
     parts, values, base = checks.without_dead_kinds(kinds, swept)
     sizes = [max(each) for each in zip(*(shape for _, shape in parts.values()), strict=True)]
     if "head" in axes:
-        sizes[-1] = max(_heads(model, KINDS[name].activation) for name in kinds)
+        sizes[-1] = max(heads_of(model, KINDS[name]) for name in kinds)
     trailing = values.shape[2:] if reduce == "none" else ()
     result = values.new_full((len(values), len(kinds), *sizes, *trailing), float("nan"))
     for name, (rows, shape) in parts.items():
@@ -789,7 +789,7 @@ def _indices(
         raise TypeError(f"activation_name must be a str, got {type(activation).__name__}")
     if (axis_names is None) == (index_df is None):
         raise ValueError("give either index_axis_names or index_df, and not both")
-    heads = _heads(model, activation)
+    heads = heads_of(model, kind_of_activation(activation))
     sizes = {"layer": model.cfg.n_layers}
     sizes |= dict.fromkeys(("pos", "dest_pos", "src_pos"), tokens.shape[1])
     sizes |= dict.fromkeys(("head", "head_index"), heads)
@@ -826,11 +826,6 @@ def _indices(
         counted[counted[:, place] < 0, place] += size
     index = pd.DataFrame(counted, index=index.index, columns=index.columns)
     return index, counted[:, [columns.index(axis) for axis in order]].tolist()
-
-
-def _heads(model: Any, activation: str) -> int:
-    kind = kind_of_activation(activation)
-    return key_value_heads(model) if kind and "kv_head" in kind.axes else model.cfg.n_heads
 
 
 def _whole_numbers(index_df: Any) -> pd.DataFrame:

@@ -117,7 +117,6 @@ MARKS = {
     ),
     "attn-only-2l-demo": dict.fromkeys((*SWEEPS, *COMBINED), 10.0),
 }
-SHARE_MARK = 0.75
 PLAIN_METRIC_SHARE_OF_MARK = 2 / 3
 
 

@@ -15,6 +15,7 @@ import transformer_lens.patching as plain_patching
 from torch import Tensor
 from transformer_lens.patching import make_df_from_ranges
 
+from patching_demo import prompt_task
 from patching_demo.metrics import LogitDifference, LogProb
 
 BATCH, N_POS = 2, 6
@@ -58,6 +59,20 @@ def every_cell(model: Any, n_pos: int, sweep: str) -> pd.DataFrame:
 def model(name: str) -> Any:
     """A shared tiny model by its name in ``tiny`` or ``architectures``."""
     return tiny.model(name) if name in tiny.NAMES else architectures.model(name)
+
+
+#: Different blocks: learned and rotary positions, parallel, grouped queries, windows, no MLP.
+MODELS = ("gpt2", "neox-parallel", "llama-gqa", "gemma2", "attn-only")
+
+
+def task_of(name: str, start: int = 3, seed: int = 0) -> Any:
+    """A task on random prompts of 7 tokens that differ at some positions from ``start`` on."""
+    draw = torch.Generator().manual_seed(seed)
+    clean = torch.randint(5, 100, (2, 7), generator=draw)
+    corrupted = clean.clone()
+    corrupted[:, start] += 1
+    corrupted[1, 5] += 2
+    return prompt_task(model(name), clean, corrupted, [[5, 9], [11, 6]])
 
 
 @dataclass

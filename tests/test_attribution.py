@@ -7,26 +7,11 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from oracle import MODELS, model, task_of
 
 from patching_demo import attribute, prompt_task, sweep
 from patching_demo.engine.kinds import BLOCK_KINDS, HEAD_KINDS, KINDS
 from patching_demo.sweeps import attribution
-
-MODELS = ("gpt2", "neox-parallel", "llama-gqa", "gemma2", "attn-only")
-
-
-def model(name):
-    return tiny.model(name) if name in tiny.NAMES else architectures.model(name)
-
-
-def task_of(name, start=3, seed=0):
-    """Random prompts of 7 tokens that differ at some positions from ``start`` on."""
-    draw = torch.Generator().manual_seed(seed)
-    clean = torch.randint(5, 100, (2, 7), generator=draw)
-    corrupted = clean.clone()
-    corrupted[:, start] += 1
-    corrupted[1, 5] += 2
-    return prompt_task(model(name), clean, corrupted, [[5, 9], [11, 6]])
 
 
 def live(name, kinds):

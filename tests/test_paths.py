@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-import architectures
 import numpy as np
 import pytest
 import tiny
 import torch
+from oracle import MODELS, model, task_of
 
-from patching_demo import patching, paths, prompt_task
+from patching_demo import patching, paths
 from patching_demo.engine import checks
-
-MODELS = ("gpt2", "neox-parallel", "llama-gqa", "gemma2", "attn-only")
-
-
-def model(name):
-    return tiny.model(name) if name in tiny.NAMES else architectures.model(name)
-
-
-def task_of(name, start=3, seed=0):
-    draw = torch.Generator().manual_seed(seed)
-    clean = torch.randint(5, 100, (2, 7), generator=draw)
-    corrupted = clean.clone()
-    corrupted[:, start] += 1
-    corrupted[1, 5] += 2
-    return prompt_task(model(name), clean, corrupted, [[5, 9], [11, 6]])
 
 
 def by_hand(name, task, sender, receivers, through):

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import architectures
 import numpy as np
 import pytest
-import tiny
 import torch
-from oracle import make_pair
+from oracle import MODELS, make_pair, model
 
 from patching_demo.engine import runner
 from patching_demo.engine.cells import Cell, Patch, in_order
 from patching_demo.engine.kinds import KINDS
-
-MODELS = ("gpt2", "neox-parallel", "llama-gqa", "gemma2", "attn-only")
-
-
-def model(name):
-    return tiny.model(name) if name in tiny.NAMES else architectures.model(name)
 
 
 def random_patch(draw, bridge, data, kinds):

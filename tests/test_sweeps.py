@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 import xarray as xr
-from oracle import model
+from oracle import MODELS, model
 from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -16,7 +16,6 @@ from patching_demo.engine import checks
 from patching_demo.engine.kinds import KINDS
 from patching_demo.sweeps import question
 
-MODELS = ("gpt2", "neox-parallel", "llama-gqa", "gemma2", "attn-only")
 PLAIN = "takes the plain loop"
 
 

@@ -156,7 +156,7 @@ def capture(model: Any, tokens: Tensor) -> Run:
         return hook
 
     def after_last(block: Any, args: tuple[Any, ...], output: Any) -> None:
-        hidden[n_layers] = _tensor_of(output).clone()
+        hidden[n_layers] = tensor_of(output).clone()
 
     handles = [
         block.register_forward_pre_hook(before(layer), with_kwargs=True)
@@ -319,7 +319,7 @@ def _parameter_names(method: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(inspect.signature(method).parameters)
 
 
-def _tensor_of(output: Any) -> Tensor:
+def tensor_of(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
@@ -329,7 +329,7 @@ def block_output(model: Any, run: Run, layer: int) -> Tensor:
         name: _Recorder() if isinstance(value, _Recorder) else value
         for name, value in run.arguments[layer].items()
     }
-    return _tensor_of(model.blocks[layer](run.resid[layer].clone(), **arguments))
+    return tensor_of(model.blocks[layer](run.resid[layer].clone(), **arguments))
 
 
 def block_kind(model: Any, layer: int) -> tuple[type, ...]:
@@ -445,7 +445,7 @@ def _call_block(
         visible = mask[(0,) * mask.ndim].expand(*mask.shape[:-2], length, length)
         module._buffers[name] = visible
     try:
-        return _tensor_of(block(rows, **arguments))
+        return tensor_of(block(rows, **arguments))
     finally:
         for (module, name), mask in zip(run.slot_masks[layer], kept, strict=True):
             module._buffers[name] = mask

@@ -1,4 +1,4 @@
-"""One patched run, and where it starts."""
+"""What is patched in one run: a set of patches, each with its values, and where it starts."""
 
 from __future__ import annotations
 

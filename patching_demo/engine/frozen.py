@@ -21,6 +21,7 @@ from patching_demo.engine.bridge import (
     attached_hooks,
     capture,
     hooked,
+    tensor_of,
 )
 from patching_demo.engine.packs import CALL_TOKENS, unforeseen
 from patching_demo.engine.scoring import tolerance
@@ -61,8 +62,7 @@ class FrozenModel:
     def _check(self, layer: int) -> None:
         """With both outputs frozen, a change of the stream must pass a block as it is."""
         block = self.model.blocks[layer]
-        parts = [getattr(block, "attn", None)]
-        if not hasattr(getattr(parts[0], "o", None), "forward"):
+        if not hasattr(getattr(getattr(block, "attn", None), "o", None), "forward"):
             raise Unsupported(f"the attention of block {layer} has no output projection of its own")
         before, after = self.run.resid[layer], self.run.resid[layer + 1]
         change = before.std() * torch.cos(torch.arange(before.numel(), device=before.device) ** 1.5)
@@ -97,12 +97,11 @@ class FrozenModel:
         rows = states.flatten(0, 1)
 
         def held(name: str, given: Tensor | None) -> Callable[..., Any]:
-            recorded = self.outputs[layer][name]
-            value = (
-                _first(recorded)[:, at].expand(len(states), -1, -1, -1) if given is None else given
-            )
-            value = value.reshape(rows.shape)
-            rest = recorded[1:] if isinstance(recorded, tuple) else None
+            output = self.outputs[layer][name]
+            if given is None:
+                given = tensor_of(output)[:, at].expand(len(states), -1, -1, -1)
+            value = given.reshape(rows.shape)
+            rest = output[1:] if isinstance(output, tuple) else None
             return lambda *_, **__: value if rest is None else (value, *rest)
 
         with ExitStack() as stack:
@@ -110,7 +109,7 @@ class FrozenModel:
             if "mlp" in self.outputs[layer] and (through == "direct" or mlp is not None):
                 stack.enter_context(_forward_of(block.mlp, held("mlp", mlp)))
             output = block(rows.clone(), **self.run.arguments[layer])
-        return _first(output).view(states.shape)
+        return tensor_of(output).view(states.shape)
 
     @unforeseen(DOING)
     def sent(
@@ -124,9 +123,9 @@ class FrozenModel:
         own, other = self.outputs[layer], clean[layer]
         start = self.run.resid[layer][None, :, at]
         if kind == "mlp_out":
-            return self.step(layer, start, at, through, mlp=_first(other["mlp"])[None, :, at])
+            return self.step(layer, start, at, through, mlp=tensor_of(other["mlp"])[None, :, at])
         if kind == "attn_out":
-            return self.step(layer, start, at, through, attn=_first(other["attn"])[None, :, at])
+            return self.step(layer, start, at, through, attn=tensor_of(other["attn"])[None, :, at])
         n_heads = self.model.cfg.n_heads
         heads, others = (
             part["heads"][:, at].flatten(2).unflatten(-1, (n_heads, -1)) for part in (own, other)
@@ -212,10 +211,6 @@ def recorded(model: Any) -> Iterator[list[dict[str, Any]]]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _first(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
 
 
 @contextmanager

@@ -165,7 +165,8 @@ def _reasons_for_plain_loop(
     if hooks:
         reasons.append(f"the model has hooks attached ({hooks[0]})")
     for name, patch in patches.items():
-        if patch.kind is KINDS["pattern"] and clean[name].triu(1).any():
+        values = clean.get(name) if patch.values is None else patch.values
+        if patch.kind is KINDS["pattern"] and values.triu(1).any():
             reasons.append(f"the clean {name} attends to later positions")
     return reasons
 

@@ -176,12 +176,12 @@ class Scorer:
         """Metrics that read the same positions: ``[cell, (batch)]`` each, a few runs at a time."""
         positions = self.metrics[names[0]].positions.to(self.run.tokens.device)
         n_logits = positions.numel() * self.run.logits.shape[-1]
-        few = self.by_token.issuperset(names)
-        size = len(pack.cells) if few else max(1, self.logits_held // n_logits)
+        whole = [name for name in names if name not in self.by_token]
+        size = max(1, self.logits_held // n_logits) if whole else len(pack.cells)
         rows: dict[str, list[Tensor]] = {name: [] for name in names}
         for cells in torch.arange(len(pack.cells), device=positions.device).split(size):
             final = self._final(pack, cells, positions)
-            logits = None if few else self._logits(final)
+            logits = self._logits(final) if len(whole) > 1 else None
             for name in names:
                 rows[name].append(self.of_streams(name, final, logits))
         return {name: torch.cat(parts) for name, parts in rows.items()}

@@ -1,4 +1,4 @@
-"""Token ids: whole numbers of the model's vocabulary, and which of them are padding."""
+"""Token ids and what the model says of them: vocabulary, length, heads, and what is padding."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from patching_demo.engine.kinds import Kind
+
 __all__ = [
     "check_ids",
     "check_length",
     "config_number",
     "device_of",
+    "heads_of",
     "key_value_heads",
     "name_of",
     "pads",
@@ -82,6 +85,11 @@ def config_number(model: Any, name: str) -> int | None:
 def key_value_heads(model: Any) -> int:
     """How many heads keys and values have: fewer than queries under grouped-query attention."""
     return config_number(model, "n_key_value_heads") or int(model.cfg.n_heads)
+
+
+def heads_of(model: Any, kind: Kind | None) -> int:
+    """How many heads an activation of this kind has, where it has heads."""
+    return key_value_heads(model) if kind and "kv_head" in kind.axes else int(model.cfg.n_heads)
 
 
 def device_of(model: Any) -> Any:

@@ -19,7 +19,8 @@ from torch import Tensor
 from patching_demo.engine import checks
 from patching_demo.engine.kinds import KINDS, Kind
 from patching_demo.engine.scoring import tolerance
-from patching_demo.sweeps.question import Question, check_kinds, grid_labels, heads_of
+from patching_demo.engine.tokens import key_value_heads
+from patching_demo.sweeps.question import Question, check_kinds, grid_labels
 from patching_demo.tasks import Task
 
 #: How the gradient is taken; see :func:`attribute`.
@@ -82,8 +83,8 @@ def attribute(
         for layer in range(model.cfg.n_layers)
     }
     corrected = [name for name in names if name in ("q", "k")] if method == "gradient+qk" else []
-    patterns = {(name, layer): f"blocks.{layer}.attn.hook_pattern" for name, layer in hooks}
-    wanted = {*hooks.values(), *(patterns.values() if corrected else ())}
+    patterns = {f"blocks.{layer}.attn.hook_pattern" for _, layer in hooks}
+    wanted = {*hooks.values(), *(patterns if corrected else ())}
     question = Question(model, {"metric": task}, sorted(wanted), per_prompt=per_prompt)
     model, clean = question.model, dict(question.clean)
     if method == "integrated":
@@ -116,7 +117,7 @@ def attribute(
     facts = {
         "by": by,
         "kind": "" if several else names[0],
-        "n_key_value_heads": heads_of(model, "k") if KINDS[names[0]].of_heads else 0,
+        "n_key_value_heads": key_value_heads(model) if KINDS[names[0]].of_heads else 0,
         "method": method,
     }
     return question.labelled("metric", found, dims, coords, **facts)

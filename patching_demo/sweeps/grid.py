@@ -11,8 +11,9 @@ import xarray as xr
 from patching_demo.engine import checks
 from patching_demo.engine.cells import Cell, Patch
 from patching_demo.engine.kinds import KINDS
+from patching_demo.engine.tokens import heads_of, key_value_heads
 from patching_demo.patching import index_of, setter_of
-from patching_demo.sweeps.question import Question, check_kinds, grid_labels, heads_of
+from patching_demo.sweeps.question import Question, check_kinds, check_tasks, grid_labels
 from patching_demo.tasks import Task
 
 
@@ -109,9 +110,7 @@ def sweep_metrics(
     Raises:
         As :func:`sweep`, and ValueError if the tasks have different prompts.
     """
-    for task in tasks.values():
-        if not isinstance(task, Task):
-            Question(model, tasks, [])
+    check_tasks(tasks)
     several = not isinstance(kinds, str)
     names = list(kinds) if several else [kinds]
     check_kinds(names, by)
@@ -119,9 +118,7 @@ def sweep_metrics(
         raise ValueError(f"window must be a whole number of layers, at least 1, got {window!r}")
     checks.check_bridge(model)
     n_layers = model.cfg.n_layers
-    first = next(iter(tasks.values()), None)
-    if first is None:
-        raise ValueError("there is no task to score the sweep by")
+    first = next(iter(tasks.values()))
     dims, sizes, coords = grid_labels(model, first, names, by, several)
     # The number of each cell, with the labels of the result: what is selected is what is computed.
     numbers = np.arange(np.prod(list(sizes.values())), dtype=float).reshape(list(sizes.values()))
@@ -153,7 +150,7 @@ def sweep_metrics(
         for number in numbered:
             at = dict(zip(dims, np.unravel_index(number, list(sizes.values())), strict=True))
             name = names[at.get("kind", 0)]
-            if name in live and at.get("head", 0) < heads_of(model, name):
+            if name in live and at.get("head", 0) < heads_of(model, KINDS[name]):
                 rows.append(number)
                 made.append(Cell(len(made), _patches(name, by, at, window, question)))
         return question, rows, question.run(made)
@@ -172,7 +169,7 @@ def sweep_metrics(
         facts = {
             "by": by,
             "kind": "" if several else names[0],
-            "n_key_value_heads": heads_of(model, "k") if KINDS[names[0]].of_heads else 0,
+            "n_key_value_heads": key_value_heads(model) if KINDS[names[0]].of_heads else 0,
             **({"window": window} if window > 1 else {}),
         }
         results[name] = question.labelled(name, out, cells.dims, own, **facts)

@@ -22,7 +22,7 @@ from patching_demo.engine.isolation import isolated
 from patching_demo.engine.kinds import KINDS
 from patching_demo.engine.packs import CALL_TOKENS
 from patching_demo.engine.scoring import Scorer
-from patching_demo.sweeps.question import Question, head_labels
+from patching_demo.sweeps.question import Question, checked_part, head_labels
 from patching_demo.tasks import Task
 
 #: What a path may pass on its way; see :func:`paths`.
@@ -106,7 +106,8 @@ def paths(
     for layer in range(last + bool(parts)):
         here = [part for part in parts if part[1] == layer]
         if here and len(states):
-            seen.append(_received(frozen, layer, states, at, here))
+            names = sorted({f"blocks.{layer}.{KINDS[kind].hook}" for kind, _, _ in here})
+            seen.append(frozen.received(layer, states, at, names))
         if layer == last:
             break
         if through == "direct":
@@ -157,15 +158,7 @@ def _checked_receivers(model: Any, receivers: Any) -> list[tuple[str, int, int |
                 f"a receiver is a part (kind, layer, head) with kind 'q', 'k' or 'v', or all is "
                 f"'logits'; got {part!r}"
             )
-        kind, layer, head = part
-        heads = model.cfg.n_heads
-        if kind != "q":
-            heads = getattr(model.cfg, "n_key_value_heads", None) or heads
-        for what, value, size in (("layer", layer, model.cfg.n_layers), ("head", head, heads)):
-            if value is None and what == "head":
-                continue
-            if not isinstance(value, (int, np.integer)) or not 0 <= value < size:
-                raise ValueError(f"receiver {part!r}: {what} must be from 0 to {size - 1}")
+        checked_part(model, part)
     return parts
 
 
@@ -175,14 +168,6 @@ def _in_calls(function: Any, states: Tensor) -> Any:
     if not len(states):
         return states
     return torch.cat([function(part) for part in states.split(size)])
-
-
-def _received(
-    frozen: FrozenModel, layer: int, states: Tensor, at: Tensor, parts: Sequence[Any]
-) -> dict[str, Tensor]:
-    """For each receiving hook of a layer, ``[sender, batch, pos, head, d_head]``."""
-    names = sorted({f"blocks.{layer}.{KINDS[kind].hook}" for kind, _, _ in parts})
-    return frozen.received(layer, states, at, names)
 
 
 def _cells(seen: Sequence[dict[str, Tensor]], parts: Sequence[Any], at: Tensor) -> list[Cell]:

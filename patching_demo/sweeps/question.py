@@ -14,8 +14,8 @@ from torch import Tensor
 from patching_demo.engine import checks, runner
 from patching_demo.engine.cells import Cell
 from patching_demo.engine.isolation import isolated
-from patching_demo.engine.kinds import BLOCK_KINDS, HEAD_KINDS, KINDS
-from patching_demo.engine.tokens import device_of, key_value_heads, name_of
+from patching_demo.engine.kinds import BLOCK_KINDS, HEAD_KINDS, KINDS, kind_of_hook
+from patching_demo.engine.tokens import device_of, heads_of, name_of
 from patching_demo.metrics import Normalised
 from patching_demo.tasks import Task
 
@@ -51,14 +51,7 @@ class Question:
         per_prompt: bool = False,
         options: Mapping[str, Any] | None = None,
     ) -> None:
-        for task in tasks.values():
-            if not isinstance(task, Task):
-                raise TypeError(
-                    f"sweep(model, task, kinds) needs a Task, got {type(task).__name__}: make one "
-                    "with prompt_task"
-                )
-        if not tasks:
-            raise ValueError("there is no task to score by")
+        check_tasks(tasks)
         known = list(runner.Options.__dataclass_fields__)
         for option in options or {}:
             if option not in known:
@@ -107,7 +100,7 @@ class Question:
             return torch.zeros_like(clean)
         if source == "mean":
             # Over the prompts that have text at the position.
-            kind = KINDS[next(name for name, k in KINDS.items() if hook.endswith(k.hook))]
+            kind = kind_of_hook(hook)
             shape = [1] * clean.ndim
             shape[0], shape[kind.position_axis] = self.tokens.shape
             text = self.task.attention_mask.to(clean).view(shape)
@@ -195,6 +188,23 @@ class Question:
         return xr.DataArray(values, dims=dims, coords=coords, attrs=attrs, name="value")
 
 
+def check_tasks(tasks: Mapping[str, Task]) -> None:
+    """Refuse what are no tasks.
+
+    Raises:
+        TypeError: if one is none, as where arguments are swapped.
+        ValueError: if there is none.
+    """
+    for task in tasks.values():
+        if not isinstance(task, Task):
+            raise TypeError(
+                f"the call needs a Task as second argument, got {type(task).__name__}: make one "
+                "with prompt_task"
+            )
+    if not tasks:
+        raise ValueError("there is no task to score by")
+
+
 def _check_baseline(task: Task, which: str, measured: float, logits: Tensor) -> None:
     """Refuse a task whose baseline was measured on another model.
 
@@ -241,7 +251,7 @@ def grid_labels(
     """Dimensions, their sizes and coordinates of a sweep."""
     heads = names[0] in HEAD_KINDS
     dims = ["kind"] * several + ["layer"] + ["position"] * (by == "pos") + ["head"] * heads
-    n_heads = max(heads_of(model, name) for name in names)
+    n_heads = max(heads_of(model, KINDS[name]) for name in names)
     n_pos = task.corrupted_tokens.shape[1]
     sizes = {"kind": len(names), "layer": model.cfg.n_layers, "position": n_pos, "head": n_heads}
     sizes = {dim: sizes[dim] for dim in dims}
@@ -263,9 +273,26 @@ def head_labels(n_layers: int, n_heads: int) -> dict[str, Any]:
     return {"head": np.arange(n_heads), "head_label": (("layer", "head"), labels)}
 
 
-def heads_of(model: Any, name: str) -> int:
-    """How many heads a kind has, 1 if it has none."""
-    kind = KINDS[name]
-    if not kind.of_heads:
-        return 1
-    return key_value_heads(model) if "kv_head" in kind.axes else model.cfg.n_heads
+#: (kind, layer), (kind, layer, head) or (kind, layer, head, position).
+Part = tuple[Any, ...]
+
+
+def checked_part(model: Any, part: Any) -> tuple[str, int, int | None, Any]:
+    """A part with all its four entries, refused if it does not exist."""
+    if not isinstance(part, tuple) or not 2 <= len(part) <= 4 or part[0] not in KINDS:
+        raise ValueError(
+            "a part is (kind, layer), (kind, layer, head) or (kind, layer, head, position) with a "
+            f"kind among {', '.join(KINDS)}; got {part!r}"
+        )
+    kind, layer, head, position = (*part, None, None)[:4]
+    heads = heads_of(model, KINDS[kind])
+    for what, value, size in (("layer", layer, model.cfg.n_layers), ("head", head, heads)):
+        if what == "head" and value is None:
+            continue
+        if what == "head" and not KINDS[kind].of_heads:
+            raise ValueError(f"{part!r}: {kind!r} has no heads, so its head must be None")
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+            raise ValueError(f"{part!r}: {what} must be a whole number, got {value!r}")
+        if not 0 <= value < size:
+            raise ValueError(f"{part!r}: {what} must be from 0 to {size - 1}, got {value}")
+    return kind, int(layer), None if head is None else int(head), position

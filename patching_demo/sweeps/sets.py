@@ -12,11 +12,8 @@ from patching_demo.engine import checks
 from patching_demo.engine.bridge import hook_point
 from patching_demo.engine.cells import Cell, Patch, in_order
 from patching_demo.engine.kinds import KINDS
-from patching_demo.sweeps.question import Question, heads_of
+from patching_demo.sweeps.question import Part, Question, check_tasks, checked_part
 from patching_demo.tasks import Task
-
-#: (kind, layer), (kind, layer, head) or (kind, layer, head, position).
-Part = tuple[Any, ...]
 
 
 def patch(
@@ -54,8 +51,7 @@ def patch(
     checks.check_bridge(model)
     if not isinstance(sets, Mapping) or not sets:
         raise ValueError(f"sets must be a mapping from names to parts, with at least one: {sets!r}")
-    if not isinstance(task, Task):
-        Question(model, {"metric": task}, [])
+    check_tasks({"metric": task})
     cells = [
         Cell(row, in_order(_patch(model, task, part) for part in parts))
         for row, parts in enumerate(sets.values())
@@ -90,11 +86,11 @@ def complement(model: Any, parts: Sequence[Part]) -> list[Part]:
                 f"a complement is one of whole heads and MLPs, ('out', layer, head) and "
                 f"('mlp_out', layer); got {part!r}"
             )
-        kind, layer, head = _checked(model, part)[:3]
+        kind, layer, head = checked_part(model, part)[:3]
         whole = kind == "out" and head is None
-        named |= {(kind, layer, h) for h in (range(heads_of(model, "out")) if whole else [head])}
+        named |= {(kind, layer, h) for h in (range(model.cfg.n_heads) if whole else [head])}
     layers = range(model.cfg.n_layers)
-    every = [("out", layer, head) for layer in layers for head in range(heads_of(model, "out"))]
+    every = [("out", layer, head) for layer in layers for head in range(model.cfg.n_heads)]
     every += [
         ("mlp_out", layer, None)
         for layer in layers
@@ -103,29 +99,8 @@ def complement(model: Any, parts: Sequence[Part]) -> list[Part]:
     return [part if part[2] is not None else part[:2] for part in every if part not in named]
 
 
-def _checked(model: Any, part: Any) -> tuple[str, int, int | None, Any]:
-    """A part with all its four entries."""
-    if not isinstance(part, tuple) or not 2 <= len(part) <= 4 or part[0] not in KINDS:
-        raise ValueError(
-            "a part is (kind, layer), (kind, layer, head) or (kind, layer, head, position) with a "
-            f"kind among {', '.join(KINDS)}; got {part!r}"
-        )
-    kind, layer, head, position = (*part, None, None)[:4]
-    heads = heads_of(model, kind)
-    for what, value, size in (("layer", layer, model.cfg.n_layers), ("head", head, heads)):
-        if what == "head" and value is None:
-            continue
-        if what == "head" and not KINDS[kind].of_heads:
-            raise ValueError(f"{part!r}: {kind!r} has no heads, so its head must be None")
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-            raise ValueError(f"{part!r}: {what} must be a whole number, got {value!r}")
-        if not 0 <= value < size:
-            raise ValueError(f"{part!r}: {what} must be from 0 to {size - 1}, got {value}")
-    return kind, int(layer), None if head is None else int(head), position
-
-
 def _patch(model: Any, task: Task, part: Part) -> Patch:
-    name, layer, head, position = _checked(model, part)
+    name, layer, head, position = checked_part(model, part)
     kind, n_pos = KINDS[name], task.corrupted_tokens.shape[1]
     positions = tuple(range(n_pos))
     if position is not None:
