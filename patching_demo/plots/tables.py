@@ -59,6 +59,9 @@ def table(frame: pd.DataFrame, caption: str) -> Html:
         style = style.hide(axis="index")
     long = [i for i, column in enumerate(written) if any(len(text) > 40 for text in column)]
     wraps = [{"selector": f"td.col{i}", "props": _WRAPPED} for i in long]
+    if long:  # Then heads of rows make room, too, so that the last column stays in view.
+        heads = [("min-width", "7em"), ("white-space", "normal")]
+        wraps.append({"selector": "th.row_heading", "props": heads})
     return Html(framed(style, caption, wraps), f"{caption}\n{shown.to_string(index=named)}")
 
 
