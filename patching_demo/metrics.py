@@ -15,9 +15,10 @@ those logits, and padded prompts are read at their own last token instead of at 
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from torch import Tensor
 from patching_demo.engine.tokens import whole_numbers
 
 __all__ = [
+    "AnswerOdds",
     "FunctionMetric",
     "LogProb",
     "LogitDifference",
@@ -35,6 +37,10 @@ __all__ = [
     "Probability",
     "reads",
 ]
+
+
+#: A row of a prompt, and the tokens wanted at the positions read there; see :class:`AnswerOdds`.
+Answer = tuple[int, "Sequence[tuple[int, int]]"]
 
 
 class Metric(ABC):
@@ -99,6 +105,27 @@ class Metric(ABC):
             ValueError: if the baselines are equal, differ by rounding alone, or are not finite.
         """
         return Normalised(self, clean, corrupted)
+
+    @property
+    def selectable(self) -> bool:
+        """Whether :meth:`select` knows all that belongs to single rows of the batch."""
+        return type(self).__module__ == __name__
+
+    def select(self, rows: Tensor, shift: Tensor | None = None) -> Metric:
+        """The same metric for some rows of the batch, read so many positions further on.
+
+        Args:
+            rows: int64 ``[n]``.
+            shift: int64 ``[n]``; 0 where None.
+        """
+        chosen = copy.copy(self)
+        rows = rows.to(self.positions.device)
+        chosen.positions = self.positions[rows]
+        if shift is not None:
+            chosen.positions = chosen.positions + shift.to(chosen.positions)[:, None]
+        if self.tokens is not None:
+            chosen.tokens = self.tokens[rows.to(self.tokens.device)]
+        return chosen
 
     def __repr__(self) -> str:
         batch, n_positions = self.positions.shape
@@ -193,6 +220,12 @@ class _AnswerLogProb(Metric):
         answers = self.answers.to(read.device).expand(log_probs.shape[:-1])
         return log_probs.gather(-1, answers[..., None])[..., 0]
 
+    def select(self, rows: Tensor, shift: Tensor | None = None) -> Metric:
+        chosen = super().select(rows, shift)
+        assert isinstance(chosen, _AnswerLogProb)
+        chosen.answers = self.answers[rows.to(self.answers.device)]
+        return chosen
+
     def _highest_token(self) -> int:
         return int(self.answers.max())
 
@@ -237,6 +270,93 @@ class Probability(_AnswerLogProb):
         return self._log_probs(read).exp().mean(-1)
 
 
+class AnswerOdds(Metric):
+    """How probable right answers are, and wrong ones, where an answer may have several tokens.
+
+    The probability of an answer is that of its first token times that of each later one after
+    those before it. So a prompt is run once for each answer that has several tokens, followed by
+    all of them but the last; what several answers share out is added up. Every row of a prompt has
+    the prompt's value.
+
+    Args:
+        right: for each prompt its right answers, each a list of (row, [(place, token), ...]): the
+            row of the prompt that is read, counted from 0, and which token is wanted at which of
+            the positions read there.
+        wrong: the same for wrong answers; none for a prompt without any.
+        positions: int ``[batch, n_positions]``, where each row is read.
+        scored_as: "logit difference" for the log-probability of the right answers minus that of
+            the wrong ones, in nats; for single tokens that is the logit difference.
+            "log-probability" and "probability" score right answers alone.
+
+    Raises:
+        ValueError: on negative positions or an unknown score.
+    """
+
+    def __init__(
+        self,
+        right: Sequence[Sequence[Answer]],
+        wrong: Sequence[Sequence[Answer]],
+        positions: Any,
+        scored_as: str = "logit difference",
+    ) -> None:
+        self.right, self.wrong = [list(own) for own in right], [list(own) for own in wrong]
+        self.positions = _positions(positions, batch=None)
+        self.rows_per_prompt = len(self.positions) // len(self.right)
+        self.tokens = None
+        self.kind = scored_as
+        names = {
+            "logit difference": ("log-probability difference", "nats"),
+            "log-probability": ("log-probability", "nats"),
+            "probability": ("probability", "probability"),
+        }
+        if scored_as not in names:
+            raise ValueError(f"scored_as must be one of {', '.join(names)}, got {scored_as!r}")
+        self.name, self.units = names[scored_as]
+
+    def scored_as(self, name: str) -> AnswerOdds:
+        """The same answers by another score."""
+        return AnswerOdds(self.right, self.wrong, self.positions, name)
+
+    def select(self, rows: Tensor, shift: Tensor | None = None) -> Metric:
+        chosen = super().select(rows, shift)
+        assert isinstance(chosen, AnswerOdds)
+        prompts = (rows[:: self.rows_per_prompt] // self.rows_per_prompt).tolist()
+        chosen.right = [self.right[i] for i in prompts]
+        chosen.wrong = [self.wrong[i] for i in prompts]
+        return chosen
+
+    def from_read(self, read: Tensor) -> Tensor:
+        log_probs = _at_least_float32(read).log_softmax(-1)
+        right = self._of_answers(log_probs, self.right)
+        if self.kind == "probability":
+            values = right.exp()
+        elif self.kind == "log-probability":
+            values = right
+        else:
+            values = right - self._of_answers(log_probs, self.wrong)
+        return values.repeat_interleave(self.rows_per_prompt, -1)
+
+    def _of_answers(self, log_probs: Tensor, answers: Sequence[Sequence[Answer]]) -> Tensor:
+        """The log-probability ``[..., prompt]`` that any of its answers follows each prompt."""
+        found = []
+        for prompt, own in enumerate(answers):
+            each = [
+                torch.stack(
+                    [
+                        log_probs[..., prompt * self.rows_per_prompt + row, place, token]
+                        for place, token in wanted
+                    ]
+                ).sum(0)
+                for row, wanted in own
+            ]
+            found.append(torch.stack(each).logsumexp(0))
+        return torch.stack(found, dim=-1)
+
+    def _highest_token(self) -> int:
+        every = [*self.right, *self.wrong]
+        return max(t for answers in every for _, wanted in answers for _, t in wanted)
+
+
 class Normalised(Metric):
     """Another metric rescaled to 0 at the corrupted and 1 at the clean baseline.
 
@@ -254,6 +374,13 @@ class Normalised(Metric):
         self.name = f"{metric.name}, normalised"
         self.units = "share of clean - corrupted"
         self.positions, self.tokens = metric.positions, metric.tokens
+
+    @property
+    def selectable(self) -> bool:
+        return self.metric.selectable
+
+    def select(self, rows: Tensor, shift: Tensor | None = None) -> Metric:
+        return Normalised(self.metric.select(rows, shift), self.clean, self.corrupted)
 
     def read(self, logits: Tensor) -> Tensor:
         return self.metric.read(logits)
@@ -331,6 +458,10 @@ class FunctionMetric(Metric):
         # The function knows one batch, not stacks of patched runs.
         each = [self._one(run).expand(run.shape[0]) for run in read.flatten(0, len(lead) - 1)]
         return torch.stack(each).reshape(*lead, read.shape[-3])
+
+    @property
+    def selectable(self) -> bool:
+        return False  # The function may know which row is which.
 
     @property
     def per_example(self) -> PerExample:

@@ -15,7 +15,8 @@ from functools import partial
 from types import CellType, FunctionType, MethodType
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge.bridge_core import BridgeCore
 
@@ -81,6 +82,28 @@ def isolated(model: Any, user: Any = None) -> Any:
     copied.__dict__.pop("_isolated_copies", None)
     if user is not None:
         weakref.finalize(user, idle.copies.append, (copied, copier)).atexit = False
+    return copied
+
+
+def with_more_tokens(model: Any, embeddings: Tensor) -> Any:
+    """The model on modules of its own that embed more token ids than the vocabulary has.
+
+    Args:
+        model: a TransformerBridge.
+        embeddings: ``[n, d_model]``, of the ids from ``d_vocab`` on, before any scaling that the
+            model's embedding does.
+
+    Raises:
+        RuntimeError: if the embedding cannot be extended without touching the caller's model.
+    """
+    copied = isolated(model)
+    table = getattr(getattr(copied, "embed", None), "original_component", None)
+    weight = getattr(table, "weight", None)
+    if copied is model or not isinstance(weight, Tensor) or weight.ndim != 2:
+        raise RuntimeError("this model's token embeddings cannot be extended, as noise needs it")
+    more = torch.cat([weight.detach(), embeddings.to(weight)])
+    table._parameters["weight"] = nn.Parameter(more, requires_grad=False)
+    copied.__dict__["_more_tokens"] = len(embeddings)
     return copied
 
 

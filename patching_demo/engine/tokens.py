@@ -57,6 +57,8 @@ def check_ids(model: Any, ids: Tensor, what: str) -> None:
         ValueError: naming one of them.
     """
     size = config_number(model, "d_vocab")
+    if size is not None:
+        size += vars(model).get("_more_tokens", 0) if hasattr(model, "__dict__") else 0
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or (size is not None and high >= size):
         raise ValueError(

@@ -8,7 +8,7 @@ choose what to measure with :func:`patching_demo.sweep`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,8 +19,8 @@ from torch import Tensor
 from patching_demo.engine import checks
 from patching_demo.engine.kinds import KINDS, Kind
 from patching_demo.engine.scoring import tolerance
-from patching_demo.engine.tokens import key_value_heads
-from patching_demo.sweeps.question import Question, check_kinds, grid_labels
+from patching_demo.engine.tokens import heads_of, key_value_heads
+from patching_demo.sweeps.question import Question, by_shape, check_kinds, grid_labels, labelled
 from patching_demo.tasks import Task
 
 #: How the gradient is taken; see :func:`attribute`.
@@ -82,36 +82,22 @@ def attribute(
         for name in names
         for layer in range(model.cfg.n_layers)
     }
-    corrected = [name for name in names if name in ("q", "k")] if method == "gradient+qk" else []
     patterns = {f"blocks.{layer}.attn.hook_pattern" for _, layer in hooks}
+    corrected = method == "gradient+qk" and {"q", "k"} & set(names)
     wanted = {*hooks.values(), *(patterns if corrected else ())}
-    question = Question(model, {"metric": task}, sorted(wanted), per_prompt=per_prompt)
-    model, clean = question.model, dict(question.clean)
-    if method == "integrated":
-        clean |= task.clean_cache(model, ["hook_embed"])
-    shares = [(step + 0.5) / steps for step in range(steps)] if method == "integrated" else [0.0]
-    corrupted, gradient, logits = _gradients(model, task, clean, sorted(wanted), shares)
-    moved = {name: clean[name] - corrupted[name] for name in hooks.values()}
-    effects = {
-        key: _summed(moved[name] * gradient[name], KINDS[key[0]]) for key, name in hooks.items()
-    }
-    for name in corrected:
-        own = {layer: hooks[name, layer] for layer in range(model.cfg.n_layers)}
-        effects |= _through_softmax(model, task, name, own, clean, corrupted, gradient, logits)
-    question.corrupted_values = {"metric": task.metric.per_example(logits).float().cpu().numpy()}
     dims, sizes, coords = grid_labels(model, task, names, by, several)
-    parts = []
-    for name in names:
-        effect = torch.stack([effects[name, i] for i in range(model.cfg.n_layers)], dim=1)
-        if by == "all_pos":
-            effect = effect.sum(2)
-        if KINDS[name].of_heads:  # Keys and values may have fewer heads: NaN where there is none.
-            missing = sizes["head"] - effect.shape[-1]
-            effect = torch.nn.functional.pad(effect, (0, missing), value=torch.nan)
-        parts.append(effect)
-    values = torch.stack(parts, dim=1)  # [prompt, kind, layer, ...]
-    baseline = task.metric.per_example(logits)
-    values = values + baseline.to(values).view(-1, *[1] * (values.ndim - 1))
+    parts: list[Tensor] = []
+
+    def estimated(question: Question) -> None:
+        parts.append(_estimate(question, names, by, method, steps, hooks, sorted(wanted)))
+
+    if by == "role":
+        order = by_shape(model, {"metric": task}, sorted(wanted), estimated)
+        values = torch.cat(parts)[order]
+    else:
+        estimated(Question(model, {"metric": task}, sorted(wanted), per_prompt=per_prompt))
+        (values,) = parts
+    # Keys and values may have fewer heads: NaN where there is none.
     values = values if several else values[:, 0]
     found = (values if per_prompt else values.mean(0)).float().cpu().numpy()
     facts = {
@@ -120,7 +106,54 @@ def attribute(
         "n_key_value_heads": key_value_heads(model) if KINDS[names[0]].of_heads else 0,
         "method": method,
     }
-    return question.labelled("metric", found, dims, coords, **facts)
+    return labelled(task, found, dims, coords, per_prompt=per_prompt, **facts)
+
+
+def _estimate(
+    question: Question,
+    names: Sequence[str],
+    by: str,
+    method: str,
+    steps: int,
+    hooks: Mapping[tuple[str, int], str],
+    wanted: Sequence[str],
+) -> Tensor:
+    """Estimates ``[prompt, kind, layer, (position or role), (head)]``."""
+    model, task, clean = question.model, question.task, dict(question.clean)
+    layers = range(model.cfg.n_layers)
+    if method == "integrated":
+        if not task.same_lengths:
+            raise ValueError(
+                "'integrated' goes from corrupted to clean embeddings position by position, and "
+                "some pairs have other lengths: use method='gradient'"
+            )
+        clean |= task.clean_cache(model, ["hook_embed"])
+    shares = [(step + 0.5) / steps for step in range(steps)] if method == "integrated" else [0.0]
+    corrupted, gradient, logits = _gradients(model, task, clean, wanted, shares)
+    moved = {name: clean[name] - corrupted[name] for name in hooks.values()}
+    effects = {
+        key: _summed(moved[name] * gradient[name], KINDS[key[0]]) for key, name in hooks.items()
+    }
+    for name in names if method == "gradient+qk" else ():
+        if name in ("q", "k"):
+            own = {layer: hooks[name, layer] for layer in layers}
+            effects |= _through_softmax(model, task, name, own, clean, corrupted, gradient, logits)
+    n_heads = max(heads_of(model, KINDS[name]) for name in names)
+    parts = []
+    for name in names:
+        effect = torch.stack([effects[name, i] for i in layers], dim=1)
+        if by == "all_pos":
+            effect = effect.sum(2)
+        if by == "role":
+            effect = effect[:, :, list(question.places.values())]
+        if KINDS[name].of_heads:
+            missing = n_heads - effect.shape[-1]
+            effect = torch.nn.functional.pad(effect, (0, missing), value=torch.nan)
+        parts.append(effect)
+    values = torch.stack(parts, dim=1)
+    baseline = task.metric.per_example(logits)
+    values = values + baseline.to(values).view(-1, *[1] * (values.ndim - 1))
+    return values[:: task.rows_per_prompt]
 
 
 def _gradients(

@@ -13,7 +13,14 @@ from patching_demo.engine.cells import Cell, Patch
 from patching_demo.engine.kinds import KINDS
 from patching_demo.engine.tokens import heads_of, key_value_heads
 from patching_demo.patching import index_of, setter_of
-from patching_demo.sweeps.question import Question, check_kinds, check_tasks, grid_labels
+from patching_demo.sweeps.question import (
+    Question,
+    ask,
+    check_kinds,
+    check_tasks,
+    grid_labels,
+    labelled,
+)
 from patching_demo.tasks import Task
 
 
@@ -43,22 +50,25 @@ def sweep(
         kinds: one of :data:`patching_demo.engine.kinds.BLOCK_KINDS` (by layer and position) or of
             ``HEAD_KINDS``, or several of the same group, which adds a leading ``kind`` dimension.
             "pattern" by position replaces one destination row of the pattern.
-        by: "pos" patches one position at a time, "all_pos" a whole head at once (heads only).
+        by: "pos" patches one position at a time, "role" one of the task's named positions, from
+            its place in each clean prompt to its place in the corrupted one, and "all_pos" a whole
+            head at once (heads only). By role, prompts may have any lengths.
         layers, positions, heads: what ``.sel`` of the result takes (a value, a list, a slice);
-            only these cells are computed.
+            only these cells are computed. ``positions`` are roles where the sweep goes by role.
         where: booleans with dimensions and labels of the result, such as those of an estimate by
             :func:`patching_demo.attribute`; other cells are NaN and cost nothing.
         window: patches so many consecutive layers at once, labelled by the middle one (Meng et
             al., 2022, use 10).
         source: where patched values come from: "clean", "zero", "mean" (over the prompts of the
-            clean run, at each position), or a mapping from hook names to activations.
+            clean run, at each position or role), or a mapping from hook names to activations.
         per_prompt: whether to keep one value per prompt, along the dimension ``prompt``.
         options: of :class:`patching_demo.engine.runner.Options`, such as ``progress``.
 
     Returns:
         float32 with dimensions ``([prompt,] [kind,] layer, position)`` for block kinds,
         ``([prompt,] [kind,] layer, position, head)`` for head kinds by position and
-        ``([prompt,] [kind,] layer, head)`` over all positions. Where keys and values have fewer
+        ``([prompt,] [kind,] layer, head)`` over all positions; ``role`` stands for ``position`` by
+        role. Where keys and values have fewer
         heads than queries, cells of heads that do not exist are NaN. The coordinate ``agrees`` is
         True at positions up to which clean and corrupted tokens are the same: a clean patch there
         replaces an activation by itself.
@@ -123,7 +133,7 @@ def sweep_metrics(
     # The number of each cell, with the labels of the result: what is selected is what is computed.
     numbers = np.arange(np.prod(list(sizes.values())), dtype=float).reshape(list(sizes.values()))
     cells = xr.DataArray(numbers, dims=dims, coords=coords)
-    chosen = {"layer": layers, "position": positions, "head": heads}
+    chosen = {"layer": layers, "role" if by == "role" else "position": positions, "head": heads}
     for dim, labels in chosen.items():
         if labels is not None:
             if dim not in dims:
@@ -143,28 +153,40 @@ def sweep_metrics(
         cells = cells.where(where.reset_coords(drop=True))
     numbered = cells.values[np.isfinite(cells.values)].astype(int)
 
-    def swept(live: Sequence[str]) -> tuple[Any, ...]:
-        hooks = [f"blocks.{i}.{KINDS[name].hook}" for name in live for i in range(n_layers)]
-        question = Question(model, tasks, hooks, source, per_prompt, options)
-        made, rows = [], []
-        for number in numbered:
-            at = dict(zip(dims, np.unravel_index(number, list(sizes.values())), strict=True))
-            name = names[at.get("kind", 0)]
-            if name in live and at.get("head", 0) < heads_of(model, KINDS[name]):
-                rows.append(number)
-                made.append(Cell(len(made), _patches(name, by, at, window, question)))
-        return question, rows, question.run(made)
+    places = list(first.roles)
+    rows: list[int] = []
 
-    question, rows, values = checks.without_dead_kinds(names, swept)
+    def swept(live: Sequence[str]) -> dict[str, np.ndarray]:
+        hooks = [f"blocks.{i}.{KINDS[name].hook}" for name in live for i in range(n_layers)]
+
+        def cells_of(question: Question) -> list[Cell]:
+            made: list[Cell] = []
+            rows.clear()
+            for number in numbered:
+                at = dict(zip(dims, np.unravel_index(number, list(sizes.values())), strict=True))
+                name = names[at.get("kind", 0)]
+                if name in live and at.get("head", 0) < heads_of(model, KINDS[name]):
+                    rows.append(number)
+                    if by == "role":
+                        at["position"] = question.places[places[at["role"]]]
+                    made.append(Cell(len(made), _patches(name, by, at, window, question)))
+            return made
+
+        return ask(
+            model, tasks, hooks, cells_of,
+            source=source, per_prompt=per_prompt, options=options, by_role=by == "role",
+        )  # fmt: skip
+
+    values = checks.without_dead_kinds(names, swept)
     place = {number: index for index, number in enumerate(rows)}
     index = np.vectorize(lambda x: place.get(x, -1), otypes=[int])(np.nan_to_num(cells, nan=-1))
     results = {}
     for name, found in values.items():
-        found = found.T if per_prompt else found[None]  # [prompt or 1, cell]
+        found = found if per_prompt else found[None]  # [prompt or 1, cell]
         found = np.concatenate([found, np.full((len(found), 1), np.nan, found.dtype)], axis=1)
         out = found[:, index] if per_prompt else found[0][index]
         own = dict(cells.coords)
-        if question.source != "clean" and "agrees" in own:
+        if source != "clean" and "agrees" in own:
             own["agrees"] = own["agrees"] & False
         facts = {
             "by": by,
@@ -172,7 +194,9 @@ def sweep_metrics(
             "n_key_value_heads": key_value_heads(model) if KINDS[names[0]].of_heads else 0,
             **({"window": window} if window > 1 else {}),
         }
-        results[name] = question.labelled(name, out, cells.dims, own, **facts)
+        results[name] = labelled(
+            tasks[name], out, cells.dims, own, per_prompt=per_prompt, source=source, **facts
+        )
     return results
 
 
@@ -180,6 +204,7 @@ def _patches(
     name: str, by: str, at: Mapping[str, Any], window: int, question: Question
 ) -> tuple[Patch, ...]:
     """What one cell patches: a kind at one place, in one layer or in several."""
+    by = "pos" if by == "role" else by
     kind, setter = KINDS[name], setter_of(KINDS[name], by)
     n_layers, n_pos = question.model.cfg.n_layers, question.tokens.shape[1]
     where = {"pos": int(at.get("position", 0)), "head": int(at.get("head", 0))}

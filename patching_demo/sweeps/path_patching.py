@@ -5,8 +5,9 @@ After Wang et al. (2022) and Goldowsky-Dill et al. (2023).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,17 +19,16 @@ from patching_demo.engine import checks
 from patching_demo.engine.bridge import Unsupported
 from patching_demo.engine.cells import Cell, Patch, in_order
 from patching_demo.engine.frozen import SENDERS, FrozenModel, recorded
-from patching_demo.engine.isolation import isolated
 from patching_demo.engine.kinds import KINDS
 from patching_demo.engine.packs import CALL_TOKENS
 from patching_demo.engine.scoring import Scorer
-from patching_demo.sweeps.question import Question, checked_part, head_labels
+from patching_demo.sweeps.question import Question, checked_part, head_labels, labelled
 from patching_demo.tasks import Task
 
 #: What a path may pass on its way; see :func:`paths`.
 THROUGH = ("direct", "mlps")
 
-Receiver = tuple[str, int, "int | None"]
+Receiver = tuple[str, int, "int | None", "str | None"]
 
 
 @contextmanager
@@ -62,7 +62,8 @@ def paths(
         model: a TransformerBridge.
         task: inputs, metric and baselines.
         receivers: "logits", or parts ``(kind, layer, head)`` with kind "q", "k" or "v", such as
-            ``[("q", 9, 6)]``; ``None`` as head means all heads of that kind. All of them receive.
+            ``[("q", 9, 6)]``; ``None`` as head means all heads of that kind. All of them receive,
+            at every position, or where a role of the task is named, ``("q", 9, 6, "END")``, there.
         senders: "out" for each head, "attn_out" or "mlp_out" for each layer.
         through: "direct" freezes every other attention and MLP output on the way; "mlps"
             recomputes the MLPs and freezes attention.
@@ -88,45 +89,19 @@ def paths(
     if through not in THROUGH:
         raise ValueError(f"through must be one of {', '.join(THROUGH)}, got {through!r}")
     checks.check_bridge(model)
-    parts = _checked_receivers(model, receivers)
-    model = isolated(model)
-    with recorded(model) as clean:
-        question = Question(model, {"metric": task}, [], per_prompt=per_prompt, options=options)
-    frozen = FrozenModel(model, question.tokens)
+    parts = _checked_receivers(model, task, receivers)
+    asked = partial(_measured, model, parts=parts, senders=senders, through=through)
     n_layers = model.cfg.n_layers
-    last = max((layer for _, layer, _ in parts), default=n_layers)
-    at = torch.arange(task.agree_until, task.corrupted_tokens.shape[1])
-    at = at.to(task.corrupted_tokens.device)
-    if not parts:  # Nothing but the read positions matters where no attention comes after.
-        at = at[torch.isin(at, task.metric.positions.to(at.device))]
     per_layer = model.cfg.n_heads if senders == "out" else 1
-    resid = frozen.run.resid
-    states = resid[0].new_zeros(0, len(resid[0]), len(at), resid[0].shape[-1])
-    seen: list[dict[str, Tensor]] = []
-    for layer in range(last + bool(parts)):
-        here = [part for part in parts if part[1] == layer]
-        if here and len(states):
-            names = sorted({f"blocks.{layer}.{KINDS[kind].hook}" for kind, _, _ in here})
-            seen.append(frozen.received(layer, states, at, names))
-        if layer == last:
-            break
-        if through == "direct":
-            states = states + (resid[layer + 1] - resid[layer])[:, at]
-        else:
-            states = _in_calls(lambda s, at_=layer: frozen.step(at_, s, at, "mlps"), states)
-        sent = frozen.sent(clean, senders, layer, at, through)
-        states = torch.cat([states, sent])
-    n_senders = n_layers * per_layer
-    if parts:
-        cells = _cells(seen, parts, at)
-        found = question.run(cells)["metric"]
+    if any(place is not None for *_, place in parts):
+        groups = task.groups()
+        shapes = [asked(task.part(prompts), per_prompt=True, options=options) for prompts in groups]
+        order = np.argsort([prompt for prompts in groups for prompt in prompts])
+        found = np.concatenate(shapes, axis=1)[:, order]
+        found = found if per_prompt else found.mean(1)
     else:
-        scorer = Scorer(model, frozen.run, {"metric": question.metric(task)}, per_prompt)
-        scorer.check_logits()
-        scored = _in_calls(lambda s: _scored(scorer, s, at), states)
-        question.corrupted_values = {"metric": scorer.baseline[0].float().cpu().numpy()}
-        found = scored.float().cpu().numpy()
-    values = np.full((n_senders, *found.shape[1:]), np.nan, np.float32)
+        found = asked(task, per_prompt=per_prompt, options=options)
+    values = np.full((n_layers * per_layer, *found.shape[1:]), np.nan, np.float32)
     values[: len(found)] = found
     values = values.reshape(n_layers, per_layer, *found.shape[1:])
     dims, coords = ["layer", "head"], {"layer": np.arange(n_layers)}
@@ -142,24 +117,75 @@ def paths(
         "receivers": ", ".join(map(_words, parts)) or "logits",
         "through": through,
     }
-    return question.labelled("metric", values, dims, coords, **facts)
+    return labelled(task, values, dims, coords, per_prompt=per_prompt, **facts)
 
 
-def _checked_receivers(model: Any, receivers: Any) -> list[tuple[str, int, int | None]]:
-    """The receivers as parts, none for the logits."""
-    if receivers == "logits":
+def _measured(
+    model: Any,
+    task: Task,
+    parts: Sequence[Receiver],
+    senders: str,
+    through: str,
+    per_prompt: bool,
+    options: Mapping[str, Any],
+) -> np.ndarray:
+    """The metric ``[sender, (prompt)]`` of all senders before the receivers, layer by layer."""
+    model = task.model_of(model)
+    with recorded(model) as clean:
+        question = Question(model, {"metric": task}, [], per_prompt=per_prompt, options=options)
+    frozen = FrozenModel(model, question.tokens)
+    last = max((layer for _, layer, *_ in parts), default=model.cfg.n_layers)
+    at = torch.arange(task.agree_until, task.corrupted_tokens.shape[1])
+    at = at.to(task.corrupted_tokens.device)
+    if not parts:  # Nothing but the read positions matters where no attention comes after.
+        at = at[torch.isin(at, task.metric.positions.to(at.device))]
+    resid = frozen.run.resid
+    states = resid[0].new_zeros(0, len(resid[0]), len(at), resid[0].shape[-1])
+    seen: list[dict[str, Tensor]] = []
+    for layer in range(last + bool(parts)):
+        here = [part for part in parts if part[1] == layer]
+        if here and len(states):
+            names = sorted({f"blocks.{layer}.{KINDS[kind].hook}" for kind, *_ in here})
+            seen.append(frozen.received(layer, states, at, names))
+        if layer == last:
+            break
+        if through == "direct":
+            states = states + (resid[layer + 1] - resid[layer])[:, at]
+        else:
+            states = _in_calls(lambda s, at_=layer: frozen.step(at_, s, at, "mlps"), states)
+        sent = frozen.sent(clean, senders, layer, at, through)
+        states = torch.cat([states, sent])
+    if parts:
+        places = {name: int(there[0]) for name, (_, there) in task.roles.items()}
+        return question.run(_cells(seen, parts, at, places))["metric"]
+    scorer = Scorer(model, frozen.run, {"metric": question.metric(task)}, per_prompt)
+    scorer.check_logits()
+    scored = _in_calls(lambda s: _scored(scorer, s, at), states)
+    if per_prompt:
+        scored = scored[:, :: task.rows_per_prompt]
+    return scored.float().cpu().numpy()
+
+
+def _checked_receivers(model: Any, task: Task, receivers: Any) -> list[Receiver]:
+    """The receivers as parts with a position, or None for all, each; none for the logits."""
+    if isinstance(receivers, str) and receivers == "logits":
         return []
     parts = [receivers] if isinstance(receivers, tuple) else list(receivers)
     if not parts:
         raise ValueError("receivers is empty: give 'logits' or parts such as ('q', 9, 6)")
+    checked = []
     for part in parts:
-        if not isinstance(part, tuple) or len(part) != 3 or part[0] not in ("q", "k", "v"):
+        if not isinstance(part, tuple) or len(part) not in (3, 4) or part[0] not in ("q", "k", "v"):
             raise ValueError(
-                f"a receiver is a part (kind, layer, head) with kind 'q', 'k' or 'v', or all is "
-                f"'logits'; got {part!r}"
+                f"a receiver is a part (kind, layer, head) with kind 'q', 'k' or 'v', and a role "
+                f"as fourth if it receives there alone, or all is 'logits'; got {part!r}"
             )
-        checked_part(model, part)
-    return parts
+        kind, layer, head, place = checked_part(model, part)
+        if place is not None and place not in task.roles:
+            known = ", ".join(map(repr, task.roles)) or "none"
+            raise ValueError(f"{part!r}: the task has no role {place!r}, only {known}")
+        checked.append((kind, layer, head, place))
+    return checked
 
 
 def _in_calls(function: Any, states: Tensor) -> Any:
@@ -170,27 +196,32 @@ def _in_calls(function: Any, states: Tensor) -> Any:
     return torch.cat([function(part) for part in states.split(size)])
 
 
-def _cells(seen: Sequence[dict[str, Tensor]], parts: Sequence[Any], at: Tensor) -> list[Cell]:
+def _cells(
+    seen: Sequence[dict[str, Tensor]],
+    parts: Sequence[Receiver],
+    at: Tensor,
+    places: Mapping[str, int],
+) -> list[Cell]:
     """One run for each sender: each receiver is patched with what it takes in."""
     count = max((len(value) for values in seen for value in values.values()), default=0)
     cells = []
     for sender in range(count):
         patches = []
-        for kind, layer, head in parts:
+        for kind, layer, head, role in parts:
+            where = tuple(at.tolist()) if role is None else (places[role],)
             name = f"blocks.{layer}.{KINDS[kind].hook}"
             for values in seen:
                 if name in values and sender < len(values[name]):
                     own = values[name][sender]
-                    patches.append(
-                        Patch(KINDS[kind], name, layer, tuple(at.tolist()), head=head, values=own)
-                    )
+                    patches.append(Patch(KINDS[kind], name, layer, where, head=head, values=own))
         cells.append(Cell(len(cells), in_order(patches)))
     return cells
 
 
-def _words(part: Any) -> str:
-    kind, layer, head = part
-    return f"L{layer} {kind}" if head is None else f"L{layer}H{head} {kind}"
+def _words(part: Receiver) -> str:
+    kind, layer, head, role = part
+    text = f"L{layer} {kind}" if head is None else f"L{layer}H{head} {kind}"
+    return text if role is None else f"{text} at {role}"
 
 
 def _scored(scorer: Scorer, states: Tensor, at: Tensor) -> Tensor:

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 import xarray as xr
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from patching_demo.engine import checks, runner
 from patching_demo.engine.cells import Cell
-from patching_demo.engine.isolation import isolated
 from patching_demo.engine.kinds import BLOCK_KINDS, HEAD_KINDS, KINDS, kind_of_hook
-from patching_demo.engine.tokens import device_of, heads_of, name_of
+from patching_demo.engine.tokens import device_of, heads_of
 from patching_demo.metrics import Normalised
 from patching_demo.tasks import Task
+from patching_demo.tasks.prompts import aligned
 
 #: Where patched values may come from; a mapping from hook names to activations is one, too.
 SOURCES = ("clean", "zero", "mean")
@@ -32,9 +34,11 @@ class Question:
         model: a TransformerBridge.
         tasks: the same prompts with different metrics, by name.
         hooks: the hooks that are patched.
-        source: one of :data:`SOURCES`, or activations by hook name.
+        source: one of :data:`SOURCES`, or activations by hook name in the clean run's shapes.
         per_prompt: whether to keep one value per prompt.
         options: of :class:`patching_demo.engine.runner.Options`.
+        by_role: whether what is patched at a role's place in the corrupted prompts comes from its
+            place in the clean ones; both are then the same for all prompts.
 
     Raises:
         TypeError: if the model is no TransformerBridge, a task none, or an option unknown.
@@ -50,6 +54,7 @@ class Question:
         source: Any = "clean",
         per_prompt: bool = False,
         options: Mapping[str, Any] | None = None,
+        by_role: bool = False,
     ) -> None:
         check_tasks(tasks)
         known = list(runner.Options.__dataclass_fields__)
@@ -57,17 +62,18 @@ class Question:
             if option not in known:
                 raise TypeError(f"unknown option {option!r}: the options are {', '.join(known)}")
         checks.checked_model(model)
-        self.model, self.tasks = isolated(model, self), dict(tasks)
-        self.per_prompt = per_prompt
         self.task = first = next(iter(tasks.values()))
+        self.model, self.tasks = first.model_of(model, self), dict(tasks)
+        self.per_prompt = per_prompt
         self.options = runner.Options(**(options or {}))
         for name, task in tasks.items():
-            same = torch.equal(task.clean_tokens, first.clean_tokens)
-            if not same or not torch.equal(task.corrupted_tokens, first.corrupted_tokens):
+            if not _same_prompts(task, first):
                 raise ValueError(
                     f"{name!r} has other prompts than the first task: measure it by itself"
                 )
-        self.tokens = checks.checked_tokens(model, first.corrupted_tokens, masked=True)
+        if not by_role and not first.same_lengths:
+            raise ValueError(_no_counterpart(self.model, first))
+        self.tokens = checks.checked_tokens(self.model, first.corrupted_tokens, masked=True)
         begin = time.perf_counter()
         with torch.no_grad():
             logits, cache = self.model.run_with_cache(
@@ -75,40 +81,90 @@ class Question:
             )
             self._seconds = time.perf_counter() - begin  # of one forward pass, at most
             for task in tasks.values():
-                _check_baseline(task, "clean", float(task.metric(logits)), logits)
-            self.clean_values = {
-                name: self.metric(task)(logits).float().cpu().numpy()
-                for name, task in tasks.items()
-            }
+                measured = float(task.clean_metric(logits))
+                _check_baseline(task, "clean", measured, logits)
         self._logits = logits
-        differing = (first.clean_tokens != first.corrupted_tokens).any(0)
-        self.differing = tuple(differing.nonzero()[:, 0].tolist())
+        n_pos, start = self.tokens.shape[1], first.agree_until
+        if first.same_lengths:
+            differing = (first.clean_tokens != first.corrupted_tokens).any(0)
+            self.differing = tuple(differing.nonzero()[:, 0].tolist())
+        else:
+            self.differing = tuple(range(start, n_pos))
+        clean_tokens = first.clean_tokens.to(self.tokens.device)
         checks.refuse_uncalled_hooks(self.model, self.tokens, cache, hooks)
         self.clean = {
-            hook: checks.checked_activation(model, cache, hook, self.tokens) for hook in hooks
+            hook: checks.checked_activation(self.model, cache, hook, clean_tokens) for hook in hooks
         }
         self.source = source if isinstance(source, str) else "given"
         if self.source != "clean":
-            self.differing = tuple(range(self.tokens.shape[1]))
-            self.clean = {hook: self._sourced(hook, source) for hook in hooks}
+            self.differing = tuple(range(n_pos))
+            self.clean = {hook: self._sourced(hook, source, clean_tokens) for hook in hooks}
+        #: Where each role stands in the corrupted prompts.
+        self.places: dict[str, int] = {}
+        if by_role:
+            self.places = {name: int(there[0]) for name, (_, there) in first.roles.items()}
+            self._align(hooks)
 
-    def _sourced(self, hook: str, source: Any) -> Tensor:
+    def _sourced(self, hook: str, source: Any, tokens: Tensor) -> Tensor:
         clean = self.clean[hook]
         if isinstance(source, Mapping):
-            return checks.checked_activation(self.model, source, hook, self.tokens, "given")
+            return checks.checked_activation(self.model, source, hook, tokens, "given")
         if source == "zero":
             return torch.zeros_like(clean)
         if source == "mean":
             # Over the prompts that have text at the position.
             kind = kind_of_hook(hook)
             shape = [1] * clean.ndim
-            shape[0], shape[kind.position_axis] = self.tokens.shape
+            shape[0], shape[kind.position_axis] = tokens.shape
             text = self.task.attention_mask.to(clean).view(shape)
             return ((clean * text).sum(0) / text.sum(0).clamp(min=1)).expand_as(clean)
         raise ValueError(
             f"source must be one of {', '.join(SOURCES)} or a mapping from hook names to "
             f"activations, got {source!r}"
         )
+
+    def _align(self, hooks: Sequence[str]) -> None:
+        """Move what is patched from the roles' places in the clean prompts to those in the others.
+
+        Elsewhere, where lengths or places differ, the corrupted run's own activations stand.
+
+        Raises:
+            ValueError: if two roles share a place in one of the prompts only, or for patterns
+                whose rows would have other sources.
+        """
+        moves = {
+            name: (int(here[0]), int(there[0])) for name, (here, there) in self.task.roles.items()
+        }
+        #: Whether positions of clean and corrupted prompts correspond.
+        self.aligned = self.task.same_lengths and all(c == r for c, r in moves.values())
+        if self.aligned:
+            return
+        comes: dict[int, tuple[str, int]] = {}
+        for name, (here, there) in moves.items():
+            other, place = comes.setdefault(there, (name, here))
+            if place != here:
+                raise ValueError(
+                    f"roles {other!r} and {name!r} are the same token of a corrupted prompt and "
+                    "two of its clean one, so there is no one value to patch: make tasks with one "
+                    "of them each"
+                )
+        self.differing = tuple(range(self.tokens.shape[1]))
+        with torch.no_grad():
+            _, own = self.model.run_with_cache(self.tokens, names_filter=list(hooks))
+        for hook in hooks:
+            kind, clean = kind_of_hook(hook), self.clean[hook]
+            if "source" in kind.axes:
+                raise ValueError(
+                    f"{kind.name!r} has no counterpart where the prompts of a pair have other "
+                    "lengths or roles at other places: a row attends to other positions. Sweep "
+                    "another kind, or select pairs of equal shape"
+                )
+            moved = own[hook].clone()
+            for here, there in moves.values():
+                moved.select(kind.position_axis, there).copy_(
+                    clean.select(kind.position_axis, here)
+                )
+            self.clean[hook] = moved
 
     def metric(self, task: Task) -> Any:
         """A task's metric, per prompt where that was asked for."""
@@ -128,13 +184,14 @@ class Question:
             cells,
             {name: self.metric(task) for name, task in self.tasks.items()},
             differing=self.differing,
-            lengths=self.task.lengths,
+            lengths=self.task.corrupted_lengths,
             per_example=self.per_prompt,
             options=self.options,
         )
         for task, value in zip(self.tasks.values(), base, strict=True):
             _check_baseline(task, "corrupted", float(value.mean()), self._logits)
-        self.corrupted_values = dict(zip(self.tasks, base.float().cpu().numpy(), strict=True))
+        if self.per_prompt:  # Every row of a prompt has its value.
+            values = values[..., :: self.task.rows_per_prompt]
         found = values.detach().float().cpu().numpy()
         return dict(zip(self.tasks, found, strict=True))
 
@@ -161,31 +218,211 @@ class Question:
                 "estimates all of them in a few passes)"
             )
 
-    def labelled(
-        self, name: str, values: np.ndarray, dims: Sequence[str], coords: Any, **facts: Any
-    ) -> xr.DataArray:
-        """A result with the labels given, and what is known of the task that it was scored by."""
-        task = self.tasks[name]
-        if self.per_prompt:
-            dims = ("prompt", *dims)
-            coords = {
-                **coords,
-                "prompt": np.arange(len(values)),
-                "clean_baseline": ("prompt", self.clean_values[name]),
-                "corrupted_baseline": ("prompt", self.corrupted_values[name]),
-            }
-        attrs = {
-            "metric": task.metric.name,
-            "units": task.metric.units,
-            "clean_baseline": float(task.clean_baseline),
-            "corrupted_baseline": float(task.corrupted_baseline),
-            "task": task.name,
-            "model": name_of(self.model),
-            "direction": task.direction,
-            "source": self.source,
-            **facts,
-        }
-        return xr.DataArray(values, dims=dims, coords=coords, attrs=attrs, name="value")
+
+def ask(
+    model: Any,
+    tasks: Mapping[str, Task],
+    hooks: Sequence[str],
+    cells_of: Callable[[Question], Sequence[Cell]],
+    *,
+    source: Any = "clean",
+    per_prompt: bool = False,
+    options: Mapping[str, Any] | None = None,
+    by_role: bool = False,
+) -> dict[str, np.ndarray]:
+    """Values ``[cell]``, or ``[prompt, cell]``, of the cells that a question makes.
+
+    By role, prompts of one shape at a time make a question of their own.
+
+    Args and errors are those of :class:`Question`; ``cells_of`` returns as many cells for each.
+    """
+    if not by_role:
+        question = Question(model, tasks, hooks, source, per_prompt, options)
+        found = question.run(cells_of(question))
+        return {name: value.T for name, value in found.items()}
+    parts: list[dict[str, np.ndarray]] = []
+
+    def answered(question: Question) -> None:
+        parts.append(question.run(cells_of(question)))
+
+    order = by_shape(model, tasks, hooks, answered, source, options)
+    found = {
+        name: np.concatenate([part[name] for part in parts], axis=1).T[order] for name in tasks
+    }
+    return found if per_prompt else {name: value.mean(0) for name, value in found.items()}
+
+
+def by_shape(
+    model: Any,
+    tasks: Mapping[str, Task],
+    hooks: Sequence[str],
+    answer: Callable[[Question], None],
+    source: Any = "clean",
+    options: Mapping[str, Any] | None = None,
+) -> np.ndarray:
+    """Make a question by role of the prompts of each shape, and answer it.
+
+    Returns:
+        where each prompt of the tasks is found in the answers, one after the other.
+
+    Raises:
+        As :class:`Question`, and ValueError if the tasks have no roles, or their metrics no values
+        for single prompts.
+    """
+    check_tasks(tasks)
+    first = next(iter(tasks.values()))
+    for name, task in tasks.items():
+        if not task.roles:
+            raise ValueError(f"the task {task.name!r} has no roles: prompt_task makes some")
+        if task.corrupted_values is None or not task.metric.selectable:
+            raise ValueError(
+                f"the metric {task.metric.name!r} cannot be taken apart by prompts, as a sweep by "
+                "role needs it: score by one of the named metrics"
+            )
+        if not _same_prompts(task, first):
+            raise ValueError(
+                f"{name!r} has other prompts than the first task: measure it by itself"
+            )
+    checks.checked_model(model)
+    groups = first.groups()
+    model, options = first.model_of(model, groups := _Groups(groups)), dict(options or {})
+    if source == "mean":
+        source = _mean_at_roles(model, first, groups, hooks)
+    store, progress = options.pop("store", None), options.pop("progress", True)
+    listener = options.pop("on_progress", None)
+    with tqdm(
+        total=len(groups), disable=not progress or len(groups) < 2, leave=False, unit="shape",
+        delay=1.0,
+    ) as bar:  # fmt: skip
+        for number, prompts in enumerate(groups):
+            own = dict(options, progress=progress and len(groups) == 1)
+            if store is not None:
+                own["store"] = store if len(groups) == 1 else f"{store}-{number}"
+            if listener is not None:
+                own["on_progress"] = partial(_overall, listener, number, len(groups))
+            parts = {name: task.part(prompts) for name, task in tasks.items()}
+            given = source
+            if isinstance(source, Mapping):
+                given = {
+                    hook: _rows_of(first, source[hook], hook, prompts, parts)
+                    for hook in hooks
+                    if hook in source
+                }
+            answer(Question(model, parts, hooks, given, True, own, by_role=True))
+            bar.update(1)
+    return np.argsort([prompt for prompts in groups for prompt in prompts])
+
+
+class _Groups(list[list[int]]):
+    """Prompts by shape; what uses a copy of the model until all are done."""
+
+    __hash__ = object.__hash__
+
+
+def _overall(
+    listener: Callable[[int, int], bool | None], number: int, count: int, done: int, total: int
+) -> bool | None:
+    return listener(number * total + done, count * total)
+
+
+def _rows_of(
+    task: Task, activation: Any, hook: str, prompts: Sequence[int], parts: Mapping[str, Task]
+) -> Any:
+    """Of a given activation of all clean prompts, that of some of them, without padding."""
+    kind = kind_of_hook(hook)
+    if not isinstance(activation, Tensor) or len(activation) != len(task.clean_tokens):
+        return activation  # What it is, is refused with the shape that it should have.
+    n_pos = next(iter(parts.values())).clean_tokens.shape[1]
+    part = activation[task.rows_of(prompts).to(activation.device)]
+    for axis, name in enumerate(kind.axes):
+        if name in ("pos", "source"):
+            part = part.narrow(axis, 0, n_pos)
+    return part
+
+
+@torch.no_grad()
+def _mean_at_roles(
+    model: Any, task: Task, groups: Sequence[Sequence[int]], hooks: Sequence[str]
+) -> dict[str, Tensor]:
+    """Clean activations with, at each role's place, the mean over all prompts' places of it."""
+    total: dict[str, dict[str, Tensor]] = {hook: {} for hook in hooks}
+    whole: dict[str, Tensor] = {}
+    for prompts in groups:
+        part = task.part(prompts)
+        _, cache = model.run_with_cache(
+            part.clean_tokens.to(device_of(model)), names_filter=list(hooks)
+        )
+        for hook in hooks:
+            kind = kind_of_hook(hook)
+            if "source" in kind.axes:
+                raise ValueError("patterns of prompts of several shapes have no mean by role")
+            for role, (here, _) in part.roles.items():
+                at = cache[hook].select(kind.position_axis, int(here[0])).sum(0)
+                total[hook][role] = total[hook].get(role, 0) + at
+            if hook not in whole:
+                shape = list(cache[hook].shape)
+                shape[0], shape[kind.position_axis] = task.clean_tokens.shape
+                whole[hook] = cache[hook].new_zeros(shape)
+    for hook, own in whole.items():
+        for role, (here, _) in task.roles.items():
+            rows = torch.arange(len(own), device=own.device)
+            own[rows, here.to(own.device)] = total[hook][role] / len(own)
+    return whole
+
+
+def labelled(
+    task: Task,
+    values: np.ndarray,
+    dims: Sequence[str],
+    coords: Any,
+    *,
+    per_prompt: bool = False,
+    source: Any = "clean",
+    **facts: Any,
+) -> xr.DataArray:
+    """A result with the labels given, and what is known of the task that it was scored by.
+
+    Values are ``[prompt, ...]`` where ``per_prompt`` says so.
+    """
+    if per_prompt:
+        dims = ("prompt", *dims)
+        coords = {**coords, "prompt": np.arange(len(values))}
+        for name in ("clean", "corrupted"):
+            own = getattr(task, f"{name}_values")
+            if own is not None:
+                coords[f"{name}_baseline"] = ("prompt", own.float().numpy())
+    attrs = {
+        "metric": task.metric.name,
+        "units": task.metric.units,
+        "clean_baseline": float(task.clean_baseline),
+        "corrupted_baseline": float(task.corrupted_baseline),
+        "task": task.name,
+        "model": task.model_name,
+        "direction": task.direction,
+        "source": source if isinstance(source, str) else "given",
+        **facts,
+    }
+    return xr.DataArray(values, dims=dims, coords=coords, attrs=attrs, name="value")
+
+
+def _same_prompts(task: Task, other: Task) -> bool:
+    return torch.equal(task.clean_tokens, other.clean_tokens) and torch.equal(
+        task.corrupted_tokens, other.corrupted_tokens
+    )
+
+
+def _no_counterpart(model: Any, task: Task) -> str:
+    """Why positions of the task do not correspond, shown on the first pair of other lengths."""
+    row = int((task.lengths != task.corrupted_lengths).nonzero()[0])
+    pair = row // task.rows_per_prompt + 1
+    n, m = int(task.lengths[row]), int(task.corrupted_lengths[row])
+    one = task.clean_tokens[row, :n].tolist()
+    other = task.corrupted_tokens[row, :m].tolist()
+    return (
+        f"pair {pair}: the clean prompt has {n} tokens and the corrupted one {m}, so positions do "
+        "not correspond. Name roles and use by='role', or change words until both have as many "
+        f"tokens:\n{aligned(model, one, other)}"
+    )
 
 
 def check_tasks(tasks: Mapping[str, Task]) -> None:
@@ -239,21 +476,31 @@ def check_kinds(names: Sequence[str], by: str) -> None:
             f"{names} mixes kinds with and without heads, which have different dimensions: run "
             "two sweeps"
         )
-    if by not in ("pos", "all_pos"):
-        raise ValueError(f"by must be 'pos' or 'all_pos', got {by!r}")
+    if by not in ("pos", "role", "all_pos"):
+        raise ValueError(f"by must be 'pos', 'role' or 'all_pos', got {by!r}")
     if by == "all_pos" and names[0] in BLOCK_KINDS:
-        raise ValueError(f"{names[0]!r} can only be swept by='pos'; all_pos is for head kinds")
+        raise ValueError(
+            f"{names[0]!r} can only be swept by='pos' or 'role'; all_pos is for head kinds"
+        )
 
 
 def grid_labels(
     model: Any, task: Task, names: Sequence[str], by: str, several: bool
 ) -> tuple[list[str], dict[str, int], dict[str, Any]]:
-    """Dimensions, their sizes and coordinates of a sweep."""
+    """Dimensions, their sizes and coordinates of a sweep.
+
+    Raises:
+        ValueError: if positions of clean and corrupted prompts do not correspond.
+    """
+    if by != "role" and not task.same_lengths:
+        raise ValueError(_no_counterpart(model, task))
     heads = names[0] in HEAD_KINDS
-    dims = ["kind"] * several + ["layer"] + ["position"] * (by == "pos") + ["head"] * heads
+    place = {"pos": ["position"], "role": ["role"], "all_pos": []}[by]
+    dims = ["kind"] * several + ["layer"] + place + ["head"] * heads
     n_heads = max(heads_of(model, KINDS[name]) for name in names)
     n_pos = task.corrupted_tokens.shape[1]
     sizes = {"kind": len(names), "layer": model.cfg.n_layers, "position": n_pos, "head": n_heads}
+    sizes["role"] = len(task.roles)
     sizes = {dim: sizes[dim] for dim in dims}
     coords: dict[str, Any] = {"layer": np.arange(sizes["layer"])}
     if several:
@@ -262,6 +509,9 @@ def grid_labels(
         coords["position"] = list(task.position_labels)
         coords["token"] = ("position", list(task.position_tokens))
         coords["agrees"] = ("position", np.arange(n_pos) < task.agree_until)
+    if "role" in dims:
+        coords["role"] = list(task.roles)
+        coords["agrees"] = ("role", [task.agrees_at(role) for role in task.roles])
     if heads:
         coords |= head_labels(sizes["layer"], n_heads)
     return dims, sizes, coords

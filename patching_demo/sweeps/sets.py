@@ -12,7 +12,14 @@ from patching_demo.engine import checks
 from patching_demo.engine.bridge import hook_point
 from patching_demo.engine.cells import Cell, Patch, in_order
 from patching_demo.engine.kinds import KINDS
-from patching_demo.sweeps.question import Part, Question, check_tasks, checked_part
+from patching_demo.sweeps.question import (
+    Part,
+    Question,
+    ask,
+    check_tasks,
+    checked_part,
+    labelled,
+)
 from patching_demo.tasks import Task
 
 
@@ -32,7 +39,7 @@ def patch(
         task: inputs, metric and baselines.
         sets: by name, parts ``(kind, layer)``, ``(kind, layer, head)`` or ``(kind, layer, head,
             position)``. A head is None where the kind has none, or for all heads; a position is a
-            number or a label, and without it all positions are patched.
+            number, a label or one of the task's roles, and without it all positions are patched.
         source, per_prompt, options: as for :func:`patching_demo.sweep`.
 
     Returns:
@@ -52,15 +59,26 @@ def patch(
     if not isinstance(sets, Mapping) or not sets:
         raise ValueError(f"sets must be a mapping from names to parts, with at least one: {sets!r}")
     check_tasks({"metric": task})
-    cells = [
-        Cell(row, in_order(_patch(model, task, part) for part in parts))
-        for row, parts in enumerate(sets.values())
-    ]
-    hooks = sorted({own.hook_name for cell in cells for own in cell.patches})
-    question = Question(model, {"metric": task}, hooks, source, per_prompt, options)
-    found = question.run(cells)["metric"]
-    found = found.T if per_prompt else found
-    return question.labelled("metric", found, ["set"], {"set": list(sets)}, by="set", kind="")
+    by_role = not task.same_lengths or any(
+        part[3] in task.roles
+        for parts in sets.values()
+        for part in parts
+        if isinstance(part, tuple) and len(part) == 4 and isinstance(part[3], str)
+    )
+    names = {own.hook_name for parts in sets.values() for own in _patches(model, task, parts)}
+
+    def cells_of(question: Question) -> list[Cell]:
+        return [
+            Cell(row, in_order(_patches(model, question.task, parts, question)))
+            for row, parts in enumerate(sets.values())
+        ]
+
+    found = ask(
+        model, {"metric": task}, sorted(names), cells_of,
+        source=source, per_prompt=per_prompt, options=options, by_role=by_role,
+    )["metric"]  # fmt: skip
+    coords, facts = {"set": list(sets)}, {"by": "set", "kind": ""}
+    return labelled(task, found, ["set"], coords, per_prompt=per_prompt, source=source, **facts)
 
 
 def complement(model: Any, parts: Sequence[Part]) -> list[Part]:
@@ -99,18 +117,33 @@ def complement(model: Any, parts: Sequence[Part]) -> list[Part]:
     return [part if part[2] is not None else part[:2] for part in every if part not in named]
 
 
-def _patch(model: Any, task: Task, part: Part) -> Patch:
+def _patches(
+    model: Any, task: Task, parts: Sequence[Part], question: Question | None = None
+) -> list[Patch]:
+    return [_patch(model, task, part, question) for part in parts]
+
+
+def _patch(model: Any, task: Task, part: Part, question: Question | None) -> Patch:
     name, layer, head, position = checked_part(model, part)
     kind, n_pos = KINDS[name], task.corrupted_tokens.shape[1]
     positions = tuple(range(n_pos))
-    if position is not None:
+    if isinstance(position, str) and position in task.roles:
+        positions = (question.places[position] if question else 0,)
+    elif question is not None and question.places and not question.aligned:
+        raise ValueError(
+            f"{part!r}: some pairs have other lengths, or roles at other places, so only roles "
+            f"correspond: name one of {', '.join(map(repr, task.roles))} as position"
+        )
+    elif position is not None:
         if isinstance(position, str):
             if position not in task.position_labels:
-                labels = ", ".join(map(repr, task.position_labels))
-                raise ValueError(f"{part!r}: there is no position {position!r}, only {labels}")
+                known = ", ".join(map(repr, [*task.roles, *task.position_labels]))
+                raise ValueError(f"{part!r}: there is no position {position!r}, only {known}")
             position = task.position_labels.index(position)
         if isinstance(position, bool) or not isinstance(position, (int, np.integer)):
-            raise ValueError(f"{part!r}: position must be a number or a label, got {position!r}")
+            raise ValueError(
+                f"{part!r}: position must be a number, a label or a role, got {position!r}"
+            )
         if not -n_pos <= position < n_pos:
             raise ValueError(f"{part!r}: there are only {n_pos} positions")
         positions = (int(position) % n_pos,)
