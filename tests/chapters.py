@@ -6,6 +6,7 @@ import itertools
 import os
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import MagicMock
@@ -53,43 +54,54 @@ def code(script: Path) -> list[str]:
 
 
 class Rehearsal:
-    """A chapter's own cells in this process, on a given model, with what its sweeps return changed.
+    """A chapter's own cells in this process, on a given model, with what its runs return changed.
 
-    What stands before the first sweep runs once, and so does each sweep. Nothing is drawn. Where
-    all values will be replaced, sweeps need not be ``measured``: then they have labels and NaN.
+    What stands before the first run of the model's runs once, and so does each sweep, set, path
+    and estimate. Nothing is drawn. Where all values will be replaced, sweeps need not be
+    ``measured``: then they have labels and NaN.
     """
+
+    VERBS = ("sweep_metrics", "patch", "paths", "attribute")
 
     def __init__(self, chapter: str, model: Any, measured: bool = True) -> None:
         sources = code(script_of(chapter))
-        first = next(i for i, s in enumerate(sources) if re.search(r"\bsweep\w*\(\s*model", s))
+        begins = re.compile(r"\b(sweep\w*|patch|paths|attribute)\(\s*model")
+        first = next(i for i, source in enumerate(sources) if begins.search(source))
         self.model, self.swept, self.said, self.start = model, [], [], {}
-        self._real = sweeps.sweep_metrics
-        self._options = {} if measured else {"where": xr.DataArray(False)}
+        self._real = {verb: getattr(sweeps, verb) for verb in self.VERBS}
+        self._options = {verb: {"progress": False} for verb in self.VERBS}
+        del self._options["attribute"]["progress"]
+        if not measured:
+            self._options["sweep_metrics"]["where"] = xr.DataArray(False)
         self._run(sources[:first], self.start, lambda result: result)
         self.rest = sources[first:]
 
     def claims(
         self, change: Callable[[xr.DataArray], xr.DataArray], **overrides: Any
     ) -> list[Claims]:
-        """The tables of claims that the chapter shows on changed sweeps."""
+        """The tables of claims that the chapter shows on changed results."""
         return self._run(self.rest, {**self.start, **overrides}, change)
 
-    def _sweep_metrics(self, model, tasks, kinds, **options):
+    def _measure(self, verb, *arguments, **options):
         call = next(self._calls)
         if call == len(self.swept):
-            self.swept.append(
-                self._real(model, tasks, kinds, progress=False, **self._options, **options)
-            )
+            found = self._real[verb](*arguments, **{**options, **self._options[verb]})
+            self.swept.append(found if verb == "sweep_metrics" else {"only": found})
         return {name: self._change(result) for name, result in self.swept[call].items()}
 
     def _sweep(self, model, task, kinds, **options):
-        return self._sweep_metrics(model, {"only": task}, kinds, **options)["only"]
+        return self._measure("sweep_metrics", model, {"only": task}, kinds, **options)["only"]
 
     def _run(self, sources: list[str], namespace: dict[str, Any], change: Callable) -> list[Claims]:
         self._calls, self._change, shown = itertools.count(), change, []
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sweeps, "sweep_metrics", self._sweep_metrics)
+            patch.setattr(sweeps, "sweep_metrics", partial(self._measure, "sweep_metrics"))
             patch.setattr(patching_demo, "sweep", self._sweep)
+            for verb in self.VERBS[1:]:
+                one = partial(
+                    lambda *given, **options: self._measure(*given, **options)["only"], verb
+                )
+                patch.setattr(patching_demo, verb, one)
             patch.setattr(notebook, "model", lambda *arguments: self.model)
             patch.setattr(notebook, "say", self.said.append)
             patch.setattr(Claims, "show", lambda claims: shown.append(claims))
