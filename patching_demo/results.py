@@ -56,12 +56,17 @@ def share(result: xr.DataArray) -> xr.DataArray:
     clean, corrupted = baselines(result)
     attrs = result.attrs
     check_scale(clean, corrupted, attrs.get("metric", "metric"), attrs.get("units", ""))
-    out = ((result - corrupted) / (clean - corrupted)).astype(np.float32)
+
+    def part(values: xr.DataArray) -> xr.DataArray:
+        # Differences of large numbers need more digits and a wider range than single precision.
+        return single((values.astype(float) - corrupted) / (clean - corrupted))
+
+    out = part(result)
     out.attrs = dict(result.attrs)
     if "low" in result.coords:
-        bounds = [(result[name] - corrupted) / (clean - corrupted) for name in ("low", "high")]
+        bounds = [part(result[name]) for name in ("low", "high")]
         low, high = bounds if clean > corrupted else bounds[::-1]
-        out = out.assign_coords(low=low.astype(np.float32), high=high.astype(np.float32))
+        out = out.assign_coords(low=low, high=high)
     if (clean, corrupted) != (1.0, 0.0):
         out.attrs["metric"] = f"{result.attrs.get('metric', 'metric')}, normalised"
     out.attrs.update(units="share of clean - corrupted", clean_baseline=1.0, corrupted_baseline=0.0)
@@ -114,7 +119,9 @@ def combine(results: Mapping[str, xr.DataArray], dim: str = "corrupted") -> xr.D
         name=first.name,
     )
     out.attrs = {
-        k: v for k, v in arrays[0].attrs.items() if all(a.attrs.get(k) == v for a in arrays)
+        k: v
+        for k, v in arrays[0].attrs.items()
+        if all(a.attrs.get(k) is v or a.attrs.get(k) == v for a in arrays)
     }
     for fact in ("direction", "source", "method", "window", "receivers"):
         if len({a.attrs.get(fact) for a in arrays}) > 1:
@@ -137,7 +144,8 @@ def interval(result: xr.DataArray, level: float = 0.95, seed: int = 0) -> xr.Dat
 
     Returns:
         The mean, with the other labels of ``result`` and its bounds as the coordinates ``low``
-        and ``high``; its attribute ``level`` is that of the interval.
+        and ``high``, NaN where a prompt has no finite value; its attribute ``level`` is that of
+        the interval.
 
     Raises:
         ValueError: if there are fewer than two prompts, or the level is not between 0 and 1.
@@ -168,7 +176,7 @@ def interval(result: xr.DataArray, level: float = 0.95, seed: int = 0) -> xr.Dat
         part.transpose("prompt", *mean.dims).values.reshape(n, -1)
         for part in xr.broadcast(moved, spread)
     )
-    known = ~np.isnan(values).any(0)
+    known = np.isfinite(values).all(0)
     values, scale = values[:, known], scale[:, known]
 
     def of_means(drawn: np.ndarray, axis: int) -> np.ndarray:
@@ -189,7 +197,7 @@ def interval(result: xr.DataArray, level: float = 0.95, seed: int = 0) -> xr.Dat
     low, high = ((mean.dims, bound.reshape(mean.shape)) for bound in bounds)
     # What was combined keeps the measured baselines of each part.
     means = {name: labels.mean("prompt") for name, labels in measured.items() if labels.ndim > 1}
-    mean = mean.astype(np.float32).assign_coords(low=low, high=high, **means)
+    mean = single(mean).assign_coords(low=low, high=high, **means)
     return mean.assign_attrs(level=level)
 
 
@@ -216,7 +224,7 @@ def largest_cells(result: xr.DataArray, n: int = 5) -> pd.DataFrame:
     if "layer" not in result.dims and "layer" not in result.coords:
         raise ValueError(f"the result has no layer, only {list(result.dims)}")
     if "prompt" in result.dims:
-        result = result.mean("prompt", skipna=False, keep_attrs=True)
+        result = result.astype(float).mean("prompt", skipna=False, keep_attrs=True)
     clean, corrupted = baselines(result)
     values = result.values.astype(float)
     if "agrees" in result.coords:
@@ -284,7 +292,8 @@ def strong_heads(result: xr.DataArray, part: float = 0.5) -> xr.DataArray:
     """
     shares = share(result).stack(cell=("layer", "head")).dropna("cell")
     shares = shares.isel(cell=np.argsort(-shares.values, kind="stable"))
-    return shares[shares >= part * shares.max()].reset_index("cell").swap_dims(cell="head_label")
+    least = part * shares.max() if part else 0
+    return shares[shares >= least].reset_index("cell").swap_dims(cell="head_label")
 
 
 def crossing_layer(result: xr.DataArray, first: int, then: int) -> int:
@@ -458,6 +467,12 @@ def baselines(result: xr.DataArray) -> tuple[float, float]:
             f"the result has no attribute {error}: arithmetic on it may have dropped the "
             "attributes (xarray.set_options(keep_attrs=True) keeps them)"
         ) from None
+
+
+def single(values: xr.DataArray) -> xr.DataArray:
+    """The same in single precision; what is too large for it becomes infinite."""
+    with np.errstate(over="ignore"):
+        return values.astype(np.float32)
 
 
 def _file(path: Any) -> Path:

@@ -369,6 +369,64 @@ def test_what_cannot_be_drawn_is_refused():
             draw(given)
 
 
+LARGEST, SMALLEST = (float(getattr(np.finfo(np.float32), n)) for n in ("max", "smallest_subnormal"))
+DRAWS = {
+    "heatmap": plots.heatmap,
+    "curves": lambda result: plots.curves(result.isel(head=0)),
+    "bars": lambda result: plots.bars(result.isel(layer=0)),
+    "explore": lambda result: plots.explore({"a": result, "b": result}),
+}
+
+
+@pytest.mark.parametrize("draw", DRAWS)
+@pytest.mark.parametrize("odd", [np.inf, -np.inf, 1e30, -1e30, LARGEST, -LARGEST, SMALLEST, 1e200])
+@pytest.mark.parametrize("where", ["one", "all"])
+def test_any_number_can_be_drawn_and_leaves_the_scale_to_finite_ones(draw, odd, where):
+    made = _made(("layer", "head"))
+    result = made.astype(float)
+    result[(0, 0) if where == "one" else ...] = odd
+    figure = DRAWS[draw](result)
+    json.loads(figure.to_json().replace("Infinity", "null"))
+    layout = figure.layout
+    low, high = (
+        layout.yaxis.range if draw in ("curves", "bars")
+        else (layout.coloraxis.cmin, layout.coloraxis.cmax)
+    )  # fmt: skip
+    assert np.isfinite([low, high, high - low]).all() and low < high
+    if abs(odd) <= LARGEST:
+        # The value, or its share of clean minus corrupted.
+        share = (odd + 1) / 3 if draw == "explore" else odd
+        assert low - 1e-6 * abs(low) <= share <= high + 1e-6 * abs(high)
+        return
+    assert "infinite values stand at the ends" in layout.meta["caption"]
+    if where == "one":
+        # As if the cell were not there.
+        without = DRAWS[draw](made.where((made["layer"] > 0) | (made["head"] > 0)))
+        same = without.layout.coloraxis.cmax or without.layout.yaxis.range[1]
+        assert high == pytest.approx(same)
+    if draw in ("curves", "bars"):
+        trace = figure.data[0]
+        top = np.asarray(trace.y, float)[0] + (draw == "bars" and trace.base)
+        assert top == pytest.approx(high if odd > 0 else low)
+        assert np.asarray(trace.customdata, float)[0] == np.sign(odd) * np.inf
+        return
+    ends = [t for t in figure.data if t.text is not None and t.coloraxis]
+    assert ends[0].text[0][0] == ("∞" if odd > 0 else "−∞") and "%{text}" in ends[0].hovertemplate
+    assert _z(ends[0])[0, 0] == pytest.approx(high if odd > 0 else low)
+    copies = 2 if draw == "explore" else 1
+    marked = np.isfinite(_z(ends[0])).sum()
+    assert marked == copies * (1 if where == "one" else made.size)
+
+
+@pytest.mark.parametrize("name", ["clean_baseline", "corrupted_baseline"])
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, 1e300])
+def test_baselines_that_no_scale_reaches_are_refused(name, value):
+    result = _made(("layer", "head")).assign_attrs({name: value})
+    for draw in DRAWS.values():
+        with pytest.raises(ValueError, match=re.escape(str(value))):
+            draw(result)
+
+
 def test_equal_baselines_can_be_drawn():
     result = _made(("layer", "head"), clean=-1.0)
     assert "of clean minus" not in plots.heatmap(result).data[0].hovertemplate

@@ -21,6 +21,7 @@ from patching_demo.results import (
     load,
     save,
     share,
+    top_head,
 )
 from patching_demo.sweeps import sweep, sweep_metrics
 from patching_demo.tasks import CORRUPTIONS, induction_task, prompt_task
@@ -227,6 +228,22 @@ def test_an_interval_of_shares_draws_the_baselines_with_the_prompts():
     bare = share(result.drop_vars(["clean_baseline", "corrupted_baseline"]))
     both = interval(combine({"a": bare, "b": bare}))
     np.testing.assert_allclose(both["low"].isel(corrupted=1), share(measured)["low"], atol=1e-6)
+
+
+@pytest.mark.parametrize("odd", [np.inf, -np.inf, 3e38, -3e38])
+def test_a_value_too_large_to_add_up_is_read_as_it_is(odd):
+    """Such a cell is the largest effect, has its share, and no interval if it is infinite."""
+    result, plain = _drawn(2).astype(np.float32), interval(_drawn(2).astype(np.float32))
+    result[:, 3, 4] = odd
+    found, table = interval(result), largest_cells(result, 2)
+    for bound in (found, found["low"], found["high"]):
+        cell = float(bound[3, 4])
+        assert cell == np.float32(odd) or (np.isinf(odd) and bound is not found and cell != cell)
+    np.testing.assert_array_equal(found["low"][0], plain["low"][0])
+    assert table["value"][0] == np.float32(odd) and table["share"][0] == np.float32(odd) / 2
+    assert share(found)[3, 4] == effect_sizes(found)[3, 4] * np.sign(odd) == np.float32(odd) / 2
+    largest = top_head(found.assign_coords(layer=range(25), head=range(100)))
+    assert (largest["layer"] == 3) == (odd > 0)
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,18 @@ import xarray as xr
 
 from patching_demo.engine.kinds import KINDS, kind_label
 from patching_demo.plots.theme import number
-from patching_demo.results import baselines, largest_cells
+from patching_demo.results import baselines, largest_cells, single
 
 CELL_DIMS = ("layer", "head", "position")
 
 #: The units of :func:`patching_demo.share`.
 SHARE = "share of clean - corrupted"
+
+#: The largest number of single precision.
+LARGEST = float(np.finfo(np.float32).max)
+
+#: Of values that no scale reaches.
+INFINITE = "infinite values stand at the ends of the scale"
 
 #: What stands in place of a fact in which combined results differ.
 SEVERAL = "several"
@@ -26,17 +32,23 @@ RUNS = {"denoising": ("clean", "corrupted"), "noising": ("corrupted", "clean")}
 def drawn(result: xr.DataArray) -> xr.DataArray:
     """What a figure of a result shows: the mean over its prompts, with the baselines of these.
 
+    Figures have single precision: what is larger than that is infinite to them.
+
     Raises:
         TypeError: if it has no labels.
-        ValueError: if it lacks a baseline, or is empty.
+        ValueError: if a baseline is missing or not finite, or the result is empty.
     """
     if not isinstance(result, xr.DataArray):
         raise TypeError(f"a figure needs a labelled result (xarray), got {type(result).__name__}")
-    baselines(result)
+    for name, value in zip(("clean", "corrupted"), baselines(result), strict=True):
+        if not abs(value) <= LARGEST:
+            raise ValueError(
+                f"the {name} baseline is {value}: a figure needs finite ones, up to {LARGEST:.3g}"
+            )
     if result.size == 0:
         raise ValueError(f"the result is empty: {dict(result.sizes)}")
     if "prompt" not in result.dims and "prompt" not in result.coords:
-        return result
+        return single(result)
     own: dict[str, Any] = {}
     for name in ("clean_baseline", "corrupted_baseline"):
         # What was turned into shares keeps the baselines that were measured beside it.
@@ -47,10 +59,10 @@ def drawn(result: xr.DataArray) -> xr.DataArray:
         count = result.sizes["prompt"]
         own["prompts"] = f"mean over {count} prompt{'s' * (count > 1)}"
         # A cell that some prompts do not have is no mean of the others.
-        result = result.mean("prompt", skipna=False, keep_attrs=True)
+        result = result.astype(float).mean("prompt", skipna=False, keep_attrs=True)
     else:
         own["prompts"] = f"prompt {result['prompt'].item()}"
-    return result.assign_attrs(own)
+    return single(result).assign_attrs(own)
 
 
 def baseline_names(result: xr.DataArray) -> tuple[str, str]:
@@ -187,7 +199,10 @@ def bounds_of(result: xr.DataArray) -> xr.DataArray | None:
 
 def intervals(bounds: np.ndarray) -> np.ndarray:
     """Bounds ``[2, ...]`` in words."""
-    words = [f"{number(low)} to {number(high)}" for low, high in bounds.reshape(2, -1).T]
+    words = [
+        "no interval" if np.isnan([low, high]).any() else f"{number(low)} to {number(high)}"
+        for low, high in bounds.reshape(2, -1).T
+    ]
     return np.array(words, dtype=object).reshape(bounds.shape[1:])
 
 

@@ -42,7 +42,8 @@ def heatmap(
         collapse: draw three or more neighbouring positions that agree as one column.
 
     Raises:
-        ValueError: if there is nothing to draw, or the dimensions or attributes do not fit.
+        ValueError: if there is nothing to draw, a baseline is not finite, or the dimensions or
+            attributes do not fit.
     """
     result = facts.drawn(result)
     clean, centre = baselines(result)
@@ -53,13 +54,12 @@ def heatmap(
     every = np.arange(len(grid.rows.words))
     trimmed = top is not None and len(every) > top
     views = [panels.largest_rows(effect, top), every] if trimmed else [every]
+    scale = panels.Scale(clean, centre, effect, facts.baseline_names(result))
     traces = [
         [trace for panel in zip(grid.panels, grid.axes, strict=True)
-         for trace in _panel_traces(result, *panel, grid, view, visible=i == 0)]
+         for trace in _panel_traces(result, *panel, grid, scale, view, visible=i == 0)]
         for i, view in enumerate(views)
     ]  # fmt: skip
-    largest = float(np.nanmax(np.abs(effect), initial=0.0))
-    scale = panels.Scale(clean, centre, largest, facts.baseline_names(result))
     # From the plot upwards: names of panels, colour bar, menus, title.
     bar = grid.over + panels.BAR_HEIGHT
     menus = [scale.menu(bar + 8 + panels.MENU_HEIGHT * trimmed)] if scale.small else []
@@ -126,7 +126,8 @@ def _panels(
         kind = str(part["kind"].item()) if "kind" in part.coords else result.attrs.get("kind", "")
         spot = where if len(lead) == 2 else (0, *where, 0)[:2]
         cells = [
-            array.values.reshape(len(rows.words), -1)[:, kept] for array in (part, agrees.isel(at))
+            array.reshape(len(rows.words), -1)[:, kept]
+            for array in (part.values.astype(float), agrees.isel(at).values)
         ]
         said = None
         if bounds is not None:
@@ -141,18 +142,24 @@ def _panel_traces(
     panel: panels.Panel,
     axis: str,
     grid: panels.Grid,
+    scale: panels.Scale,
     view: np.ndarray,
     *,
     visible: bool,
 ) -> list[Any]:
-    """The measured panels.cells, and those at which there is nothing to patch."""
+    """The measured cells, the infinite ones, and those at which there is nothing to patch."""
     words = grid.columns.words, [grid.rows.words[i] for i in view]
     shared = {"xaxis": f"x{axis}", "yaxis": f"y{axis}", "visible": visible}
     clean, centre = baselines(result)
     name, metric = panel.name, escape(facts.metric_of(result))
     template = f"{name}<br>" * bool(name) + f"%{{y}}, %{{x}}{_grouped_heads(result, panel)}"
-    template += f"<br>{metric}: %{{z:.3~g}}"
-    values = panel.values[view].astype(float)
+    template += f"<br>{metric}: "
+    values = panel.values[view]
+    beyond = panels.infinite(
+        values, *words, scale,
+        texttemplate="%{text}", hovertemplate=f"{template}%{{text}}<extra></extra>", **shared,
+    )  # fmt: skip
+    template += "%{z:.3~g}"
     span = escape(" minus ".join(facts.baseline_names(result)))
     if (clean, centre) == (1.0, 0.0):
         template += f" (%{{z:.0%}} of {span})"
@@ -166,12 +173,13 @@ def _panel_traces(
         values, *words, hovertemplate=f"{template}<extra></extra>", name=name, **shared
     )
     shared = {"xaxis": measured.xaxis, "yaxis": measured.yaxis, "visible": visible}
-    return [measured, *panels.nothing_to_patch(panel.agrees[view], *words, **shared)]
+    return [measured, *beyond, *panels.nothing_to_patch(panel.agrees[view], *words, **shared)]
 
 
 def _grouped_heads(result: xr.DataArray, panel: panels.Panel) -> str:
-    key_value = int(result.attrs.get("n_key_value_heads", 0) or 0)
-    if panel.kind in ("k", "v") and 0 < key_value < result.sizes.get("head", key_value):
+    key_value = result.attrs.get("n_key_value_heads")
+    known = panel.kind in ("k", "v") and isinstance(key_value, (int, np.integer))
+    if known and 0 < key_value < result.sizes.get("head", key_value):
         return " (key-value head)"
     return ""
 
@@ -187,6 +195,8 @@ def _caption(result: xr.DataArray, grid: panels.Grid, top: int, note: str) -> st
         parts.append("at positions marked = both inputs agree up to there: nothing to patch")
     if any((np.isnan(panel.values) & ~panel.agrees).any() for panel in grid.panels):
         parts.append(facts.why_missing(result))
+    if any(np.isinf(panel.values).any() for panel in grid.panels):
+        parts.append(facts.INFINITE)
     if "window" in result.attrs:
         parts.append("a row is named by the middle one of its layers")
     if note:

@@ -83,6 +83,7 @@ def explore(
     )
     y = _axis_of_blocks([f"layer {e}" if e is not None else "" for e in layers], rows)
 
+    scale = panels.Scale(1.0, 0.0, values, names)
     estimated = facts.estimated(measured)
     first = [facts.entries_of(shares, d)[0] for d in rest]
     traces, owners = [], []
@@ -99,13 +100,13 @@ def explore(
             f"{escape(which)} {number(value)}"
             for which, value in zip(names[::-1], _baselines_in(part)[::-1], strict=True)
         )
-        template = (
-            f"{name}<br>" * bool(name) + "%{x}<br>%{y}<br>%{z:.0%} of "
-            f"{escape(' minus '.join(names))}{estimated}<br>{levels}<extra></extra>"
-        )
+        template = f"{name}<br>" * bool(name) + "%{x}<br>%{y}<br>"
+        tail = f" of {escape(' minus '.join(names))}{estimated}<br>{levels}<extra></extra>"
+        near, far = (template + value + tail for value in ("%{z:.0%}", "%{text}"))
         words = x.words, y.words
         drawn = [
-            panels.cells(all_values[i], *words, name=name, hovertemplate=template, **shown),
+            panels.cells(all_values[i], *words, name=name, hovertemplate=near, **shown),
+            *panels.infinite(all_values[i], *words, scale, hovertemplate=far, **shown),
             *panels.nothing_to_patch(all_agrees[i], *words, signed=False, **shown),
         ]
         traces += drawn
@@ -132,7 +133,6 @@ def explore(
             choices[dim].append((facts.entry_name(dim, entry), "restyle", change))
     choices = {dim: buttons for dim, buttons in choices.items() if len(buttons) > 1}
 
-    scale = panels.Scale(1.0, 0.0, float(np.nanmax(np.abs(values), initial=0.0)), names)
     # Two menus in a row, as more would not fit a telephone.
     menu_rows = math.ceil(len(choices) / 2)
     over = panels.BAR_HEIGHT + 8 + panels.MENU_HEIGHT * scale.small
@@ -167,6 +167,8 @@ def explore(
     if choices:
         alt += f" Menus: {theme.listed([_MENU_NAMES.get(dim, dim) for dim in choices])}."
     missing = facts.why_missing(measured) if (np.isnan(values) & ~agrees).any() else ""
+    if np.isinf(values).any():
+        missing = "; ".join(filter(None, [missing, facts.INFINITE]))
     return panels.composed(
         traces,
         (main, sources),

@@ -185,6 +185,22 @@ def cells(values: np.ndarray, x: Sequence[str], y: Sequence[str], **more: Any) -
     )
 
 
+def infinite(
+    values: np.ndarray, x: Sequence[str], y: Sequence[str], scale: Scale, **more: Any
+) -> list[go.Heatmap]:
+    """The infinite cells, which plotly leaves out: one trace at the ends of the colours, or none.
+
+    ``texttemplate="%{text}"`` puts the sign of each into it.
+    """
+    far = np.isinf(values)
+    if not far.any():
+        return []
+    signs = np.where(values > 0, "∞", "−∞")
+    ends = np.where(values > 0, scale.wide["cmax"], scale.wide["cmin"])
+    text = np.where(far, signs, "").tolist()
+    return [cells(np.where(far, ends, np.nan), x, y, text=text, **more)]
+
+
 def nothing_to_patch(
     agrees: np.ndarray, x: Sequence[str], y: Sequence[str], *, signed: bool = True, **more: Any
 ) -> list[go.Heatmap]:
@@ -324,7 +340,7 @@ class Grid:
 class Scale:
     """A colour scale symmetric about the corrupted baseline.
 
-    It reaches to the clean one, or to the largest effect if that is further: ``wide``. Where
+    It reaches to the clean one, or to the largest finite effect if that is further: ``wide``. Where
     effects use less than half of the colours, buttons let the reader choose the largest effect:
     ``narrow``. Where they would be too pale to see, the figure opens so, and a ``note`` says it.
     """
@@ -333,11 +349,12 @@ class Scale:
         self,
         clean: float,
         centre: float,
-        largest: float,
+        effects: np.ndarray,
         names: tuple[str, str] = ("clean", "corrupted"),
     ) -> None:
         self.clean, self.centre, self.names = clean, centre, names
         span = abs(clean - centre)
+        largest = float(np.abs(effects[np.isfinite(effects)]).max(initial=0.0))
         self.small, self.tiny = 0 < largest < 0.5 * span, 0 < largest < 0.2 * span
         self.wide = self._reaching(max(span, largest) or 1.0)
         self.narrow = self._reaching(largest) if self.small else self.wide
@@ -362,6 +379,7 @@ class Scale:
         return menu_above(buttons, bottom, active=int(self.tiny))
 
     def _reaching(self, half: float) -> dict[str, Any]:
+        half = max(half, 1e-12 * abs(self.centre))  # Else a float would not tell the ends apart.
         low, high = self.centre - half, self.centre + half
         ticks = {self.centre: f"{number(self.centre)}<br>{escape(self.names[1])}"}
         distance = abs(self.clean - self.centre)

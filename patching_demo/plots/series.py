@@ -37,7 +37,7 @@ def curves(
         caption: instead of the default sentence.
 
     Raises:
-        ValueError: if the dimensions do not fit.
+        ValueError: if a baseline is not finite, or the dimensions do not fit.
         TypeError: if ``result`` is not labelled.
     """
 
@@ -53,7 +53,7 @@ def curves(
 
     result = facts.drawn(result)
     how = f"Each line is the metric ({facts.metric_of(result)}) after one patch"
-    return _figure(result, along, line, "%{y:.3~g}", title, caption, how)
+    return _figure(result, along, line, title, caption, how)
 
 
 def bars(
@@ -73,7 +73,7 @@ def bars(
         caption: instead of the default sentence.
 
     Raises:
-        ValueError: if the dimensions do not fit.
+        ValueError: if a baseline is not finite, or the dimensions do not fit.
         TypeError: if ``result`` is not labelled.
     """
     result = facts.drawn(result)
@@ -84,7 +84,6 @@ def bars(
         return go.Bar(
             y=compact(values - centre),
             base=centre,
-            customdata=compact(values),
             marker={
                 "color": theme.LINES[i % 6],
                 "line": {"color": theme.INK, "width": 1.5 * (i // 48)},
@@ -102,14 +101,13 @@ def bars(
         f"Each bar runs from the {facts.baseline_names(result)[1]} baseline to the metric "
         f"({facts.metric_of(result)}) after one patch"
     )
-    return _figure(result, along, bar, "%{customdata:.3~g}", title, caption, how)
+    return _figure(result, along, bar, title, caption, how)
 
 
 def _figure(
     result: xr.DataArray,
     along: str,
     draw: Callable[[int, np.ndarray], Any],
-    value: str,
     title: str | None,
     caption: str | None,
     how: str,
@@ -143,17 +141,21 @@ def _figure(
     bounds = facts.bounds_of(result)
     if bounds is not None:
         bounds = bounds.transpose("bound", ..., along).values.reshape(2, len(names), -1)[..., kept]
-        value += " (%{hovertext})"
+    value = "%{customdata:.3~g}" + " (%{hovertext})" * (bounds is not None)
+    shown = [values] if bounds is None else [values, np.where(np.isnan(values), np.nan, bounds)]
+    ends = [*np.concatenate([part[np.isfinite(part)] for part in shown]), clean, centre]
+    pad = 0.08 * ((max(ends) - min(ends)) or 1.0)
+    bottom, top = min(ends) - pad, max(ends) + pad
     traces, furthest = [], []
     for i, (name, row) in enumerate(zip(names, values, strict=True)):
         lead = "" if name == metric else f"{escape(name)}<br>"
-        trace = draw(i, row)
+        trace = draw(i, np.clip(row, bottom, top))  # Plotly would leave infinite ones out.
         if bounds is not None:
             low, high = bounds[:, i]
             trace.hovertext = facts.intervals(bounds[:, i])
             trace.error_y = {
-                "array": compact(high - row),
-                "arrayminus": compact(row - low),
+                "array": compact(high - np.clip(row, bottom, top)),
+                "arrayminus": compact(np.clip(row, bottom, top) - low),
                 "symmetric": False,
                 "color": theme.INK,
                 "thickness": 1,
@@ -162,10 +164,11 @@ def _figure(
         trace.update(
             x=[escape(word) for word in axis.words],
             name=escape(name),
+            customdata=compact(row),
             hovertemplate=f"{lead}%{{x}}<br>{measure}: {value}<extra></extra>",
         )
         traces.append(trace)
-        if np.isfinite(row).any():
+        if not np.isnan(row).all():
             at = int(np.nanargmax(np.abs(row - centre)))
             furthest.append(f"{name} {number(row[at])} at {axis.ticks[at]}")
     main, below = facts.title_of(result, title)
@@ -177,13 +180,11 @@ def _figure(
     elif len(at) > 1 and len(at) * (6.6 * axis.longest + 6) > _NARROW:
         ticks = [tick if len(tick) <= 24 else f"{tick[:13]}…{tick[-10:]}" for tick in axis.ticks]
         axis = replace(axis, ticks=ticks, turned=True)
-    shown = [values] if bounds is None else [values, np.where(np.isnan(values), np.nan, bounds)]
-    ends = [*np.concatenate([part[np.isfinite(part)] for part in shown]), clean, centre]
-    pad = 0.08 * ((max(ends) - min(ends)) or 1.0)
     everywhere = agrees.all(axis=0)
     if caption is None:
         caption = f"{how}; dashed lines mark the {source} and the {target} baseline"
         caption += facts.whiskers(result)
+        caption += f"; {facts.INFINITE}" * bool(np.isinf(values).any())
         caption += (
             "; in grey bands both inputs agree: nothing to patch." if everywhere.any() else "."
         )
@@ -215,7 +216,7 @@ def _figure(
         },
         yaxis={
             "title": panels.axis_title(str(result.attrs.get("units", ""))),
-            "range": [min(ends) - pad, max(ends) + pad],
+            "range": [bottom, top],
             "gridcolor": "rgba(127,127,127,0.25)",
             "zeroline": False,
             "tickfont": {"size": 11},

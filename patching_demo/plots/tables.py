@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from pandas.io.formats.style import Styler
 
@@ -127,7 +128,7 @@ def _tokens(tokens: Sequence[str], differs: Sequence[bool], places: Sequence[int
 
 
 def _written(column: str, value: Any) -> str:
-    if isinstance(value, float):
+    if isinstance(value, (float, np.floating)):
         if value != value:
             return "–"
         return percent(value) if column == "share" else number(value)

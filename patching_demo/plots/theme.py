@@ -101,13 +101,15 @@ def short_label(text: str, limit: int = 11) -> str:
 def number(value: float) -> str:
     """A number as a person would write it: up to three digits, a real minus sign.
 
-    >>> number(-10.3412), number(0.5), number(0.04567), number(12345.6)
-    ('−10.3', '0.5', '0.0457', '12346')
+    >>> number(-10.3412), number(0.5), number(0.04567), number(12345.6), number(-2e30)
+    ('−10.3', '0.5', '0.0457', '12346', '−2e+30')
     """
     if not math.isfinite(value):
         return str(value)
     if value == 0 or abs(value) < 5e-7:
         return "0"
+    if abs(value) >= 1e9:
+        return f"{value:.3g}".replace("-", "−")
     digits = max(0, 2 - math.floor(math.log10(abs(value))))
     text = f"{value:.{digits}f}".replace("-", "−")
     return text.rstrip("0").rstrip(".") if "." in text else text
@@ -121,6 +123,8 @@ def percent(share: float, digits: int = 0) -> str:
     """
     if not math.isfinite(share):
         return str(share)
+    if abs(share) >= 1e9:
+        return f"{number(100 * share)} %"
     text = f"{share:.{digits}%}"
     # No minus sign before a zero.
     return (text if text.strip("-0.%") else text.lstrip("-")).replace("%", " %").replace("-", "−")
@@ -155,7 +159,8 @@ def compact(values: Any) -> np.ndarray:
     # Plotly 6 and later pack arrays as base64, where float32 is half the size. Plotly 5 writes
     # decimals, where float32 would be written with the seventeen digits of a float64.
     if int(plotly.__version__.split(".")[0]) >= 6:
-        return values.astype(np.float32)
+        with np.errstate(over="ignore"):
+            return values.astype(np.float32)
     return np.array([float(f"{value:.4g}") for value in values.flat]).reshape(values.shape)
 
 
