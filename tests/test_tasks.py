@@ -418,8 +418,9 @@ def test_a_bos_that_is_also_the_pad_is_no_padding(model):
 
 
 def test_unequal_lengths_show_both_tokenisations_aligned(model):
+    task = prompt_task(model, CLEAN, "John gave the the bag to", RIGHT_WRONG)
     with pytest.raises(ValueError) as refusal:
-        prompt_task(model, CLEAN, "John gave the the bag to", RIGHT_WRONG)
+        sweep(model, task, "resid_pre", progress=False)
     message = str(refusal.value)
     assert "6 tokens" in message and "7" in message
     clean, corrupted = message.splitlines()[-2:]
@@ -438,7 +439,6 @@ PROMPTS = (CLEAN, CORRUPTED)
         (([CLEAN] * 2, [CORRUPTED]), RIGHT_WRONG, ["2 clean and 1 corrupted"]),
         (PROMPTS, ("Mary", " John"), ["right answer", "'Mary'", "leading space", "' Mary'"]),
         (PROMPTS, (" Mary", "John"), ["wrong answer", "'John'", "leading space"]),
-        (PROMPTS, (" Mary gave", " John"), ["2 tokens", "' Mary' | ' gave'", "first piece"]),
         (PROMPTS, (" Mary", " Mary"), ["same token", "' Mary'"]),
         (PROMPTS, (" Mary", " Zanzibar"), ["not in the tokenizer's vocabulary"]),
         (PROMPTS, (" Mary", ""), ["no token"]),

@@ -42,6 +42,7 @@ from patching_demo.explorer.markup import (
 from patching_demo.models import MODELS
 from patching_demo.plots import theme
 from patching_demo.sweeps import sweep
+from patching_demo.sweeps.question import check_positions
 from patching_demo.tasks import IOI_ANSWERS, IOI_PROMPTS, METRICS, Task, prompt_task
 
 _TOGETHER = ("resid_pre", "attn_out", "mlp_out")
@@ -238,18 +239,21 @@ class Panel(widgets.VBox):
         typed = [w.value for w in (self.clean, self.corrupted, self.right, self.wrong)]
         self._dry, self._problem = None, ""
         try:
-            self._dry = prompt_task(_Dry(self._model), *typed[:2], tuple(typed[2:]))
+            dry = prompt_task(_Dry(self._model), *typed[:2], tuple(typed[2:]))
+            check_positions(self._model, dry)
+            self._dry = dry
         except (TypeError, ValueError) as error:
             # The panel has one pair, and shows the tokens as a table below the sentence.
             self._problem = str(error).removeprefix("pair 1: ").replace(" of prompt 1", "")
             words = self._problem.split("\n")[0].rstrip(":.") + "."
             self.advice.value = paragraph("Change this first", words) + self._tokens()
         else:
-            differ = int((self._dry.clean_tokens != self._dry.corrupted_tokens).sum())
+            length = int(dry.roles["END"][0][0]) + 1
+            differ = int((dry.clean_tokens[0] != dry.corrupted_tokens[0]).sum())
             words = (
-                f"{self._dry.clean_tokens.shape[1]} tokens each, which differ at {differ} position"
-                f"{'s' * (differ > 1)}, the first being {self._dry.agree_until}. The answers "
-                f"{typed[2]!r} and {typed[3]!r} are one token each."
+                f"{length} tokens each, which differ at {differ} position"
+                f"{'s' * (differ > 1)}, the first being {dry.agree_until}. The answers "
+                f"are {typed[2]!r} and {typed[3]!r}."
             )
             self.advice.value = paragraph("Ready", words) + self._tokens()
         self._note_change()

@@ -6,6 +6,7 @@ import html
 import re
 import zlib
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -86,34 +87,42 @@ def tokens_table(task: Task, rows: int | None = None, caption: str | None = None
         f"Tokens of {task.name}: each {source} prompt above its {target} one, "
         "tokens that differ are marked."
     )
-    batch = len(task.clean_strings)
+    each = getattr(task, "rows_per_prompt", 1)  # A prompt's rows differ in what follows it alone.
+    batch = len(task.clean_strings) // each
     count = batch if rows is None else min(rows, batch)
+    body, index, lines = [], [], [caption]
+    pairs = [_pair(task, pair * each) for pair in range(count)]
+    places = max(len(tokens) for strings, _ in pairs for tokens in strings)
     # Token ids decide: two different tokens may print alike.
-    differs = (task.clean_tokens[:count] != task.corrupted_tokens[:count]).tolist()
-    places = len(task.position_labels)
-    shared = min((row.index(True) if any(row) else places) for row in differs)
+    shared = min((row.index(True) if True in row else places) for _, row in pairs)
     shared = shared if shared >= 4 else 0
     head = {f"0–{shared - 1}": range(shared)} if shared else {}
     head |= {str(place): range(place, place + 1) for place in range(shared, places)}
-    body, index, lines = [], [], [caption]
-    for pair in range(count):
-        length = int(task.lengths[pair])
-        sides = {source: task.clean_strings[pair], target: task.corrupted_strings[pair]}
-        for side, tokens in sides.items():
-            cells = (
-                (tokens, differs[pair], [i for i in run if i < length]) for run in head.values()
-            )
-            body.append([_tokens(*cell) for cell in cells])
-            index.append((str(pair + 1), side))
-            marked = zip(tokens[:length], differs[pair], strict=False)
-            lines.append(
-                f"{pair + 1} {side:<9} " + "|".join(f"*{t}*" if d else t for t, d in marked)
-            )
+    for pair, (strings, differs) in enumerate(pairs, 1):
+        for side, tokens in zip((source, target), strings, strict=True):
+            cells = ([i for i in run if i < len(tokens)] for run in head.values())
+            body.append([_tokens(tokens, differs, cell) for cell in cells])
+            index.append((str(pair), side))
+            marked = zip(tokens, differs, strict=False)
+            lines.append(f"{pair} {side:<9} " + "|".join(f"*{t}*" if d else t for t, d in marked))
     frame = pd.DataFrame(body, columns=list(head), index=pd.MultiIndex.from_tuples(index))
     # Narrow enough to have the first token that differs beside it on a telephone.
     start = [("min-width", "9em"), ("white-space", "normal")]
     wraps = [{"selector": "td.col0", "props": start}] if shared else []
     return Html(framed(frame.style, caption, wraps), "\n".join(lines))
+
+
+def _pair(task: Task, row: int) -> tuple[list[list[str]], list[bool]]:
+    """The tokens of a clean and a corrupted prompt as text, and at which places they differ."""
+    ends = getattr(task, "roles", {}).get("END")
+    lengths = [task.lengths, getattr(task, "corrupted_lengths", task.lengths)]
+    found, ids = [], []
+    for side, tokens in enumerate((task.clean_tokens, task.corrupted_tokens)):
+        length = int(lengths[side][row] if ends is None else ends[side][row] + 1)
+        strings = (task.clean_strings, task.corrupted_strings)[side][row]
+        found.append(list(strings[:length]))
+        ids.append(tokens[row, :length].tolist())
+    return found, [a != b for a, b in zip_longest(*ids)]
 
 
 def _tokens(tokens: Sequence[str], differs: Sequence[bool], places: Sequence[int]) -> str:

@@ -71,8 +71,8 @@ class Question:
                 raise ValueError(
                     f"{name!r} has other prompts than the first task: measure it by itself"
                 )
-        if not by_role and not first.same_lengths:
-            raise ValueError(_no_counterpart(self.model, first))
+        if not by_role:
+            check_positions(self.model, first)
         self.tokens = checks.checked_tokens(self.model, first.corrupted_tokens, masked=True)
         begin = time.perf_counter()
         with torch.no_grad():
@@ -411,14 +411,20 @@ def _same_prompts(task: Task, other: Task) -> bool:
     )
 
 
-def _no_counterpart(model: Any, task: Task) -> str:
-    """Why positions of the task do not correspond, shown on the first pair of other lengths."""
+def check_positions(model: Any, task: Task) -> None:
+    """Refuse a task in which positions of clean and corrupted prompts do not correspond.
+
+    Raises:
+        ValueError: showing the first pair of prompts of different lengths.
+    """
+    if task.same_lengths:
+        return
     row = int((task.lengths != task.corrupted_lengths).nonzero()[0])
     pair = row // task.rows_per_prompt + 1
     n, m = int(task.lengths[row]), int(task.corrupted_lengths[row])
     one = task.clean_tokens[row, :n].tolist()
     other = task.corrupted_tokens[row, :m].tolist()
-    return (
+    raise ValueError(
         f"pair {pair}: the clean prompt has {n} tokens and the corrupted one {m}, so positions do "
         "not correspond. Name roles and use by='role', or change words until both have as many "
         f"tokens:\n{aligned(model, one, other)}"
@@ -492,8 +498,8 @@ def grid_labels(
     Raises:
         ValueError: if positions of clean and corrupted prompts do not correspond.
     """
-    if by != "role" and not task.same_lengths:
-        raise ValueError(_no_counterpart(model, task))
+    if by != "role":
+        check_positions(model, task)
     heads = names[0] in HEAD_KINDS
     place = {"pos": ["position"], "role": ["role"], "all_pos": []}[by]
     dims = ["kind"] * several + ["layer"] + place + ["head"] * heads
