@@ -13,7 +13,7 @@ import xarray as xr
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from patching_demo import attribute, interval, patch, paths, prompt_task, sweep
+from patching_demo import attribute, interval, noise_task, patch, paths, prompt_task, sweep
 from patching_demo.engine.kinds import KINDS
 from patching_demo.tasks import Task
 
@@ -423,3 +423,57 @@ def test_what_a_model_solves(capsys):
         task.with_metric(bridge, "probability").solved(bridge)
     with pytest.raises(ValueError, match="no prompt"):
         task.select([])
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama-gqa", "gemma2"])
+def test_noise_on_embeddings_is_what_a_hook_would_add(name):
+    bridge = model(name)
+    prompts, subject = CLEAN[:3], ["Mary and John went", "Tom and", "The cat"]
+    pairs = ANSWERS["one token"][:3]
+    task = noise_task(bridge, prompts, pairs, {"subject": subject}, scale=2.0, seed=1)
+    table = bridge.embed.original_component.weight.detach()
+    noise = task.extra_embeddings - table[
+        torch.cat([own[moved] for own, moved in zip(
+            task.clean_tokens, task.clean_tokens != task.corrupted_tokens, strict=True)])
+    ]  # fmt: skip
+    assert len(noise) == 4 + 2 + 2  # One vector for each token of the substrings.
+    assert float(noise.std()) == pytest.approx(2 * float(table.std()), rel=0.25)
+    # GPT-2 adds positions after, and Gemma scales what it looked up: as a hook on the lookup.
+    found = sweep(bridge, task, ["resid_pre", "mlp_out"], by="role", per_prompt=True, **QUIET)
+    start = 0
+    for number, prompt in enumerate(prompts):
+        tokens = bridge.to_tokens(prompt)
+        places = (task.clean_tokens != task.corrupted_tokens)[number].nonzero()[:, 0]
+        vectors = task.extra_embeddings[start : start + len(places)]
+        start += len(places)
+
+        def noisy(module, args, output, places=places, vectors=vectors):
+            ratio = output[0, places[0]] / table[args[0][0, places[0]]]
+            output = output.clone()
+            output[0, places] = vectors * ratio
+            return output
+
+        with torch.no_grad():
+            _, cache = bridge.run_with_cache(prompt)
+        for kind, layer in (("resid_pre", 1), ("mlp_out", 0)):
+            at = int(task.roles["subject"][0][number])
+
+            def put(activation, hook, at=at, kind=kind, layer=layer, cache=cache):
+                activation[0, at] = cache[f"blocks.{layer}.hook_{kind}"][0, at]
+                return activation
+
+            handle = bridge.embed.original_component.register_forward_hook(noisy)
+            with torch.no_grad():
+                logits = bridge.run_with_hooks(
+                    tokens, fwd_hooks=[(f"blocks.{layer}.hook_{kind}", put)]
+                )
+            handle.remove()
+            right, wrong = task.answers[number].tolist()
+            wanted = float(logits[0, -1, right] - logits[0, -1, wrong])
+            cell = found.sel(kind=kind, layer=layer, role="subject")[number]
+            assert float(cell) == pytest.approx(wanted, abs=2e-4)
+    # By position, and reversed, as any task; and the caller's model embeds what it did.
+    assert sweep(bridge, task.reversed(), "resid_pre", **QUIET).sizes["position"] > 10
+    assert bridge.embed.original_component.weight.shape[0] == len(table)
+    with pytest.raises(ValueError, match="embeddings"):
+        task.on(bridge)

@@ -96,6 +96,8 @@ def with_more_tokens(model: Any, embeddings: Tensor) -> Any:
     Raises:
         RuntimeError: if the embedding cannot be extended without touching the caller's model.
     """
+    if "_more_tokens" in getattr(model, "__dict__", {}):  # It is such a model already.
+        return model
     copied = isolated(model)
     table = getattr(getattr(copied, "embed", None), "original_component", None)
     weight = getattr(table, "weight", None)

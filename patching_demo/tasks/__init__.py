@@ -12,7 +12,7 @@ from patching_demo.tasks.datasets import (
     induction_task,
     ioi_task,
 )
-from patching_demo.tasks.prompts import prompt_task
+from patching_demo.tasks.prompts import noise_task, prompt_task
 from patching_demo.tasks.task import METRICS, Task
 
 __all__ = [
@@ -23,5 +23,6 @@ __all__ = [
     "Task",
     "induction_task",
     "ioi_task",
+    "noise_task",
     "prompt_task",
 ]

@@ -9,7 +9,14 @@ from typing import Any
 import torch
 
 from patching_demo.engine.checks import check_bridge, warn_once
-from patching_demo.engine.tokens import check_ids, check_length, device_of, pads, whole_numbers
+from patching_demo.engine.tokens import (
+    check_ids,
+    check_length,
+    config_number,
+    device_of,
+    pads,
+    whole_numbers,
+)
 from patching_demo.metrics import Answer, AnswerOdds, Metric
 from patching_demo.tasks.task import (
     Task,
@@ -73,8 +80,8 @@ def prompt_task(
     if chat:
         clean, corrupted = (_in_chat(model, own) for own in (clean, corrupted))
     sides = {
-        "clean": _prompt_rows(model, clean, "clean"),
-        "corrupted": _prompt_rows(model, corrupted, "corrupted"),
+        which: _prompt_rows(model, given, which, quiet=chat)
+        for which, given in (("clean", clean), ("corrupted", corrupted))
     }
     count = len(sides["clean"])
     if count != len(sides["corrupted"]):
@@ -89,25 +96,93 @@ def prompt_task(
                 f"({_shown(model, one)}), so there is nothing to patch"
             )
     pairs = _answer_pairs(model, answers, count, clean)
-    suffixes, scored = _scoring(pairs, metric)
-    each = len(suffixes[0])
     places = {which: _role_places(model, roles or {}, rows, which) for which, rows in sides.items()}
+    return _from_rows(model, sides, places, pairs, metric, name=name)
+
+
+def noise_task(
+    model: Any,
+    prompts: str | Sequence[str] | Any,
+    answers: Any,
+    roles: Mapping[str, Any],
+    *,
+    scale: float = 3.0,
+    seed: int = 0,
+    metric: str = "logit difference",
+    name: str = "noise",
+) -> Task:
+    """A task whose corrupted run is the clean one with noise on the embeddings of some tokens.
+
+    Meng et al. (2022) corrupt the subject of a sentence so, instead of swapping it for another.
+    What a sweep finds depends on the choice (Zhang & Nanda, 2024).
+
+    Args:
+        model: a TransformerBridge with a tokenizer.
+        prompts, answers, metric, name: as for :func:`prompt_task`.
+        roles: by name, the part of each prompt that gets noise: a substring, all tokens of which
+            get it, or a position. A sweep by role patches the last of them.
+        scale: of the Gaussian noise, in standard deviations of the model's token embeddings.
+        seed: of the noise, which is drawn anew for every token.
+
+    Raises:
+        TypeError: if prompts or answers are of the wrong kind.
+        ValueError: as :func:`prompt_task`, and if there is no role, or ``scale`` is not above 0.
+        RuntimeError: if the model's embedding cannot be extended.
+    """
+    check_bridge(model)
+    if not roles:
+        raise ValueError("name a role that gets the noise, such as roles={'subject': 'France'}")
+    if not scale > 0:
+        raise ValueError(f"scale must be above 0, got {scale!r}")
+    rows = _prompt_rows(model, prompts, "clean")
+    pairs = _answer_pairs(model, answers, len(rows), prompts)
+    noisy: list[set[int]] = [set() for _ in rows]
+    for role, given in roles.items():
+        for found, what in zip(noisy, _of_prompts(given, rows, role, "clean"), strict=True):
+            found |= set(_tokens_of(model, *what))
+    table = model.embed.original_component.weight.detach()
+    size, generator = config_number(model, "d_vocab") or len(table), torch.Generator()
+    generator.manual_seed(seed)
+    corrupted, vectors = [list(row) for row in rows], []
+    for row, changed, own in zip(rows, corrupted, noisy, strict=True):
+        for place in sorted(own):
+            noise = torch.randn(table.shape[1], generator=generator).to(table)
+            changed[place] = size + len(vectors)
+            vectors.append(table[row[place]] + scale * table.std() * noise)
+    sides = {"clean": rows, "corrupted": corrupted}
+    places = dict.fromkeys(sides, _role_places(model, roles, rows, "clean"))
+    more = torch.stack(vectors)
+    metric = checked_metric_name(metric)
+    return _from_rows(model, sides, places, pairs, metric, name=name, extra_embeddings=more)
+
+
+def _from_rows(
+    model: Any,
+    sides: Mapping[str, Sequence[Sequence[int]]],
+    places: Mapping[str, Mapping[str, Sequence[int]]],
+    pairs: Sequence[Any],
+    metric: str,
+    **parts: Any,
+) -> Task:
+    """A task of token ids and role's places of clean and corrupted prompts, and their answers."""
+    suffixes, scored = _scoring(pairs, metric)
+    each, device = len(suffixes[0]), device_of(model)
     tokens, lengths, pad = {}, {}, getattr(getattr(model, "tokenizer", None), "pad_token_id", None)
     for which, rows in sides.items():
         whole = [[*row, *suffix] for row, own in zip(rows, suffixes, strict=True) for suffix in own]
         for row in whole:
             check_length(model, len(row), f"a {which} prompt with its answer")
         lengths[which] = torch.tensor([len(row) for row in whole])
-        tokens[which] = right_padded(whole, 0 if pad is None else pad).to(device_of(model))
+        tokens[which] = right_padded(whole, 0 if pad is None else pad).to(device)
     ends = torch.tensor([len(row) for row in sides["corrupted"] for _ in range(each)])
-    firsts = torch.tensor([[side[0][0] for side in pair] for pair in pairs for _ in range(each)])
+    firsts = [[side[0][0] for side in pair] for pair in pairs for _ in range(each)]
+    answers = torch.tensor(firsts).to(device)
     return build(
         model,
-        name=name,
         clean=tokens["clean"],
         corrupted=tokens["corrupted"],
-        metric=scored(firsts.to(device_of(model)), ends, lengths["corrupted"], device_of(model)),
-        answers=firsts.to(device_of(model)),
+        metric=scored(answers, ends, lengths["corrupted"], device),
+        answers=answers,
         lengths=lengths["clean"],
         corrupted_lengths=lengths["corrupted"],
         roles={
@@ -117,6 +192,7 @@ def prompt_task(
             for role in places["clean"]
         },
         rows_per_prompt=each,
+        **parts,
     )
 
 
@@ -165,49 +241,56 @@ def _role_places(
     model: Any, roles: Mapping[str, Any], rows: Sequence[Sequence[int]], which: str
 ) -> dict[str, list[int]]:
     """By role, its position in each clean or corrupted prompt."""
-    places = {}
-    for name, given in roles.items():
-        if name == END:
-            raise ValueError(f"the role {END!r} is always the last token: choose another name")
-        own = given
-        if isinstance(given, tuple):
-            if len(given) != 2:
-                raise ValueError(
-                    f"role {name!r}: a tuple is (for clean prompts, for corrupted ones), got "
-                    f"{given!r}; give one substring for each prompt as a list"
-                )
-            own = given[which == "corrupted"]
-        own = own.tolist() if hasattr(own, "tolist") else own
-        own = own if isinstance(own, (list, tuple)) else [own] * len(rows)
-        if len(own) != len(rows):
-            raise ValueError(
-                f"role {name!r} names {len(own)} places in {len(rows)} {which} prompts"
-            )
-        places[name] = [
-            _place(model, row, what, f"role {name!r}, {which} prompt {number}")
-            for number, (row, what) in enumerate(zip(rows, own, strict=True), 1)
-        ]
+    places = {
+        name: [_tokens_of(model, *own)[-1] for own in _of_prompts(given, rows, name, which)]
+        for name, given in roles.items()
+    }
     return {**places, END: [len(row) - 1 for row in rows]}
 
 
-def _place(model: Any, row: Sequence[int], what: Any, where: str) -> int:
-    """The position of a role in a prompt: the last token of a substring."""
+def _of_prompts(
+    given: Any, rows: Sequence[Sequence[int]], name: str, which: str
+) -> list[tuple[Sequence[int], Any, str]]:
+    """What of each prompt a role names: its tokens, the substring or position, and where."""
+    if name == END:
+        raise ValueError(f"the role {END!r} is always the last token: choose another name")
+    if isinstance(given, tuple):
+        if len(given) != 2:
+            raise ValueError(
+                f"role {name!r}: a tuple is (for clean prompts, for corrupted ones), got "
+                f"{given!r}; give one substring for each prompt as a list"
+            )
+        given = given[which == "corrupted"]
+    given = given.tolist() if hasattr(given, "tolist") else given
+    own = given if isinstance(given, (list, tuple)) else [given] * len(rows)
+    if len(own) != len(rows):
+        raise ValueError(f"role {name!r} names {len(own)} places in {len(rows)} {which} prompts")
+    return [
+        (row, what, f"role {name!r}, {which} prompt {number}")
+        for number, (row, what) in enumerate(zip(rows, own, strict=True), 1)
+    ]
+
+
+def _tokens_of(model: Any, row: Sequence[int], what: Any, where: str) -> range:
+    """The positions of a substring in a prompt, or one that is given."""
     if isinstance(what, Integral) and not isinstance(what, bool):
         if not -len(row) <= what < len(row):
             raise ValueError(f"{where}: there is no position {what} in {_shown(model, row)}")
-        return int(what) % len(row)
+        return range(int(what) % len(row), int(what) % len(row) + 1)
     if not isinstance(what, str) or not what.strip():
         raise TypeError(f"{where} must be a substring or a position, got {what!r}")
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None:
         raise ValueError(f"{where}: this model has no tokenizer, so give the position of {what!r}")
-
-    def text(n_tokens: int) -> str:
-        return tokenizer.decode(
-            row[:n_tokens], skip_special_tokens=False, clean_up_tokenization_spaces=False
+    ends = [
+        len(
+            tokenizer.decode(
+                row[: i + 1], skip_special_tokens=False, clean_up_tokenization_spaces=False
+            )
         )
-
-    whole = text(len(row))
+        for i in range(len(row))
+    ]
+    whole = tokenizer.decode(row, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     count = sum(whole.startswith(what, i) for i in range(len(whole)))
     if count != 1:
         times = "does not occur" if not count else f"occurs {count} times"
@@ -215,9 +298,10 @@ def _place(model: Any, row: Sequence[int], what: Any, where: str) -> int:
             f"{where}: {what!r} {times} in {_shown(model, row)}. Name a longer part of the "
             "text that ends with the token you mean, or give its position"
         )
-    end = whole.index(what) + len(what)
-    # The first token with which the whole of it has been read.
-    return next(i for i in range(len(row)) if len(text(i + 1)) >= end)
+    begin = whole.index(what)
+    first = next(i for i, end in enumerate(ends) if end > begin)
+    last = next(i for i, end in enumerate(ends) if end >= begin + len(what))
+    return range(first, last + 1)
 
 
 def _in_chat(model: Any, prompts: Any) -> Any:
@@ -234,12 +318,12 @@ def _in_chat(model: Any, prompts: Any) -> Any:
     return [_in_chat(model, prompt) for prompt in prompts]
 
 
-def _prompt_rows(model: Any, prompts: Any, which: str) -> list[list[int]]:
+def _prompt_rows(model: Any, prompts: Any, which: str, quiet: bool = False) -> list[list[int]]:
     """Token ids of each prompt, BOS included, without padding."""
     if isinstance(prompts, str):
         prompts = [prompts]
     if isinstance(prompts, (list, tuple)) and all(isinstance(p, str) for p in prompts):
-        rows = [_tokenise(model, p, f"{which} prompt {i}") for i, p in enumerate(prompts, 1)]
+        rows = [_tokenise(model, p, f"{which} prompt {i}", quiet) for i, p in enumerate(prompts, 1)]
     else:
         rows = _rows_of_tokens(model, prompts, which)
     if not rows:
@@ -249,7 +333,7 @@ def _prompt_rows(model: Any, prompts: Any, which: str) -> list[list[int]]:
     return rows
 
 
-def _tokenise(model: Any, text: str, what: str) -> list[int]:
+def _tokenise(model: Any, text: str, what: str, quiet: bool) -> list[int]:
     if getattr(model, "tokenizer", None) is None:
         raise ValueError(
             "this model has no tokenizer, so prompts cannot be text: use induction_task, or give "
@@ -261,7 +345,8 @@ def _tokenise(model: Any, text: str, what: str) -> list[int]:
     ids = model.to_tokens(text, truncate=False)[0].tolist()
     bos = getattr(model.tokenizer, "bos_token", None)
     if bos and text.startswith(bos) and ids[:2] == [model.tokenizer.bos_token_id] * 2:
-        warn_once(f"the prompts begin with {bos!r} already, so no other BOS is put before them")
+        if not quiet:
+            warn_once(f"the prompts begin with {bos!r} already, so no other BOS is put before them")
         return ids[1:]
     return ids
 
