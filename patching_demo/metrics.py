@@ -401,9 +401,7 @@ def check_scale(clean: float, corrupted: float, name: str, units: str) -> None:
                 f"the {which} baseline of '{name}' is {value}: look for a metric or "
                 "a model that overflows before normalising"
             )
-    # Logits are of order ten, and carry seven digits in single precision.
-    size = max(abs(clean), abs(corrupted), 1.0 if units in ("logits", "nats") else 0.0)
-    if abs(clean - corrupted) <= 1e-5 * size:
+    if as_good_as_equal(clean, corrupted, units):
         are = (
             f"both {clean}" if clean == corrupted else f"{clean} and {corrupted}, as good as equal"
         )
@@ -412,6 +410,17 @@ def check_scale(clean: float, corrupted: float, name: str, units: str) -> None:
             "would be rounding, magnified. Choose prompts on which the model's answers differ, or "
             "use the metric un-normalised"
         )
+
+
+def as_good_as_equal(clean: float, corrupted: float, units: str) -> bool:
+    """Whether two baselines differ by no more than rounding may.
+
+    >>> as_good_as_equal(3.0, 3.0 + 1e-7, "logits")
+    True
+    """
+    # Logits are of order ten, and carry seven digits in single precision.
+    size = max(abs(clean), abs(corrupted), 1.0 if units in ("logits", "nats") else 0.0)
+    return abs(clean - corrupted) <= 1e-5 * size
 
 
 class PerExample:

@@ -106,7 +106,9 @@ def generic_activation_patch(
         corrupted_tokens: int ``[batch, pos]``.
         clean_cache: activations of the clean run, from ``model.run_with_cache``.
         patching_metric: from logits ``[batch, pos, d_vocab]`` to a number, or several by name. A
-            metric that declares the positions it reads (``patching_demo.metrics``) is faster.
+            metric that declares the positions it reads (``patching_demo.metrics``) is faster. Any
+            other is called once for each cell that its patch can change, and a few times more for
+            the baseline and for checks, each time with logits of its own.
         patch_setter: writes a clean activation into a corrupted one. Those of
             ``transformer_lens.patching`` run fast; any other is called in the plain loop.
         activation_name: as for ``transformer_lens.utilities.get_act_name``, for instance "z".

@@ -22,7 +22,7 @@ import torch
 import xarray as xr
 from scipy.stats import bootstrap
 
-from patching_demo.metrics import check_scale
+from patching_demo.metrics import as_good_as_equal, check_scale
 
 __all__ = [
     "attention",
@@ -211,7 +211,7 @@ def largest_cells(result: xr.DataArray, n: int = 5) -> pd.DataFrame:
         One row per cell, largest effect first: a column for each further dimension (such as
         ``kind``), then ``label`` (L9H6 or L9), ``position`` and ``token`` where there are
         positions, ``value`` in the metric's units and ``share`` of clean minus corrupted (NaN
-        where the baselines are equal).
+        where the baselines differ by rounding at most).
 
     Raises:
         ValueError: if n is not positive, or a baseline or the layer is missing.
@@ -231,6 +231,7 @@ def largest_cells(result: xr.DataArray, n: int = 5) -> pd.DataFrame:
         values = result.where(~result["agrees"]).transpose(*result.dims).values.astype(float)
     effect = np.nan_to_num(np.abs(values - corrupted), nan=-1.0)
     order = np.argsort(-effect, axis=None, kind="stable")[:n]
+    spread = math.nan if baselines_are_equal(result) else clean - corrupted
     rows = []
     for flat in order:
         index = np.unravel_index(flat, values.shape)
@@ -247,8 +248,7 @@ def largest_cells(result: xr.DataArray, n: int = 5) -> pd.DataFrame:
             if "token" in labels:
                 row["token"] = str(labels["token"])
         row["value"] = float(values[index])
-        spread = clean - corrupted
-        row["share"] = (row["value"] - corrupted) / spread if spread else math.nan
+        row["share"] = (row["value"] - corrupted) / spread
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -473,6 +473,11 @@ def single(values: xr.DataArray) -> xr.DataArray:
     """The same in single precision; what is too large for it becomes infinite."""
     with np.errstate(over="ignore"):
         return values.astype(np.float32)
+
+
+def baselines_are_equal(result: xr.DataArray) -> bool:
+    """Whether the baselines of a result differ by rounding at most, so that there are no shares."""
+    return as_good_as_equal(*baselines(result), str(result.attrs.get("units", "")))
 
 
 def _file(path: Any) -> Path:

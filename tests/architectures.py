@@ -173,7 +173,12 @@ DECODERS = sorted(set(SUPPORTED_ARCHITECTURES) & set(MODEL_FOR_CAUSAL_LM_MAPPING
 
 
 def decoder(
-    architecture: str, *, compatible: bool = True, dtype: torch.dtype = torch.float32, **more: Any
+    architecture: str,
+    *,
+    compatible: bool = True,
+    dtype: torch.dtype = torch.float32,
+    attention: str = "eager",
+    **more: Any,
 ) -> TransformerBridge:
     """A new tiny random model of any architecture in :data:`DECODERS`, in eval mode."""
     family = architecture.removesuffix("ForCausalLM").removesuffix("ForConditionalGeneration")
@@ -182,7 +187,7 @@ def decoder(
     config.architectures = [architecture]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        inner = made._from_config(config, attn_implementation="eager")
+        inner = made._from_config(config, attn_implementation=attention)
         for parameter in inner.parameters():
             if parameter.ndim > 1:
                 torch.nn.init.normal_(parameter, std=0.2)

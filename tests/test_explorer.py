@@ -6,6 +6,7 @@ import asyncio
 import re
 import threading
 import time
+from contextlib import nullcontext
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
@@ -365,13 +366,37 @@ def test_a_cell_may_wait_for_the_result(panel):
     assert "Done" in panel.status.value
 
 
-def test_a_picture_that_fails_leaves_the_panel_free(panel, monkeypatch):
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+@pytest.mark.parametrize("where", ["heatmap_table", "sweep"])
+def test_what_fails_leaves_the_panel_free(panel, monkeypatch, where, error):
+    def fail(*_, **__):
+        raise error
+
+    interrupted = where == "heatmap_table" and error is KeyboardInterrupt
     with monkeypatch.context() as broken:
-        broken.setattr(widgets, "heatmap_table", lambda *_: 1 / 0)
-        panel.run()
-    assert not panel.running and isinstance(panel.error, ZeroDivisionError)
-    assert "did not work" in panel.status.value and not panel.run_button.disabled
+        broken.setattr(widgets, where, fail)
+        with pytest.raises(error) if interrupted else nullcontext():
+            panel.run()
+    assert not panel.running and not panel.run_button.disabled
+    if where == "heatmap_table" or error is ZeroDivisionError:
+        assert isinstance(panel.error, error) and "did not work" in panel.status.value
     finished(panel)
+
+
+def test_a_thread_that_cannot_start_leaves_the_panel_free(panel, monkeypatch):
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    async def scenario():
+        with monkeypatch.context() as broken:
+            broken.setattr(threading.Thread, "start", refuse)
+            panel.run()
+        assert not panel.running and isinstance(panel.error, RuntimeError)
+        panel.run()
+        return [panel]
+
+    in_a_loop(scenario)
+    assert panel.error is None and "Done" in panel.status.value
 
 
 @pytest.mark.parametrize(
@@ -422,10 +447,11 @@ def test_numbers_in_the_picture_have_as_many_decimals_as_the_range_needs(panel):
     assert not [text for text in written if text.startswith("−") and not float(text[1:])]
 
 
-def test_effects_that_are_all_zero_have_a_picture(panel):
+@pytest.mark.parametrize("apart", [0.0, 1e-7])
+def test_effects_that_are_all_zero_have_a_picture(panel, apart):
     finished(panel)
     flat = panel.result.copy(data=np.full(panel.result.shape, 0.5, np.float32))
-    flat.attrs.update(clean_baseline=0.5, corrupted_baseline=0.5)
+    flat.attrs.update(clean_baseline=0.5 + apart, corrupted_baseline=0.5)
     assert Markup(markup.heatmap_table(flat, (0, 0))).tags.count("td") == flat.size
     words, _ = markup.largest_effects(flat)[0]
     assert "%" not in words and "–" in markup.cell_table(flat, panel.task, (1, 12))

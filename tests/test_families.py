@@ -67,6 +67,9 @@ def outcome(model: Any, sweep: str, n_pos: int = 7, batch: int = 2) -> str:
         ("Gemma4ForCausalLM", {}),
         ("LlamaForCausalLM", {"use_cache": False}),
         ("Qwen2ForCausalLM", {"use_cache": False}),
+        ("GPTNeoForCausalLM", {"use_cache": False}),
+        ("FalconForCausalLM", {"use_cache": False, "alibi": True}),
+        ("MistralForCausalLM", {"attention": "sdpa", "sliding_window": 3}),
         ("OlmoForCausalLM", {"dtype": torch.bfloat16, "compatible": False}),
         ("Olmo2ForCausalLM", {"dtype": torch.float16, "compatible": False}),
     ],
@@ -84,6 +87,24 @@ def test_local_attention_is_exact_beyond_its_window_and_near_the_length_of_its_b
     assert outcome(model, "resid_pre", n_pos=40, batch=1) == "fast"
     assert outcome(model, "attn_head_v_all_pos", n_pos=40) == "fast"
     assert outcome(model, "attn_head_all_pos_every", n_pos=44, batch=1) == "fast"
+
+
+@pytest.mark.parametrize("window", [1, 5, 24, 40])
+@pytest.mark.parametrize(
+    ("architecture", "settings"),
+    [
+        ("MistralForCausalLM", {}),
+        ("Gemma3ForCausalLM", {"layer_types": ["sliding_attention", "full_attention"]}),
+        ("Qwen2ForCausalLM", {"use_sliding_window": True, "max_window_layers": 1}),
+    ],
+)
+def test_windows_of_any_size_are_served_fast(
+    architecture: str, settings: dict[str, Any], window: int
+) -> None:
+    model = architectures.decoder(
+        architecture, sliding_window=window, num_hidden_layers=2, compatible=False, **settings
+    )
+    assert outcome(model, "attn_head_v_all_pos", n_pos=26, batch=1) == "fast"
 
 
 TUNED = {"attn_temperature_tuning": True, "floor_scale": 4, "attn_scale": 0.5}

@@ -427,8 +427,9 @@ def test_baselines_that_no_scale_reaches_are_refused(name, value):
             draw(result)
 
 
-def test_equal_baselines_can_be_drawn():
-    result = _made(("layer", "head"), clean=-1.0)
+@pytest.mark.parametrize("apart", [0.0, 1e-7])
+def test_equal_baselines_can_be_drawn(apart):
+    result = _made(("layer", "head"), clean=-1.0 + apart)
     assert "of clean minus" not in plots.heatmap(result).data[0].hovertemplate
     axis = plots.heatmap(xr.full_like(result, -1.0)).layout.coloraxis
     assert axis.cmin < axis.cmax

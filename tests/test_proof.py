@@ -91,6 +91,35 @@ def test_a_model_that_works_by_slot_takes_the_plain_loop(
             assert any("works by the place in its input" in str(w.message) for w in caught)
 
 
+@pytest.mark.filterwarnings("ignore:this sweep takes the plain loop")
+@pytest.mark.parametrize("part", ["ln_final", "unembed"])
+@pytest.mark.parametrize("kind", ["the last slot", "every third slot", "the mean of slots"])
+@pytest.mark.parametrize("name", ["gpt2", "llama-gqa"])
+def test_an_unembedding_that_works_by_slot_is_never_wrong_in_silence(
+    name: str, kind: str, part: str
+) -> None:
+    model = tiny.fresh(name)
+    changed(getattr(model, part).original_component, BY_SLOT[kind])
+    data = make_pair(model, 2, 13, (3, 4))
+    for metric in data.metrics.values():
+        found = swept(model, data, "attn_out", metric, check=0)
+        assert_close(found, plainly(model, data, "attn_out", metric), metric_axis=False)
+
+
+@pytest.mark.filterwarnings("ignore:this sweep takes the plain loop")
+@pytest.mark.parametrize("kind", ["the last slot", "every third slot", "the slot before"])
+@pytest.mark.parametrize("name", ["gpt2", "llama-gqa"])
+def test_what_was_proved_is_proved_again(name: str, kind: str) -> None:
+    """What a model computes may depend on more than its modules, such as a switch elsewhere."""
+    model, switch = tiny.fresh(name), [False]
+    changed(model.blocks[1], lambda h: BY_SLOT[kind](h) if switch[0] else h)
+    data = make_pair(model, 2, 19, (3, 4))
+    for switch[0] in (False, True, False):
+        found = swept(model, data, "resid_pre", oracle.all_logits, check=0)
+        wanted = plainly(model, data, "resid_pre", oracle.all_logits)
+        assert_close(found, wanted, metric_axis=False)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_types_of_few_bits_are_held_to_what_rounding_does(dtype: torch.dtype) -> None:
     model = tiny.fresh("llama-gqa").to(dtype)
@@ -119,7 +148,18 @@ def linear_in(module: nn.Module) -> nn.Module:
     return found[-1]
 
 
-@pytest.mark.parametrize("how", ["hook", "pre-hook", "everywhere", "wrapped", "inner hook"])
+class Steering:
+    def __call__(self, module: nn.Module, args: Any, out: Any) -> Any:
+        return steer(out)
+
+
+HOOKED = (
+    *("hook", "pre-hook", "everywhere", "everywhere before", "wrapped", "inner hook", "object"),
+    *("embedding", "unembedding", "hook point"),
+)
+
+
+@pytest.mark.parametrize("how", HOOKED)
 @pytest.mark.parametrize("name", ["gpt2", "llama-gqa"])
 def test_hooks_of_pytorch_take_part_by_the_plain_loop(name: str, how: str) -> None:
     model = tiny.fresh(name)
@@ -127,8 +167,16 @@ def test_hooks_of_pytorch_take_part_by_the_plain_loop(name: str, how: str) -> No
     layer = (layers.h if layers is not None else model.original_model.model.layers)[1]
     inner = layer.mlp
     remove: Callable[[], None] = lambda: None  # noqa: E731
+    of_torch = nn.modules.module
     if how == "hook":
         layer.register_forward_hook(steer)
+    elif how == "object":
+        layer.register_forward_hook(Steering())
+    elif how in ("embedding", "unembedding"):
+        part = {"embedding": model.embed, "unembedding": model.unembed}[how]
+        part.original_component.register_forward_hook(steer)
+    elif how == "hook point":
+        model.hook_dict["blocks.1.hook_mlp_out"].register_forward_hook(steer)
     elif how == "inner hook":
         linear_in(inner).register_forward_hook(steer)
     elif how == "wrapped":
@@ -137,9 +185,12 @@ def test_hooks_of_pytorch_take_part_by_the_plain_loop(name: str, how: str) -> No
         linear.forward = lambda states: steer(own(states))
     elif how == "pre-hook":
         inner.register_forward_pre_hook(lambda module, args: (steer(args[0]), *args[1:]))
+    elif how == "everywhere before":
+        before = lambda module, args: steer(args[0]) if module is inner else None  # noqa: E731
+        remove = of_torch.register_module_forward_pre_hook(before).remove
     else:
         hook = lambda module, args, out: steer(out) if module is inner else None  # noqa: E731
-        remove = nn.modules.module.register_module_forward_hook(hook).remove
+        remove = of_torch.register_module_forward_hook(hook).remove
     try:
         data = make_pair(model, 2, 6, (3,))
         with aloud("the model has hooks attached"):

@@ -155,11 +155,14 @@ def test_share_is_zero_at_corrupted_and_one_at_clean():
     np.testing.assert_allclose(task.values, scaled.values, atol=1e-4)
 
 
-def test_share_needs_two_different_baselines():
-    flat = _result("gpt2", "out").copy()
-    flat.attrs["clean_baseline"] = flat.attrs["corrupted_baseline"]
+@pytest.mark.parametrize("apart", [0.0, 1e-7])
+@pytest.mark.parametrize("name", ["gpt2", "llama-gqa"])
+def test_share_needs_two_different_baselines(name, apart):
+    flat = _result(name, "out").copy()
+    flat.attrs["clean_baseline"] = flat.attrs["corrupted_baseline"] + apart
     with pytest.raises(ValueError, match="share of their difference"):
         share(flat)
+    assert largest_cells(flat, 3)["share"].isna().all()
     with pytest.raises(ValueError, match="keep_attrs"):
         share(xr.DataArray([1.0], dims="layer"))
 

@@ -158,14 +158,12 @@ def capture(model: Any, tokens: Tensor) -> Run:
     def after_last(block: Any, args: tuple[Any, ...], output: Any) -> None:
         hidden[n_layers] = tensor_of(output).clone()
 
-    handles = [
-        block.register_forward_pre_hook(before(layer), with_kwargs=True)
-        for layer, block in enumerate(model.blocks)
-    ]
-    handles.append(model.blocks[-1].register_forward_hook(after_last))
-    for block, recorder in zip(model.blocks, recorders, strict=True):
-        handles += _listen_to_native(block, recorder)
+    handles: list[Any] = []
     try:
+        for layer, block in enumerate(model.blocks):
+            handles.append(block.register_forward_pre_hook(before(layer), with_kwargs=True))
+            handles += _listen_to_native(block, recorders[layer])
+        handles.append(model.blocks[-1].register_forward_hook(after_last))
         logits = model(tokens, return_type="logits")
     except (Unsupported, torch.OutOfMemoryError):
         raise

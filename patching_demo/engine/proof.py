@@ -21,8 +21,9 @@ def prove(model: Any, run: Run, cells: Sequence[Cell], scorer: Scorer) -> Tensor
     """Run unpatched control runs where patched ones would stand, and compare them.
 
     Returns how far rounding alone moves each metric over a pass: ``[metric, (batch)]``. It is
-    measured on the control runs in types of few bits, and 0 elsewhere. What is proved of a model is
-    not proved again for the same prompts and runs, as long as its weights and modules are the same.
+    measured on the control runs in types of few bits, and 0 elsewhere. What was proved of a model
+    is proved again on one group of runs only, for the same prompts and runs, as long as its weights
+    and modules are the same: what its code reads elsewhere may have changed.
 
     Raises:
         Unsupported: if a block computes anything for them that it does not in the corrupted run,
@@ -39,33 +40,33 @@ def _proved(model: Any, run: Run, cells: Sequence[Cell], scorer: Scorer) -> Tens
         if misfit := _misfit(arguments.get("attention_mask")):
             raise Unsupported(f"block {layer} {misfit}")
     rising = _some(spans(cells, scorer.last_read + 1))
-    members = _crowded(rising)
+    groups = _crowded(rising)
     first, n_layers = min(cell.layer for cell in cells), len(run.resid) - 1
     few_bits = run.resid[0].element_size() <= 2
     # A change of its modules makes another isolated model, see there.
     proved = model.__dict__.setdefault("_proved", set()) if "_isolated" in vars(model) else set()
-    weights = sum(w._version for w in model.parameters() if not w.is_inference())
+    tensors = (*model.parameters(), *model.buffers())
+    weights = sum(w._version for w in tensors if not w.is_inference())
     shape = tuple(run.tokens.shape)
     known = (shape, run.tokens.cpu().numpy().tobytes(), first, *rising, scorer.read, weights)
-    if known in proved and not few_bits:
-        return torch.zeros_like(scorer.baseline)
-    pack = Pack(_first_prompt(run), members)
+    again = known in proved and not few_bits
+    pack = Pack(_first_prompt(run), _members(groups[:1] if again else groups))
     # For blocks that go by the length of their input.
-    alone = Pack(pack.run, [(Cell(-1, ()), rising[0])])
+    alone = [] if again else [Pack(pack.run, _members([rising[:1]]))]
     read = torch.isin(pack.position, torch.tensor(sorted(scorer.read), device=pack.flat.device))
     for layer in range(first, n_layers):
-        for control in (pack, alone):
+        for control in (pack, *alone):
             control.fill(control.run.resid[layer])
             control.step(model, layer)
             _compare(control, layer, torch.ones_like(control.position, dtype=torch.bool))
-    if read.any():
+    if read.any() and not again:
         pack.fill(pack.run.resid[-2])
         pack.step(model, n_layers - 1, scorer.read)
         _compare(pack, n_layers - 1, read)
     proved.add(known)
     if not few_bits:
         return torch.zeros_like(scorer.baseline)
-    pack = Pack(run, members)
+    pack = Pack(run, _members(groups))
     pack.fill(run.resid[first])
     for layer in range(first, n_layers):
         pack.step(model, layer)
@@ -79,15 +80,18 @@ def _some(every: Sequence[range]) -> list[range]:
     return [every[i] for i in sorted(chosen)]
 
 
-def _crowded(rising: list[range]) -> list[tuple[Cell, range]]:
+def _crowded(rising: list[range]) -> list[list[range]]:
     """Three groups as full as they get: short runs first, long ones first, and a long one last."""
     longest = rising[-1]
     width = max(SLOTS, len(longest))
-    groups = [
+    return [
         _filled(rising, width),
         _filled(rising[::-1], width),
         [*_filled(rising, width - len(longest)), longest],
     ]
+
+
+def _members(groups: Sequence[Sequence[range]]) -> list[tuple[Cell, range]]:
     return [(Cell(-1, ()), span) for group in groups for span in group]
 
 

@@ -119,7 +119,8 @@ class Scorer:
         """
         logits, resid = self.run.logits, self.run.resid[-1]
         kept = slice(None) if not self.plain else slice(1)
-        read = torch.tensor(sorted(self.read), device=resid.device)
+        # One position more and in front, so that none stands where the prompt has it.
+        read = torch.tensor([self.last_read, *sorted(self.read)], device=resid.device)
         with unforeseen("computing logits from the last residual stream"):
             own = logits_from_resid(self.model, resid[kept][:, read], self.run.logit_scale)
             if not _agree(own, logits[kept][:, read], 1000):
@@ -130,9 +131,8 @@ class Scorer:
                 continue
             try:
                 tokens, positions = tokens.to(resid.device), metric.positions.to(resid.device)
-                some = some_logits_from_resid(
-                    self.model, resid[batch, positions][None], tokens, self.run.logit_scale
-                )[0]
+                final = resid[batch, positions].expand(2, -1, -1, -1)
+                some = some_logits_from_resid(self.model, final, tokens, self.run.logit_scale)
                 wanted = logits[batch[..., None], positions[..., None], tokens[:, None]]
                 if _agree(some, wanted, 100):
                     self.by_token.add(name)

@@ -25,7 +25,7 @@ from patching_demo.plots.facts import entries_of, entry_name, what_is_one_patch,
 from patching_demo.plots.panels import largest_rows
 from patching_demo.plots.tables import scoped, table, tokens_table
 from patching_demo.plots.theme import as_html, number, percent
-from patching_demo.results import largest_cells
+from patching_demo.results import baselines_are_equal, largest_cells
 from patching_demo.tasks import Task
 
 #: So many rows of heads are shown, the ones with the largest effects.
@@ -121,7 +121,8 @@ def cell_table(result: xr.DataArray, task: Task, at: tuple[int, ...]) -> str:
         where += ": no such head: heads of this model share keys and values"
     elif "agrees" in cell.coords and bool(cell["agrees"]):
         where += ": the prompts agree up to here, so there is nothing to patch"
-    share = (value - corrupted) / (clean - corrupted) if clean != corrupted else math.nan
+    equal = baselines_are_equal(result)
+    share = math.nan if equal else (value - corrupted) / (clean - corrupted)
     rows = {
         f"{result.attrs['metric']} ({result.attrs['units']})": _or_dash(number, value),
         "change by the patch": _or_dash(number, value - corrupted),

@@ -201,8 +201,13 @@ class Panel(widgets.VBox):
                 loop.call_soon_threadsafe(function, *args, context=context)
 
         # A daemon, so that a kernel that is shut down does not wait for it.
-        self._thread = threading.Thread(target=self._work, args=(later, *asked), daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self._work, args=(later, *asked), daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:  # There may be too many.
+            self._fail(error)
+        else:
+            self._thread = thread
 
     def stop(self) -> None:
         """Ask the sweep to end; the picture of the one before stays."""
@@ -296,7 +301,7 @@ class Panel(widgets.VBox):
         except (SweepStopped, KeyboardInterrupt):
             words = "Stopped. The model is as it was; press Run to start again."
             self._outcome = partial(self._finish, words)
-        except Exception as error:
+        except BaseException as error:
             self._outcome = partial(self._fail, error)
         else:
             self._outcome = partial(self._succeed, task, result, settings, started)
@@ -314,8 +319,10 @@ class Panel(widgets.VBox):
         if outcome is not None:
             try:
                 outcome()
-            except Exception as error:
+            except BaseException as error:  # An interrupt, too, must not leave the panel busy.
                 self._fail(error)
+                if not isinstance(error, Exception):
+                    raise
 
     def _succeed(
         self, task: Task, result: xr.DataArray, settings: tuple[Any, ...], started: float
@@ -326,7 +333,7 @@ class Panel(widgets.VBox):
         self.progress.value = self.progress.max
         self._finish(f"Done in {time.monotonic() - started:.1f} s.")
 
-    def _fail(self, error: Exception) -> None:
+    def _fail(self, error: BaseException) -> None:
         self.error = error
         self._finish(_first_line(error), "It did not work")
 

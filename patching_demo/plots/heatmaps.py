@@ -13,7 +13,7 @@ import xarray as xr
 
 from patching_demo.plots import facts, panels, theme
 from patching_demo.plots.theme import compact, escape, percent
-from patching_demo.results import baselines
+from patching_demo.results import baselines, baselines_are_equal
 
 
 def heatmap(
@@ -163,7 +163,7 @@ def _panel_traces(
     span = escape(" minus ".join(facts.baseline_names(result)))
     if (clean, centre) == (1.0, 0.0):
         template += f" (%{{z:.0%}} of {span})"
-    elif clean != centre:
+    elif not baselines_are_equal(result):
         template += f" (%{{customdata:.0%}} of {span})"
         shared["customdata"] = compact((values - centre) / (clean - centre))
     if panel.intervals is not None:
