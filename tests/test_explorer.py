@@ -460,11 +460,12 @@ def test_effects_that_are_all_zero_have_a_picture(panel, apart):
 def test_wrong_arguments_are_refused(model):
     for given, options, match in (
         (tiny.model("attn-only"), {}, "no tokenizer"),
-        (SimpleNamespace(), {}, "no tokenizer"),
+        (model.original_model, {}, "must be a TransformerBridge of a decoder, got GPT2LMHead"),
+        (SimpleNamespace(), {}, "must be a TransformerBridge of a decoder"),
         (model, dict(by="all_pos"), "kinds and by must be one of .*'resid_pre'"),
         (model, dict(metric="accuracy"), "metric must be one of"),
     ):
-        with pytest.raises(ValueError, match=match):
+        with pytest.raises((TypeError, ValueError), match=match):
             Panel(given, **options)
 
 

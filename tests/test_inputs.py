@@ -403,8 +403,9 @@ def test_what_may_be_padding_is_text_and_said_so() -> None:
         sweep(corrupted_tokens=corrupted, attention_mask=mask, **arguments)
 
 
-def test_a_doubled_bos_is_no_padding_and_said_so_once() -> None:
-    model = with_pad("<bos>")
+@pytest.mark.parametrize("pad", ["<bos>", "<pad>"])
+def test_a_doubled_bos_is_no_padding_and_said_so_once(pad: str) -> None:
+    model = with_pad(pad)
     tokens = pair("gpt2").corrupted.clone()
     tokens[:, :2] = BOS
     with pytest.warns(UserWarning, match="every prompt begins with the token 0 twice") as caught:

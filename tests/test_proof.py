@@ -155,7 +155,7 @@ class Steering:
 
 HOOKED = (
     *("hook", "pre-hook", "everywhere", "everywhere before", "wrapped", "inner hook", "object"),
-    *("embedding", "unembedding", "hook point"),
+    *("embedding", "unembedding", "hook point", "bridge"),
 )
 
 
@@ -175,6 +175,8 @@ def test_hooks_of_pytorch_take_part_by_the_plain_loop(name: str, how: str) -> No
     elif how in ("embedding", "unembedding"):
         part = {"embedding": model.embed, "unembedding": model.unembed}[how]
         part.original_component.register_forward_hook(steer)
+    elif how == "bridge":
+        model.register_forward_hook(steer)  # run_with_hooks passes it by.
     elif how == "hook point":
         model.hook_dict["blocks.1.hook_mlp_out"].register_forward_hook(steer)
     elif how == "inner hook":

@@ -206,8 +206,12 @@ def test_two_answers_for_two_prompts_are_refused_with_both_readings(model, answe
     assert "one right answer each" in str(refusal.value)
 
 
+ONES = (np.int64, np.uint16, np.asarray, torch.tensor)
+
+
 @pytest.mark.parametrize(
-    "convert", [np.asarray, torch.tensor, lambda ids: [np.int64(i) for i in ids]]
+    "convert",
+    [np.asarray, torch.tensor, *(lambda ids, one=one: [*map(one, ids)] for one in ONES)],
 )
 def test_answers_may_be_ids_of_any_kind(model, convert):
     ids = [model.to_single_token(a) for a in RIGHT_WRONG]

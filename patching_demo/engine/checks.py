@@ -159,7 +159,16 @@ def checked_tokens(model: Any, tokens: Any, masked: bool = False) -> Tensor:
     tokens = tokens.to(next(model.parameters()).device)
     if not masked:
         _refuse_left_padding(model, tokens)
+    bos = getattr(getattr(model, "tokenizer", None), "bos_token_id", None)
+    if tokens.shape[1] > 2 and bos is not None and bool((tokens[:, :2] == bos).all()):
+        warn_once(_TWICE.format(bos))
     return tokens
+
+
+_TWICE = (
+    "every prompt begins with the token {} twice: a tokenizer puts a BOS before text that a chat "
+    "template gave one already (model.to_tokens(prompts, prepend_bos=False))"
+)
 
 
 def _refuse_left_padding(model: Any, tokens: Tensor) -> None:
@@ -173,10 +182,7 @@ def _refuse_left_padding(model: Any, tokens: Tensor) -> None:
             "token (patching_demo.prompt_task does), or use prompts of equal length"
         )
     if tokens.shape[1] > 2 and may.any():
-        warn_once(
-            f"every prompt begins with the token {pad} twice: a tokenizer puts a BOS before text "
-            "that a chat template gave one already (model.to_tokens(prompts, prepend_bos=False))"
-        )
+        warn_once(_TWICE.format(pad))
 
 
 def refuse_reading_pads(

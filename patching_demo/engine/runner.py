@@ -112,7 +112,7 @@ def run_cells(
                     run = capture(model, tokens)
             except Unsupported as reason:
                 reasons.append(str(reason))
-        logits = run.logits if run else model(tokens, return_type="logits")
+        logits = run.logits if run else run_plain(model, tokens, (), clean)
     refuse_dead_hooks(model, tokens, run, cells)
     whole = {cell.row: cell for cell in cells}
     cells = survey.narrowed(cells, differing)

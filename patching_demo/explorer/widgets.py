@@ -28,6 +28,7 @@ from torch import Tensor
 
 from patching_demo import plots
 from patching_demo.engine.bridge import hook_point
+from patching_demo.engine.checks import check_bridge
 from patching_demo.engine.kinds import BLOCK_KINDS, HEAD_KINDS, KINDS
 from patching_demo.engine.runner import SweepStopped
 from patching_demo.explorer.markup import (
@@ -74,6 +75,7 @@ class Panel(widgets.VBox):
         error: the exception that ended the last run, or None.
 
     Raises:
+        TypeError: if the model is no TransformerBridge.
         ValueError: if the model has no tokenizer, or the menus do not have ``kinds``, ``by`` or
             ``metric``. Prompts that do not fit raise nothing; the panel says what to change.
     """
@@ -89,6 +91,7 @@ class Panel(widgets.VBox):
         by: str = "pos",
         metric: str = METRICS[0],
     ) -> None:
+        check_bridge(model)
         if getattr(model, "tokenizer", None) is None:
             raise ValueError(
                 "this model has no tokenizer, so it cannot read prompts: load one that does, for "

@@ -454,6 +454,8 @@ def _answer_pairs(model: Any, answers: Any, count: int, prompts: Any) -> list[An
 
 
 def _answer_ids(model: Any, answer: Any, prompt: str | None, what: str) -> list[int]:
+    if getattr(answer, "ndim", None) == 0:  # As argmax returns it.
+        answer = answer.tolist()
     if isinstance(answer, Integral) and not isinstance(answer, bool):
         check_ids(model, torch.tensor([int(answer)]), what)
         return [int(answer)]
