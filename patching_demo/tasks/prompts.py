@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from numbers import Integral
 from typing import Any
 
@@ -282,15 +283,8 @@ def _tokens_of(model: Any, row: Sequence[int], what: Any, where: str) -> range:
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None:
         raise ValueError(f"{where}: this model has no tokenizer, so give the position of {what!r}")
-    ends = [
-        len(
-            tokenizer.decode(
-                row[: i + 1], skip_special_tokens=False, clean_up_tokenization_spaces=False
-            )
-        )
-        for i in range(len(row))
-    ]
-    whole = tokenizer.decode(row, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    texts = _read_so_far(tokenizer, tuple(row))
+    whole, ends = texts[-1], list(map(len, texts))
     count = sum(whole.startswith(what, i) for i in range(len(whole)))
     if count != 1:
         times = "does not occur" if not count else f"occurs {count} times"
@@ -302,6 +296,17 @@ def _tokens_of(model: Any, row: Sequence[int], what: Any, where: str) -> range:
     first = next(i for i, end in enumerate(ends) if end > begin)
     last = next(i for i, end in enumerate(ends) if end >= begin + len(what))
     return range(first, last + 1)
+
+
+@lru_cache(maxsize=512)
+def _read_so_far(tokenizer: Any, row: tuple[int, ...]) -> list[str]:
+    """The text of a prompt up to each token; several roles of it ask for that."""
+    return [
+        tokenizer.decode(
+            row[: i + 1], skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        for i in range(len(row))
+    ]
 
 
 def _in_chat(model: Any, prompts: Any) -> Any:
