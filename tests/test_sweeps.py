@@ -223,7 +223,7 @@ def test_a_set_of_patches_is_one_run(name):
         ({"a": [("attn_out", 0, 1)]}, "has no heads"),
         ({"a": [("out", 0, 1, "nowhere")]}, "no position 'nowhere'"),
         ({"a": [("out", 0, 1, 7)]}, "only 7 positions"),
-        ({"a": [("out", 0, 1, 2.0)]}, "a number or a label"),
+        ({"a": [("out", 0, 1, 2.0)]}, "a number, a label or a role"),
     ):
         with pytest.raises(ValueError, match=message):
             patch(bridge, task, wrong)
