@@ -7,15 +7,16 @@ table; a prediction that fails fails the notebook, so no text can say what is no
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import pandas as pd
 
-from patching_demo.plots.tables import table
-from patching_demo.plots.theme import number
+from patching_demo.plots.tables import Html, table
+from patching_demo.plots.theme import as_html, number
 
-__all__ = ["Claim", "ClaimFailed", "Claims"]
+__all__ = ["Claim", "ClaimFailed", "Claims", "Exercise"]
 
 
 class ClaimFailed(AssertionError):
@@ -203,3 +204,51 @@ class Claims:
             for c in self.claims.values()
         ]
         return "\n".join([self.caption, *lines])
+
+
+class Exercise:
+    """A task for the reader, whose answer is checked: right, wrong, or not there yet.
+
+    Args:
+        title: what the verdict calls it.
+        is_right: tells whether an answer is right; an error means that it is not.
+
+    >>> exercise = Exercise("Exercise 1", lambda answer: answer == 3)
+    >>> exercise.check(None)
+    Exercise 1: no answer yet. Fill in the cell above, run it, and run this one again.
+    >>> exercise.check(2)
+    Exercise 1: wrong. The answer was 2.
+    >>> exercise.verify(3)
+    Exercise 1: right.
+    """
+
+    def __init__(self, title: str, is_right: Callable[[Any], Any]) -> None:
+        self.title, self.is_right = title, is_right
+
+    def check(self, answer: Any) -> Html:
+        """The verdict on an answer; None stands for a cell that was left empty."""
+        return self._judged(answer)[1]
+
+    def verify(self, answer: Any) -> Html:
+        """The verdict on a solution.
+
+        Raises:
+            ClaimFailed: if it is not right.
+        """
+        right, verdict = self._judged(answer)
+        if not right:
+            raise ClaimFailed(repr(verdict))
+        return verdict
+
+    def _judged(self, answer: Any) -> tuple[bool, Html]:
+        right = False
+        if answer is None:
+            said = "no answer yet. Fill in the cell above, run it, and run this one again."
+        else:
+            try:
+                right = bool(self.is_right(answer))
+                said = "right." if right else f"wrong. The answer was {answer}."
+            except Exception as error:  # A reader may have put anything there.
+                said = f"wrong. The answer was {answer!r}, which cannot be checked: {error}"
+        markup = f"<p><b>{as_html(self.title)}</b>: {as_html(said)}</p>"
+        return right, Html(markup, f"{self.title}: {said}")

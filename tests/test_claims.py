@@ -124,7 +124,7 @@ def circuit(result: xr.DataArray) -> xr.DataArray:
         for heads, (place, by, size) in PUBLISHED_HEADS.items():
             place = s2 if place == 0 else -1
             for layer, head in heads:
-                for kind in ("out", by, "q" if by == "pattern" else by):
+                for kind in {"out", by, "q" if by == "pattern" else by} & kind_of.keys():
                     out.values[kind_of[kind], layer, place, head] = size
     else:
         for kind, i in kind_of.items():
@@ -138,6 +138,23 @@ def circuit(result: xr.DataArray) -> xr.DataArray:
     out.values[:, :, :s2] = 0.0
     out = out.sum("position", keep_attrs=True) if by_all else out
     return out if several else out.isel(kind=0, drop=True)
+
+
+def estimated(result: xr.DataArray) -> xr.DataArray:
+    """The circuit where it was measured, and estimates that are off where gradients are."""
+    if "kind" not in result.dims:
+        return result  # Beside the same made by hand.
+    found, method = circuit(result), result.attrs.get("method")
+    if method is None:
+        return found
+    kinds, layers = found["kind"], found["layer"]
+    streams, flat = kinds.str.startswith("resid"), (kinds == "mlp_out") & (layers == 0)
+    found = 0.9 * found.where(~flat, 0.2 * found)
+    found = found.where(~streams, (0.8 if method == "integrated" else 0.2) * found)
+    if method == "gradient":
+        alarms = xr.zeros_like(found) + 0.02 * np.random.default_rng(2).normal(size=found.shape)
+        found = found.where(~kinds.isin(["q", "k"]), found + alarms)
+    return found.transpose(*result.dims).assign_attrs(result.attrs)
 
 
 def shuffled(result: xr.DataArray, seed: int) -> xr.DataArray:
@@ -158,19 +175,27 @@ WRONG = {
 }
 
 
+#: What makes the claims of chapters hold that are rehearsed on a random model.
+RIGHT = {
+    "01": circuit,
+    "02": circuit,
+    "08": estimated,
+}
+
+
 @lru_cache(None)
 def rehearsal(number: str) -> Rehearsal:
-    if number < "03":
+    if number in RIGHT:
         model = tiny.fresh("gpt2-12x12", seed=2)  # one that prefers the right names, by chance
         model.cfg.model_name = "gpt2-small"
         return Rehearsal(number, model, measured=False)
     return Rehearsal(number, load_model("attn-only-2l-demo"))
 
 
-@pytest.fixture(scope="module", params=["01", "02", "03", "04"])
+@pytest.fixture(scope="module", params=["01", "02", "03", "04", "08"])
 def chapter(request):
     """(its number, its cells, what makes its claims hold on this model)."""
-    right = circuit if request.param < "03" else lambda result: result
+    right = RIGHT.get(request.param, lambda result: result)
     return request.param, rehearsal(request.param), right
 
 
@@ -208,6 +233,9 @@ def test_each_claim_can_fail_by_itself(chapter, on_shuffled):
     # In any order, values have the same middle and the same largest one; these do not.
     for baseline in ("clean_baseline", "corrupted_baseline"):
         changes.append(lambda r, b=baseline: xr.full_like(right(r), r.attrs[b]))
+    # Of the same seed, shuffles of two sweeps may agree; these never do.
+    noise = np.random.default_rng(0)
+    changes.append(lambda r: right(r).copy(data=noise.normal(size=r.shape).astype(np.float32)))
     for change in changes:
         names -= failed(cells.claims(change))
     for baselines in WRONG.get(number, []):

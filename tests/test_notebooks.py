@@ -104,7 +104,13 @@ def test_chapter_states_what_it_expects_and_checks_it(script):
 @pytest.mark.hub
 @pytest.mark.parametrize(
     ("chapter", "model"),
-    [("01", "gpt2-small"), ("02", "gpt2-small"), ("03", "attn-only-2l"), ("04", "attn-only-2l")],
+    [
+        ("01", "gpt2-small"),
+        ("02", "gpt2-small"),
+        ("03", "attn-only-2l"),
+        ("04", "attn-only-2l"),
+        ("08", "gpt2-small"),
+    ],
 )
 def test_claims_hold_on_the_hubs_models(chapter, model):
     """The built book holds the offline models to their claims; see test_book.py."""

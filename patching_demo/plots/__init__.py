@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from patching_demo.plots.heatmaps import attention_patterns, heatmap
 from patching_demo.plots.menus import explore
+from patching_demo.plots.scatter import scatter
 from patching_demo.plots.series import bars, curves
 from patching_demo.plots.tables import table, tokens_table
 
@@ -18,6 +19,7 @@ __all__ = [
     "curves",
     "explore",
     "heatmap",
+    "scatter",
     "table",
     "tokens_table",
 ]
