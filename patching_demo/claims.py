@@ -34,6 +34,7 @@ class Claim:
         relation: "at least" or "at most".
         threshold: What ``measured`` is compared with, in the same units.
         units: "share" (of clean minus corrupted, or of another share) or any other word.
+        bound: The bound of an interval around ``measured`` that decides instead, or None.
     """
 
     name: str
@@ -42,15 +43,17 @@ class Claim:
     relation: Literal["at least", "at most"]
     threshold: float
     units: str = "share"
+    bound: float | None = None
 
     @property
     def holds(self) -> bool | None:
         """Whether it holds; None where it was not measured. A measured NaN does not hold."""
         if self.measured is None:
             return None
+        decisive = self.measured if self.bound is None else self.bound
         if self.relation == "at least":
-            return self.measured >= self.threshold
-        return self.measured <= self.threshold
+            return decisive >= self.threshold
+        return decisive <= self.threshold
 
     @property
     def verdict(self) -> str:
@@ -78,6 +81,18 @@ class Claim:
             digits = 0 if abs(value) >= 0.1 or round(value, 2) == value else 1
             return f"{value:.{digits}%}".replace("%", " %").replace("-", "−")
         return f"{number(value)} {self.units}".strip()
+
+    @property
+    def found(self) -> str:
+        """The measurement in words, with the bound that decides where one does.
+
+        >>> Claim("early", "it is early", 0.97, "at least", 0.5, bound=0.91).found
+        '97 %, lower bound 91 %'
+        """
+        if self.bound is None:
+            return self.written(self.measured)
+        which = "lower" if self.relation == "at least" else "upper"
+        return f"{self.written(self.measured)}, {which} bound {self.written(self.bound)}"
 
     @property
     def required(self) -> str:
@@ -119,6 +134,7 @@ class Claims:
         at_most: float | None = None,
         of: Any = 1.0,
         units: str = "share",
+        by_bound: bool = False,
     ) -> None:
         """Add a claim: ``measured`` is at least, or at most, the given threshold.
 
@@ -131,9 +147,13 @@ class Claims:
             of: what ``measured`` is a part of: the claim is then about the part. It fails where
                 ``of`` is not above zero, as there is no part of nothing.
             units: "share" (written in per cent) or any other word.
+            by_bound: whether the bound of the interval of ``measured``, one cell of
+                :func:`patching_demo.interval`, decides: the lower one for ``at_least``, the upper
+                one for ``at_most``.
 
         Raises:
-            ValueError: if the name is taken, or there is not one finite threshold.
+            ValueError: if the name is taken, there is not one finite threshold, or a bound is
+                asked for that ``measured`` does not have, or of a part.
         """
         if name in self.claims:
             raise ValueError(f"there is a claim {name!r} already: give this one its own name")
@@ -142,10 +162,20 @@ class Claims:
         relation, threshold = ("at most", at_most) if at_least is None else ("at least", at_least)
         if not math.isfinite(threshold):
             raise ValueError(f"the threshold of {name!r} is {threshold}: give a number")
-        value = None
+        value = bound = None
         if not self.not_checked:
             value = float(measured) / float(of) if float(of) > 0 else math.nan
-        self.claims[name] = Claim(name, expected, value, relation, float(threshold), units)
+        if by_bound:
+            which = "low" if relation == "at least" else "high"
+            if which not in getattr(measured, "coords", ()):
+                raise ValueError(f"{name!r} has no interval: give a cell of interval(result)")
+            if float(of) != 1:
+                raise ValueError(
+                    f"{name!r} is about a part, whose interval is not that of its numerator: "
+                    "leave of= or by_bound= out"
+                )
+            bound = None if self.not_checked else float(measured[which])
+        self.claims[name] = Claim(name, expected, value, relation, float(threshold), units, bound)
 
     @property
     def caption(self) -> str:
@@ -169,8 +199,7 @@ class Claims:
         if self.failed:
             raise ClaimFailed(
                 "; ".join(
-                    f"{c.name!r} fails: measured {c.written(c.measured)}, expected {c.required} "
-                    f"({c.expected})"
+                    f"{c.name!r} fails: measured {c.found}, expected {c.required} ({c.expected})"
                     for c in self.failed
                 )
             )
@@ -191,7 +220,7 @@ class Claims:
         # The word says it all; the sign helps to find a failure among many.
         sign = {True: "✓ ", False: "✗ ", None: ""}
         rows = [
-            (c.name, c.expected, c.written(c.measured), c.required, sign[c.holds] + c.verdict)
+            (c.name, c.expected, c.found, c.required, sign[c.holds] + c.verdict)
             for c in self.claims.values()
         ]
         columns = ["claim", "expected", "measured", "required", "verdict"]
@@ -200,7 +229,7 @@ class Claims:
 
     def __repr__(self) -> str:
         lines = [
-            f"{c.name}: {c.expected} {c.written(c.measured)}, {c.required}: {c.verdict}"
+            f"{c.name}: {c.expected} {c.found}, {c.required}: {c.verdict}"
             for c in self.claims.values()
         ]
         return "\n".join([self.caption, *lines])

@@ -1,8 +1,8 @@
 """Labelled results: what their numbers mean, kept beside them.
 
-A result is an ``xarray.DataArray`` of metric values. Its dimensions are ``layer`` and
-``position`` or ``head``, after an optional ``kind``; its attributes say what was patched into
-what, the metric and both baselines. :mod:`patching_demo.plots` draws it as it is, and
+A result is an ``xarray.DataArray`` of metric values. Its dimensions are ``layer`` and ``position``,
+``role`` or ``head``, after an optional ``prompt`` and ``kind``; its attributes say what was patched
+into what, the metric and both baselines. :mod:`patching_demo.plots` draws it as it is, and
 :func:`save` and :func:`load` keep all of it in a file.
 """
 
@@ -145,7 +145,7 @@ def interval(result: xr.DataArray, level: float = 0.95, seed: int = 0) -> xr.Dat
     Returns:
         The mean, with the other labels of ``result`` and its bounds as the coordinates ``low``
         and ``high``, NaN where a prompt has no finite value; its attribute ``level`` is that of
-        the interval.
+        the interval, and ``prompts`` says how many there were.
 
     Raises:
         ValueError: if there are fewer than two prompts, or the level is not between 0 and 1.
@@ -198,7 +198,7 @@ def interval(result: xr.DataArray, level: float = 0.95, seed: int = 0) -> xr.Dat
     # What was combined keeps the measured baselines of each part.
     means = {name: labels.mean("prompt") for name, labels in measured.items() if labels.ndim > 1}
     mean = single(mean).assign_coords(low=low, high=high, **means)
-    return mean.assign_attrs(level=level)
+    return mean.assign_attrs(level=level, prompts=f"mean over {n} prompts")
 
 
 def largest_cells(result: xr.DataArray, n: int = 5) -> pd.DataFrame:
@@ -210,8 +210,9 @@ def largest_cells(result: xr.DataArray, n: int = 5) -> pd.DataFrame:
     Returns:
         One row per cell, largest effect first: a column for each further dimension (such as
         ``kind``), then ``label`` (L9H6 or L9), ``position`` and ``token`` where there are
-        positions, ``value`` in the metric's units and ``share`` of clean minus corrupted (NaN
-        where the baselines differ by rounding at most).
+        positions, ``role`` where these have names, ``value`` in the metric's units, ``low`` and
+        ``high`` in the same units where there is an interval (see :func:`interval`), and
+        ``share`` of clean minus corrupted (NaN where the baselines differ by rounding at most).
 
     Raises:
         ValueError: if n is not positive, or a baseline or the layer is missing.
@@ -247,7 +248,10 @@ def largest_cells(result: xr.DataArray, n: int = 5) -> pd.DataFrame:
             row["position"] = str(labels["position"])
             if "token" in labels:
                 row["token"] = str(labels["token"])
+        if "role" in at:
+            row["role"] = str(labels["role"])
         row["value"] = float(values[index])
+        row |= {bound: float(labels[bound]) for bound in ("low", "high") if bound in labels}
         row["share"] = (row["value"] - corrupted) / spread
         rows.append(row)
     return pd.DataFrame(rows)
@@ -296,19 +300,29 @@ def strong_heads(result: xr.DataArray, part: float = 0.5) -> xr.DataArray:
     return shares[shares >= least].reset_index("cell").swap_dims(cell="head_label")
 
 
-def crossing_layer(result: xr.DataArray, first: int, then: int) -> int:
+def crossing_layer(result: xr.DataArray, first: int | str, then: int | str) -> int:
     """The first layer at which a patch at position ``then`` brings back more than at ``first``.
 
     Args:
-        result: with dimensions layer and position.
-        first: a position, counted from 0.
-        then: another one; -1 is the last.
+        result: with dimensions layer and position, or layer and role.
+        first: a position, counted from 0, or a role's name.
+        then: another one; of positions, -1 is the last.
 
     Returns:
         The layer, or the number of layers where there is no such layer.
+
+    Raises:
+        ValueError: if there is no such role, or as :func:`share` does.
     """
     shares = share(result)
-    ahead = (shares.isel(position=then) > shares.isel(position=first)).values
+    if "role" in result.dims:
+        names = [str(name) for name in shares["role"].values]
+        if unknown := [place for place in (first, then) if place not in names]:
+            raise ValueError(f"there is no role {unknown[0]!r}: choose among {', '.join(names)}")
+        one, other = (shares.sel(role=place) for place in (first, then))
+    else:
+        one, other = (shares.isel(position=place) for place in (first, then))
+    ahead = (other > one).values
     return int(ahead.argmax()) if ahead.any() else len(ahead)
 
 
@@ -455,7 +469,7 @@ def load(path: str | os.PathLike[str]) -> xr.DataArray:
     return result.drop_encoding()
 
 
-_CELL_DIMS = ("layer", "position", "head")
+_CELL_DIMS = ("layer", "position", "role", "head")
 
 
 def baselines(result: xr.DataArray) -> tuple[float, float]:

@@ -68,6 +68,29 @@ def test_a_part_is_compared_as_a_ratio_and_one_of_nothing_fails(whole):
     assert len(claims.failed) == 2
 
 
+def test_a_claim_can_be_asked_to_hold_at_the_bound_of_an_interval():
+    """The lower one of what must be large, the upper one of what must be small."""
+    cell = xr.DataArray(0.6, coords={"low": 0.4, "high": 0.7})
+    claims, unchecked = Claims("title"), Claims("title", not_checked="why not")
+    for given in (claims, unchecked):
+        for by_bound in (False, True):
+            given.check(f"large {by_bound}", "text", cell, at_least=0.5, by_bound=by_bound)
+            given.check(f"small {by_bound}", "text", cell, at_most=0.65, by_bound=by_bound)
+            given.check(f"largest {by_bound}", "text", cell, at_most=0.7, by_bound=by_bound)
+    assert [claim.name for claim in claims.failed] == ["large True", "small True"]
+    for shown in (repr(claims), claims._repr_html_()):
+        assert "60 %, lower bound 40 %" in shown and "60 %, upper bound 70 %" in shown
+    with pytest.raises(ClaimFailed, match="60 %, upper bound 70 %, expected at most 65 %"):
+        claims.verify()
+    unchecked.verify()
+    unsure = cell.assign_coords(low=math.nan)
+    claims.check("unsure", "text", unsure, at_least=0.0, by_bound=True)
+    assert claims.claims["unsure"].holds is False
+    for given, of, message in ((0.6, 1, "no interval"), (cell, 2.0, "about a part")):
+        with pytest.raises(ValueError, match=message):
+            claims.check("refused", "text", given, of=of, at_least=0.5, by_bound=True)
+
+
 def test_unchecked_claims_neither_hold_nor_fail():
     claims = Claims("title", not_checked="this is another model")
     claims.check("<b>heads</b>", "a < b", math.nan, at_least=0.5)

@@ -23,6 +23,7 @@ from patching_demo.results import combine, share
 from patching_demo.tasks import ioi_task, prompt_task
 
 TOKENS = ["<bos>", "When", " John", " gave", " it", " to"]
+ROLES = ["IO", "S1", "S2", "END"]
 NASTY = ["<bos>", "<b>bold", "$x$", "a&b", "%{z}", "<script>alert(1)</script>"]
 
 
@@ -30,7 +31,9 @@ NASTY = ["<bos>", "<b>bold", "$x$", "a&b", "%{z}", "<script>alert(1)</script>"]
 def _made(dims, kinds=None, layers=3, heads=4, agree=2, clean=2.0, corrupted=-1.0, nasty=False):
     """A result with known numbers; cells before ``agree`` have no effect."""
     tokens = NASTY if nasty else TOKENS
+    roles = NASTY if nasty else ROLES
     sizes = {"kind": len(kinds or ()), "layer": layers, "position": len(tokens), "head": heads}
+    sizes["role"] = len(roles)
     shape = [sizes[d] for d in dims]
     values = corrupted + np.random.default_rng(0).normal(size=shape).astype(np.float32)
     coords = {"layer": np.arange(layers)}
@@ -40,6 +43,8 @@ def _made(dims, kinds=None, layers=3, heads=4, agree=2, clean=2.0, corrupted=-1.
         coords["position"] = [f"{t.strip()} {i}" for i, t in enumerate(tokens)]
         coords["token"] = ("position", tokens)
         coords["agrees"] = ("position", np.arange(len(tokens)) < agree)
+    if "role" in dims:
+        coords["role"] = roles
     if "head" in dims:
         labels = [[f"L{i}H{j}" for j in range(heads)] for i in range(layers)]
         coords |= {"head": np.arange(heads), "head_label": (("layer", "head"), labels)}
@@ -53,7 +58,7 @@ def _made(dims, kinds=None, layers=3, heads=4, agree=2, clean=2.0, corrupted=-1.
         corrupted_baseline=corrupted,
         task="<i>task</i> $y$" if nasty else "a task",
         model="tiny",
-        by="pos",
+        by="role" if "role" in dims else "pos",
         kind="" if kinds else "out",
         n_key_value_heads=heads,
     )
@@ -63,6 +68,8 @@ SHAPES = {
     "layer x position": dict(dims=("layer", "position")),
     "layer x head": dict(dims=("layer", "head")),
     "head rows": dict(dims=("layer", "position", "head")),
+    "layer x role": dict(dims=("layer", "role")),
+    "heads by role": dict(dims=("kind", "layer", "role", "head"), kinds=("out", "q")),
     "blocks": dict(dims=("kind", "layer", "position"), kinds=tuple(BLOCK_KINDS)),
     "heads": dict(dims=("kind", "layer", "head"), kinds=tuple(HEAD_KINDS)),
     "heads by position": dict(dims=("kind", "layer", "position", "head"), kinds=tuple(HEAD_KINDS)),
@@ -83,7 +90,7 @@ def _nothing(figure, axis="x"):
 
 def _assert_drawn_from(result, measured, nothing):
     """Each cell of one panel is its number, a mark where both inputs agree, or a gap."""
-    *rows, column = [d for d in ("layer", "head", "position") if d in result.dims]
+    *rows, column = [d for d in ("layer", "head", "position", "role") if d in result.dims]
     result = result.transpose(*rows, column)
     agrees = xr.zeros_like(result, dtype=bool)
     if column == "position":
@@ -321,7 +328,8 @@ def test_figures_say_what_they_show(shape):
     first = meta["alt"].split("Largest effects: ")[1].split(";")[0]
     place = {dim: top[dim].item() for dim in result.dims}
     head = f"H{place['head']}" if "head" in place else ""
-    assert f"L{place['layer']}{head}" in first and place.get("position", "") in first
+    assert f"L{place['layer']}{head}" in first
+    assert place.get("position", "") in first and place.get("role", "") in first
     assert kind_label(place.get("kind", "")) in first
     given = plots.heatmap(result, title="My title", caption="My caption.")
     assert "My title" in given.layout.title.text and given.layout.meta["caption"] == "My caption."
@@ -779,12 +787,116 @@ def test_intervals_are_drawn_and_said():
         bottom, top = figure.layout.yaxis.range
         assert bottom < np.nanmin(result["low"][:, 1]) and top > np.nanmax(result["high"][:, 1])
         assert "95 % intervals by bootstrap" in figure.layout.meta["caption"]
+    explored = plots.explore(result).data[0]
+    assert "95 % interval: %{hovertext}" in explored.hovertemplate
+    columns = list(explored.x)
+    scaled = share(result).sel(kind="q", layer=1, head=3)
+    words = " to ".join(theme.percent(float(scaled[bound])) for bound in ("low", "high"))
+    assert explored.hovertext[1][columns.index("query, head 3")] == words
     other = interval(each.where(each["head"] != 2), level=0.5)
     several = plots.heatmap(combine({"a": result, "b": other}))
     assert "; intervals by bootstrap" in several.layout.meta["caption"]
     trace = _measured(plots.heatmap(result))[1]
     assert trace.hovertext[1][3] == f"{theme.number(low[3])} to {theme.number(high[3])}"
     assert "%{hovertext}" in trace.hovertemplate and trace.text is None
+
+
+def _by_role(dims=("layer", "role"), **more):
+    """The interval of nine prompts' values, with every role at its own place in each."""
+    one, rng = _made(dims, **more), np.random.default_rng(0)
+    each = xr.concat([one + part for part in rng.normal(size=9)], "prompt")
+    return interval(each.assign_attrs(one.attrs))
+
+
+def test_roles_are_columns_by_name():
+    """Also where inputs agree up to one of them; a role's name has no number of a position."""
+    result = _made(("layer", "role", "head"))
+    agrees = result.assign_coords(agrees=("role", [True, False, True, False]))
+    for given in (result, agrees):
+        figure = plots.heatmap(given)
+        (trace,) = _measured(figure)
+        assert list(trace.x) == [f"role {name}" for name in ROLES]
+        assert list(trace.y)[:2] == ["layer 0, head 0", "layer 0, head 1"]
+        expected = result.transpose("layer", "head", "role").values.reshape(12, 4)
+        marked = np.array([given is agrees] * 2) * [True, False]
+        columns = np.flatnonzero(~np.tile(marked, 2))
+        np.testing.assert_allclose(_z(trace)[:, columns], expected[:, columns], rtol=1e-3)
+        assert ("at roles marked =" in figure.layout.meta["caption"]) == (given is agrees)
+        assert figure.layout.xaxis.ticktext == tuple(ROLES) and figure.layout.xaxis.tickangle == 0
+        assert "one head and named position at a time" in _plain_title(figure)
+    explored = plots.explore(result)
+    for layer in range(3):
+        _, values = _in_view(_pressed(explored, ("slider", layer)))
+        expected = share(result).isel(layer=layer).transpose("head", "role")
+        np.testing.assert_allclose(values, expected, rtol=5e-3)
+    line = result.isel(head=0)
+    assert [trace.name for trace in plots.curves(line).data] == ROLES
+    for draw in (plots.curves, plots.bars):
+        shown = draw(line.isel(layer=[0, 2]), along="role")
+        assert shown.layout.xaxis.ticktext == tuple(ROLES)
+        assert list(shown.data[0].x) == [f"role {name}" for name in ROLES]
+    both = result.rename(head="position").isel(layer=0)
+    for draw in (plots.heatmap, plots.explore):
+        with pytest.raises(ValueError, match="both positions and roles"):
+            draw(both)
+
+
+@pytest.mark.parametrize("panels", [1, 3])
+def test_many_roles_stand_upright_and_none_is_left_out(panels):
+    names = [f"the last token of subject {i}" for i in range(12)]
+    result = _made(("layer", "position"), agree=0).rename(position="role").drop_vars("token")
+    result = result.isel(role=[0] * 12).assign_coords(role=names, agrees=("role", [False] * 12))
+    figure = plots.heatmap(combine({str(i): result for i in range(panels)}, "run"))
+    axis, margin = figure.layout.xaxis, figure.layout.margin
+    assert len(set(axis.ticktext)) == 12 and axis.tickangle == -90
+    assert margin.b > 6 * max(map(len, axis.ticktext))
+    assert figure.layout.meta["min_width"] >= margin.l + margin.r + 10 * 12
+
+
+def test_intervals_along_layers_are_bands_around_their_lines():
+    result = _by_role(layers=6).copy()
+    result["low"][2, 1] = result["high"][2, 1] = np.nan
+    figure = plots.curves(result)
+    lines = [trace for trace in figure.data if trace.fill is None]
+    bands = [trace for trace in figure.data if trace.fill == "toself"]
+    assert [line.name for line in lines] == ROLES and len(bands) == 4
+    assert not any(trace.error_y.array is not None for trace in lines)
+    for role, line, band in zip(ROLES, lines, bands, strict=True):
+        assert line.legendgroup == band.legendgroup and band.showlegend is False
+        x, y = np.array(band.x, dtype=object), np.asarray(band.y, float)
+        for layer in range(6):
+            bounds = [float(result[b].sel(role=role, layer=layer)) for b in ("low", "high")]
+            edges = sorted(y[x == f"layer {layer}"])
+            np.testing.assert_allclose(edges, [] if np.isnan(bounds[0]) else bounds, rtol=1e-3)
+    # A band never spans an entry that has no interval.
+    gaps = [np.isnan(np.asarray(band.y, float)).sum() for band in bands]
+    assert gaps == [1, 2, 1, 1]
+    # The axis keeps its order where the first line starts late.
+    late = plots.curves(result.where(result["layer"] > 2).assign_coords(low=result["low"] * np.nan))
+    assert late.layout.xaxis.categoryarray == tuple(f"layer {i}" for i in range(6))
+    assert "95 % intervals by bootstrap over prompts" in figure.layout.meta["caption"]
+    assert "mean over 9 prompts" in _plain_title(figure)
+    assert "no interval" in lines[1].hovertext[2]
+
+
+def test_tokens_of_prompts_of_any_lengths_mark_what_was_exchanged():
+    task = prompt_task(
+        tiny.model("gpt2"),
+        ["When Mary and John went home, John gave the ball to", "The cat sat on"],
+        ["When Mary and John went home, the cat gave the ball to", "The dog sat on"],
+        [(" Mary and John", " John the cat"), (" Mary", " John")],
+        roles={"subject": ([", John", "cat"], ["the cat", "dog"])},
+    )
+    assert not task.same_lengths and task.rows_per_prompt > 1
+    html = plots.tokens_table(task)._repr_html_()
+    marked = re.findall(r"<mark[^>]*><code[^>]*>([^<]*)</code></mark>", html)
+    assert "".join(marked) == " John the cat cat dog" and html.count("<tr>") == 5
+    # No answer is shown, and no padding.
+    text = html.split("<table")[1]
+    tokens = "".join(re.findall(r"<code[^>]*>([^<]*)</code>", text))
+    assert tokens.count("gave the ball to") == 2 and tokens.endswith("The dog sat on")
+    one = plots.tokens_table(task, rows=1)
+    assert one._repr_html_().count("<tr>") == 3 and repr(one).count("\n") == 2
 
 
 def test_curves_leave_out_numbers_that_would_overlap_and_no_names():

@@ -15,15 +15,18 @@ from patching_demo import patching
 from patching_demo.engine.kinds import BLOCK_KINDS, HEAD_KINDS
 from patching_demo.results import (
     combine,
+    crossing_layer,
     effect_sizes,
     interval,
     largest_cells,
     load,
     save,
     share,
+    strong_heads,
     top_head,
 )
 from patching_demo.sweeps import sweep, sweep_metrics
+from patching_demo.sweeps.question import head_labels
 from patching_demo.tasks import CORRUPTIONS, induction_task, prompt_task
 
 QUIET = {"progress": False}
@@ -184,7 +187,8 @@ def test_an_interval_holds_the_mean_as_often_as_its_level_says(level, least, mos
     assert least < covered < most
     np.testing.assert_allclose(found, result.mean("prompt"), rtol=1e-6)
     assert found["head_label"].identical(result["head_label"].assign_coords(found.coords))
-    assert found.attrs == {**result.attrs, "level": level} and "prompt" not in found.coords
+    said = {"level": level, "prompts": "mean over 60 prompts"}
+    assert found.attrs == {**result.attrs, **said} and "prompt" not in found.coords
     # The textbook's standard error of a mean.
     sigma = result.std("prompt", ddof=1) / 60**0.5
     quantile = {0.95: 1.96, 0.5: 0.674}[level]
@@ -363,6 +367,46 @@ def test_largest_cells_name_kinds_and_skip_gaps():
         largest_cells(_result("gpt2", "resid_pre").rename(layer="row"))
 
 
+def _by_role(head: bool = False) -> xr.DataArray:
+    """Nine prompts' values by role; S2 carries the stream early and END late."""
+    rng = np.random.default_rng(0)
+    mean = np.array([[0.1, 0.9, 0.0], [0.0, 0.8, 0.1], [0.0, 0.2, 0.7]])
+    values = mean + 0.1 * rng.normal(size=(9, 3, 3))
+    attrs = {"clean_baseline": 1.0, "corrupted_baseline": 0.0, "metric": "m", "by": "role"}
+    coords = {"layer": range(3), "role": ["IO", "S2", "END"]}
+    dims = ("prompt", "layer", "role")
+    result = xr.DataArray(values, coords, dims, "value", {**attrs, "units": "logits"})
+    if head:
+        result = xr.concat([0.1 * result, result], "head").transpose(*dims, "head")
+        result = result.assign_coords(head_labels(3, 2))
+    return result
+
+
+@pytest.mark.parametrize("head", [False, True])
+def test_results_by_role_are_read_by_their_names(head):
+    result = _by_role(head)
+    found = interval(result)
+    table = largest_cells(found, 3)
+    assert list(table) == ["label", "role", "value", "low", "high", "share"]
+    assert table["role"].tolist() == ["S2", "S2", "END"]
+    assert table["label"].tolist() == [f"L{layer}{'H1' * head}" for layer in (0, 1, 2)]
+    for _, row in table.iterrows():
+        place = {"role": row["role"], "layer": int(row["label"][1])} | ({"head": 1} if head else {})
+        for name, values in (("value", found), ("low", found["low"]), ("high", found["high"])):
+            assert row[name] == float(values.sel(place))
+        assert row["low"] < row["value"] < row["high"]
+    assert "low" not in largest_cells(result)
+    stream = found.isel(head=1) if head else found
+    assert crossing_layer(stream, "S2", "END") == 2 == crossing_layer(stream.T, "S2", "END")
+    assert crossing_layer(stream, "S2", "IO") == 3
+    with pytest.raises(ValueError, match="no role 1: choose among IO, S2, END"):
+        crossing_layer(stream, 1, "END")
+    if head:
+        assert top_head(found.sel(role="END"))["head_label"].item() == "L2H1"
+        assert strong_heads(found.sel(role="S2"))["head_label"].values.tolist() == ["L0H1", "L1H1"]
+    assert effect_sizes(found).dims == found.dims
+
+
 def _odd() -> xr.DataArray:
     """Everything that a sweep's labels and attributes may hold, and more."""
     words = ["<b>\n$x$ é 0", "a\0b", "\ud800 half", "", "😀", "∅", '"quoted"']
@@ -373,7 +417,7 @@ def _odd() -> xr.DataArray:
     return out
 
 
-@pytest.mark.parametrize("which", ["one", "gaps", "combined", "odd", "prompts", "interval"])
+@pytest.mark.parametrize("which", ["one", "gaps", "combined", "odd", "prompts", "interval", "role"])
 def test_a_result_survives_its_file(tmp_path, which):
     result = {
         "one": lambda: _result("gpt2", "resid_pre"),
@@ -382,6 +426,7 @@ def test_a_result_survives_its_file(tmp_path, which):
         "odd": _odd,
         "prompts": lambda: _drawn(3).assign_coords(clean_baseline=("prompt", [1.0, 2.0, 3.0])),
         "interval": lambda: interval(_drawn(3)),
+        "role": lambda: interval(_by_role(head=True)),
     }[which]().copy(deep=True)
     folder = tmp_path / "with space é"
     folder.mkdir()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,9 @@ from patching_demo.engine.kinds import KINDS, kind_label
 from patching_demo.plots.theme import number
 from patching_demo.results import baselines, largest_cells, single
 
-CELL_DIMS = ("layer", "head", "position")
+#: Dimensions whose entries are numbers, and all that say where a cell is.
+NUMBERED = ("layer", "head", "position")
+CELL_DIMS = (*NUMBERED, "role")
 
 #: The units of :func:`patching_demo.share`.
 SHARE = "share of clean - corrupted"
@@ -144,6 +147,8 @@ def what_is_one_patch(result: xr.DataArray) -> str:
     'one head at a time, over all positions'
     >>> what_is_one_patch(xr.DataArray(0.0, attrs={"kind": "mlp_out", "by": "pos", "window": 5}))
     'one position at a time, in 5 layers at once'
+    >>> what_is_one_patch(xr.DataArray(0.0, attrs={"kind": "q", "by": "role"}))
+    'one head and named position at a time'
     """
     attrs, kinds = result.attrs, [KINDS[kind] for kind in kinds_of(result) if kind in KINDS]
     by, window = attrs.get("by"), attrs.get("window", 1)
@@ -152,15 +157,14 @@ def what_is_one_patch(result: xr.DataArray) -> str:
     if by == "path":
         how = {"direct": ", by direct paths", "mlps": ", by paths through MLPs"}
         return "one sender at a time" + how.get(attrs.get("through"), "")
-    if by not in ("pos", "all_pos") or (by == "pos" and not kinds):
+    if by not in ("pos", "role", "all_pos") or (by != "all_pos" and not kinds):
         return ""
     layers = f", in {window if window != SEVERAL else 'several'} layers at once"
     if by == "all_pos":
         text = "one head at a time, over all positions"
-    elif kinds[0].of_heads:
-        text = "one head and position at a time"
     else:
-        text = "one layer and position at a time" if window == 1 else "one position at a time"
+        what = "head and " if kinds[0].of_heads else "layer and " if window == 1 else ""
+        text = f"one {what}{'named ' * (by == 'role')}position at a time"
     return text + layers * (window != 1)
 
 
@@ -197,21 +201,26 @@ def bounds_of(result: xr.DataArray) -> xr.DataArray | None:
     return xr.concat([result[n].drop_vars(["low", "high"]) for n in ("low", "high")], "bound")
 
 
-def intervals(bounds: np.ndarray) -> np.ndarray:
+def intervals(bounds: np.ndarray, write: Callable[[float], str] = number) -> np.ndarray:
     """Bounds ``[2, ...]`` in words."""
     words = [
-        "no interval" if np.isnan([low, high]).any() else f"{number(low)} to {number(high)}"
+        "no interval" if np.isnan([low, high]).any() else f"{write(low)} to {write(high)}"
         for low, high in bounds.reshape(2, -1).T
     ]
     return np.array(words, dtype=object).reshape(bounds.shape[1:])
+
+
+def interval_name(result: xr.DataArray) -> str:
+    """What the intervals of a result are called, by their level where they have one."""
+    level = result.attrs.get("level")  # Combined results may have several.
+    return f"{number(100 * level)} % interval" if level else "interval"
 
 
 def whiskers(result: xr.DataArray) -> str:
     """What the intervals of a result are, empty if it has none."""
     if bounds_of(result) is None:
         return ""
-    level = result.attrs.get("level")  # Combined results may have several.
-    return f"; {f'{number(100 * level)} % ' if level else ''}intervals by bootstrap over prompts"
+    return f"; {interval_name(result)}s by bootstrap over prompts"
 
 
 def why_missing(result: xr.DataArray) -> str:
@@ -227,8 +236,7 @@ def largest_effects(result: xr.DataArray, n: int = 3) -> str:
     said = []
     for _, cell in largest_cells(result, n).iterrows():
         place = [entry_name(d, cell[d]) for d in lead] + [str(cell["label"])]
-        if "position" in cell:
-            place.append(f"position '{cell['position']}'")
+        place += [f"{d} '{cell[d]}'" for d in ("position", "role") if d in cell]
         said.append(f"{' '.join(place)}: {number(cell['value'])}")
     return f" Largest effects: {'; '.join(said)}." if said else ""
 

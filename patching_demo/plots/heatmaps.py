@@ -32,9 +32,10 @@ def heatmap(
 
     Args:
         result: from :func:`patching_demo.sweep` or :func:`patching_demo.combine`, with
-            dimensions among ``layer``, ``position`` and ``head`` and up to two others, which
-            become panels. With all three, rows are heads (L9H6) and columns are positions. Of a
-            result with ``prompt``, the mean over prompts is drawn.
+            dimensions among ``layer``, ``position`` or ``role``, and ``head``, and up to two
+            others, which become panels. With three, rows are heads (L9H6) and columns are
+            positions or roles. Of a result with ``prompt``, the mean over prompts is drawn; the
+            hover of one from :func:`patching_demo.interval` has its bounds.
         title: instead of the one made from the result's attributes.
         caption: instead of the sentence on how to read the figure.
         top: of more rows than this, only so many with the largest effects are drawn, largest
@@ -103,9 +104,11 @@ def _panels(
     lead = [str(d) for d in result.dims if d not in cell_dims]
     if len(cell_dims) < 2:
         raise ValueError(
-            f"a heatmap needs two of layer, position and head, got {list(result.dims)}: draw it "
-            "with curves or bars"
+            f"a heatmap needs two of layer, position (or role) and head, got {list(result.dims)}: "
+            "draw it with curves or bars"
         )
+    if {"position", "role"} <= set(cell_dims):
+        raise ValueError("the result has both positions and roles: select from one")
     if len(lead) > 2:
         raise ValueError(f"panels can show two further dimensions, got {lead}: select from one")
     *row_dims, column_dim = cell_dims
@@ -167,7 +170,7 @@ def _panel_traces(
         template += f" (%{{customdata:.0%}} of {span})"
         shared["customdata"] = compact((values - centre) / (clean - centre))
     if panel.intervals is not None:
-        template += "<br>%{hovertext}"
+        template += f"<br>{facts.interval_name(result)}: %{{hovertext}}"
         shared["hovertext"] = panel.intervals[view]
     measured = panels.cells(
         values, *words, hovertemplate=f"{template}<extra></extra>", name=name, **shared
@@ -192,7 +195,9 @@ def _caption(result: xr.DataArray, grid: panels.Grid, top: int, note: str) -> st
         f"move away{facts.whiskers(result)}"
     ]
     if any(panel.agrees.any() for panel in grid.panels):
-        parts.append("at positions marked = both inputs agree up to there: nothing to patch")
+        parts.append(
+            f"at {grid.columns.title}s marked = both inputs agree up to there: nothing to patch"
+        )
     if any((np.isnan(panel.values) & ~panel.agrees).any() for panel in grid.panels):
         parts.append(facts.why_missing(result))
     if any(np.isinf(panel.values).any() for panel in grid.panels):

@@ -18,7 +18,7 @@ import plotly.graph_objects as go
 import xarray as xr
 
 from patching_demo.plots import facts, panels, theme
-from patching_demo.plots.theme import escape, number
+from patching_demo.plots.theme import escape, number, percent
 from patching_demo.results import baselines, combine
 from patching_demo.results import share as to_share
 
@@ -41,8 +41,8 @@ def explore(
     Args:
         results: a result with further dimensions, such as ``kind``, ``corrupted`` and
             ``metric`` (see :func:`patching_demo.combine`, which can be nested), or results by
-            name, which are then combined. With layer, position and head, a slider chooses the
-            layer; otherwise all layers are rows.
+            name, which are then combined. With layer, head and position or role, a slider
+            chooses the layer; otherwise all layers are rows.
         title: instead of the default one.
         caption: instead of the default sentence.
 
@@ -53,7 +53,9 @@ def explore(
     here = [d for d in facts.CELL_DIMS if d in measured.dims]
     lead = [str(d) for d in measured.dims if d not in here]
     if len(here) < 2:
-        raise ValueError(f"the explorer needs two of layer, position, head, got {here}")
+        raise ValueError(f"the explorer needs two of layer, position (or role), head, got {here}")
+    if {"position", "role"} <= set(here):
+        raise ValueError("the result has both positions and roles: select from one")
     if not lead and len(here) < 3:
         raise ValueError("there is nothing to choose from: draw the result with heatmap")
     if len(lead) > 3:
@@ -72,11 +74,17 @@ def explore(
     order = [*rest, *(["layer"] * (len(here) == 3)), row_dim, *filter(None, [across]), column_dim]
     agrees = panels.agreement(shares).transpose(*order).values
     kept, columns = panels.collapsed(agrees, panels.axis_of(shares, [column_dim]))
+    columns = columns.upright() if column_dim == "role" else columns
     rows = panels.axis_of(shares, [row_dim])
     shape = (len(states), len(layers), len(rows.words), len(entries), len(columns.words))
     agrees = agrees[..., kept].reshape(shape)
     values = shares.transpose(*order).values.astype(float)[..., kept].reshape(shape)
     values[agrees] = np.nan
+    said = np.full(len(states), None)
+    bounds = facts.bounds_of(shares)
+    if bounds is not None:
+        bounds = bounds.transpose("bound", *order).values[..., kept].reshape(2, *shape)
+        said = _side_by_side(facts.intervals(bounds, percent), "")
     all_values, all_agrees = _side_by_side(values, np.nan), _side_by_side(agrees, False)
     x = _axis_of_blocks(
         [facts.entry_name(across or "", e) if across else "" for e in entries], columns
@@ -101,11 +109,16 @@ def explore(
             for which, value in zip(names[::-1], _baselines_in(part)[::-1], strict=True)
         )
         template = f"{name}<br>" * bool(name) + "%{x}<br>%{y}<br>"
-        tail = f" of {escape(' minus '.join(names))}{estimated}<br>{levels}<extra></extra>"
+        tail = f" of {escape(' minus '.join(names))}{estimated}<br>"
+        if bounds is not None:
+            tail += f"{facts.interval_name(shares)}: %{{hovertext}}<br>"
+        tail += f"{levels}<extra></extra>"
         near, far = (template + value + tail for value in ("%{z:.0%}", "%{text}"))
         words = x.words, y.words
         drawn = [
-            panels.cells(all_values[i], *words, name=name, hovertemplate=near, **shown),
+            panels.cells(
+                all_values[i], *words, name=name, hovertemplate=near, hovertext=said[i], **shown
+            ),
             *panels.infinite(all_values[i], *words, scale, hovertemplate=far, **shown),
             *panels.nothing_to_patch(all_agrees[i], *words, signed=False, **shown),
         ]

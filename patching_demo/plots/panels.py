@@ -18,8 +18,11 @@ import xarray as xr
 from plotly.subplots import make_subplots
 
 from patching_demo.plots import theme
-from patching_demo.plots.facts import entries_of, entry_name
+from patching_demo.plots.facts import NUMBERED, entries_of, entry_name
 from patching_demo.plots.theme import compact, escape, number
+
+# Pixels that a telephone of 390 pixels leaves the horizontal axis.
+NARROW = 238
 
 # Wider than this, panels go below each other, as their labels would not be readable.
 _MAX_COLUMNS = 48
@@ -81,6 +84,19 @@ class Axis:
         """Characters of the longest tick."""
         return max(map(len, self.ticks))
 
+    @property
+    def each(self) -> float:
+        """Pixels that a tick needs beside the others."""
+        return 11.5 if self.turned else 6.6 * self.longest + 6
+
+    def upright(self, times: int = 1) -> Axis:
+        """These names, standing if they do not fit a telephone so many times."""
+        count = times * len(self.ticks)
+        if self.turned or count < 2 or count * self.each <= NARROW:
+            return self
+        ticks = [tick if len(tick) <= 24 else f"{tick[:13]}…{tick[-10:]}" for tick in self.ticks]
+        return replace(self, ticks=ticks, turned=True)
+
     def below(self) -> int:
         """Pixels below a figure whose columns these are."""
         return 6 * self.longest + 14 if self.turned else 46
@@ -115,7 +131,8 @@ def axis_of(result: xr.DataArray, dims: Sequence[str]) -> Axis:
     if dim in ("layer", "head"):
         return Axis([f"{dim} {entry}" for entry in entries], [str(e) for e in entries], dim)
     names = [entry_name(dim, entry) for entry in entries]
-    return Axis(names, names, dim)
+    words = [f"role {name}" for name in names] if dim == "role" else names
+    return Axis(words, names, dim)
 
 
 def position_axis(labels: Sequence[str], tokens: Sequence[str]) -> Axis:
@@ -253,7 +270,7 @@ class Grid:
     """Where the panels of a figure stand, in a plot of known height."""
 
     def __init__(self, rows: Axis, columns: Axis, panels: Sequence[Panel] = ()) -> None:
-        self.rows, self.columns = rows, columns
+        self.rows = rows
         blank = np.zeros((len(rows.words), len(columns.words)))
         self.panels = list(panels) or [Panel(0, 0, blank, blank > 0)]
         across, down = (max(getattr(p, i) for p in self.panels) + 1 for i in ("column", "row"))
@@ -267,6 +284,8 @@ class Grid:
                 for panel, (i, j) in zip(self.panels, spots, strict=True)
             ]
         self.across, self.down = across, down
+        named = columns.title not in NUMBERED
+        self.columns = columns.upright(across) if named else columns
         #: The number that plotly gives each panel's axes.
         numbers = [p.row * across + p.column + 1 for p in self.panels]
         self.axes = ["" if n == 1 else str(n) for n in numbers]
@@ -274,8 +293,9 @@ class Grid:
         self.over = 22 if depth else 0
         self._between = 26 if depth else 14
         self.left = 22 + 7 * rows.longest + 16 * (depth == 2)
-        # Every how many columns there is a label.
-        self.step = math.ceil(width * across / 33)
+        # Every how many columns there is a label; names are never left out.
+        self.step = 1 if named else math.ceil(width * across / 33)
+        self._each = self.columns.each if named else 11 if columns.turned else 6
 
     def height(self, n_rows: int) -> int:
         """Pixels of the whole plot; the more rows there are, the fewer for each."""
@@ -285,7 +305,7 @@ class Grid:
     def min_width(self) -> int:
         """Pixels below which labels would overlap."""
         labels = self.across * math.ceil(len(self.columns.words) / self.step)
-        return self.left + 26 + labels * (11 if self.columns.turned else 6)
+        return self.left + 26 + math.ceil(labels * self._each)
 
     def layout(self, view: np.ndarray, *, every_row: bool) -> dict[str, Any]:
         """The axes of every panel for the rows in view, ``every_row`` of them with a label."""

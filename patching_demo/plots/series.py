@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,9 +14,6 @@ import xarray as xr
 from patching_demo.plots import facts, panels, theme
 from patching_demo.plots.theme import compact, escape, number
 from patching_demo.results import baselines
-
-# Pixels that a telephone of 390 pixels leaves the horizontal axis.
-_NARROW = 238
 
 
 def curves(
@@ -35,6 +31,8 @@ def curves(
         along: the dimension of the horizontal axis.
         title: instead of the one made from the result's attributes.
         caption: instead of the default sentence.
+
+    Intervals (see :func:`patching_demo.interval`) are bands along layers, and whiskers elsewhere.
 
     Raises:
         ValueError: if a baseline is not finite, or the dimensions do not fit.
@@ -141,26 +139,24 @@ def _figure(
     bounds = facts.bounds_of(result)
     if bounds is not None:
         bounds = bounds.transpose("bound", ..., along).values.reshape(2, len(names), -1)[..., kept]
-    value = "%{customdata:.3~g}" + " (%{hovertext})" * (bounds is not None)
+    value = "%{customdata:.3~g}"
+    if bounds is not None:
+        value += f"<br>{facts.interval_name(result)}: %{{hovertext}}"
     shown = [values] if bounds is None else [values, np.where(np.isnan(values), np.nan, bounds)]
     ends = [*np.concatenate([part[np.isfinite(part)] for part in shown]), clean, centre]
     pad = 0.08 * ((max(ends) - min(ends)) or 1.0)
     bottom, top = min(ends) - pad, max(ends) + pad
-    traces, furthest = [], []
+    traces, bands, furthest = [], [], []
     for i, (name, row) in enumerate(zip(names, values, strict=True)):
         lead = "" if name == metric else f"{escape(name)}<br>"
         trace = draw(i, np.clip(row, bottom, top))  # Plotly would leave infinite ones out.
         if bounds is not None:
-            low, high = bounds[:, i]
             trace.hovertext = facts.intervals(bounds[:, i])
-            trace.error_y = {
-                "array": compact(high - np.clip(row, bottom, top)),
-                "arrayminus": compact(np.clip(row, bottom, top) - low),
-                "symmetric": False,
-                "color": theme.INK,
-                "thickness": 1,
-                "width": 3,
-            }
+            if along == "layer" and trace.type == "scatter":
+                bands.append(_band(axis.words, *bounds[:, i], trace.line.color, str(i)))
+                trace.legendgroup = str(i)
+            else:
+                _add_whiskers(trace, np.clip(row, bottom, top), *bounds[:, i])
         trace.update(
             x=[escape(word) for word in axis.words],
             name=escape(name),
@@ -173,13 +169,11 @@ def _figure(
             furthest.append(f"{name} {number(row[at])} at {axis.ticks[at]}")
     main, below = facts.title_of(result, title)
     at = range(len(axis.words))
-    if axis.title in facts.CELL_DIMS:
+    if axis.title in facts.NUMBERED:
         # As many numbers as fit beside each other on a telephone; names are never left out.
-        each = 11.5 if axis.turned else 6.6 * axis.longest + 6
-        at = at[:: math.ceil(len(at) * each / _NARROW)]
-    elif len(at) > 1 and len(at) * (6.6 * axis.longest + 6) > _NARROW:
-        ticks = [tick if len(tick) <= 24 else f"{tick[:13]}…{tick[-10:]}" for tick in axis.ticks]
-        axis = replace(axis, ticks=ticks, turned=True)
+        at = at[:: math.ceil(len(at) * axis.each / panels.NARROW)]
+    else:
+        axis = axis.upright()
     everywhere = agrees.all(axis=0)
     if caption is None:
         caption = f"{how}; dashed lines mark the {source} and the {target} baseline"
@@ -191,7 +185,7 @@ def _figure(
     # Two names stand beside each other on a telephone, five in a window.
     legend_rows = [math.ceil(len(traces) / n) if len(traces) > 1 else 0 for n in (2, 5)]
     figure = panels.composed(
-        traces,
+        [*bands, *traces],
         (main, below),
         over=24 * legend_rows[0] + 8,
         spare=24 * (legend_rows[0] - legend_rows[1]),
@@ -209,6 +203,8 @@ def _figure(
         bargap=0.2,
         xaxis={
             "type": "category",
+            "categoryorder": "array",
+            "categoryarray": [escape(word) for word in axis.words],
             "showgrid": False,
             "tickmode": "array",
             "tickfont": {"size": 11},
@@ -238,3 +234,43 @@ def _figure(
             edges = run[0] - 0.5, run[-1] + 0.5
             figure.add_vrect(*edges, fillcolor=theme.GAP, line_width=0, layer="below")
     return figure
+
+
+def _band(
+    words: list[str], low: np.ndarray, high: np.ndarray, color: str, group: str
+) -> go.Scatter:
+    """The area between two bounds: one closed line around each run of entries that have both."""
+    x: list[str | None] = []
+    y: list[float] = []
+    known = np.isfinite(low) & np.isfinite(high)
+    for has, run in itertools.groupby(range(len(words)), known.__getitem__):
+        there = list(run)
+        if has:
+            back = there[::-1]
+            x += [*(escape(words[i]) for i in [*there, *back]), None]
+            y += [*high[there], *low[back], np.nan]
+    red, green, blue = (int(color[i : i + 2], 16) for i in (1, 3, 5))
+    return go.Scatter(
+        x=x,
+        y=compact(y),
+        mode="lines",
+        # The edge shows a run of a single entry, too.
+        line={"width": 1, "color": f"rgba({red},{green},{blue},0.4)"},
+        fill="toself",
+        fillcolor=f"rgba({red},{green},{blue},0.18)",
+        hoverinfo="skip",
+        showlegend=False,
+        legendgroup=group,
+        name="interval",
+    )
+
+
+def _add_whiskers(trace: Any, values: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
+    trace.error_y = {
+        "array": compact(high - values),
+        "arrayminus": compact(values - low),
+        "symmetric": False,
+        "color": theme.INK,
+        "thickness": 1,
+        "width": 3,
+    }

@@ -6,7 +6,7 @@ import html
 import re
 import zlib
 from collections.abc import Sequence
-from itertools import zip_longest
+from difflib import SequenceMatcher
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,8 @@ class Html:
 def table(frame: pd.DataFrame, caption: str) -> Html:
     """A table with a caption, numbers of about three digits and shares in per cent.
 
+    Shares are the columns "share" and "share, " with more words after it.
+
     Args:
         frame: for instance of :func:`patching_demo.largest_cells`. Its index is shown, as the
             heads of rows, if it has a name. Long texts are wrapped.
@@ -70,7 +72,8 @@ def table(frame: pd.DataFrame, caption: str) -> Html:
 def tokens_table(task: Task, rows: int | None = None, caption: str | None = None) -> Html:
     """Clean and corrupted prompts below each other, token by token, with differences marked.
 
-    The start that all shown pairs share stands in one cell, so that what differs is in view.
+    The start that all shown pairs share stands in one cell, so that what differs is in view. Of a
+    pair of unequal lengths, what was exchanged is marked.
 
     Args:
         task: what to show.
@@ -94,12 +97,14 @@ def tokens_table(task: Task, rows: int | None = None, caption: str | None = None
     pairs = [_pair(task, pair * each) for pair in range(count)]
     places = max(len(tokens) for strings, _ in pairs for tokens in strings)
     # Token ids decide: two different tokens may print alike.
-    shared = min((row.index(True) if True in row else places) for _, row in pairs)
+    shared = min(
+        (row.index(True) if True in row else places) for _, marks in pairs for row in marks
+    )
     shared = shared if shared >= 4 else 0
     head = {f"0–{shared - 1}": range(shared)} if shared else {}
     head |= {str(place): range(place, place + 1) for place in range(shared, places)}
-    for pair, (strings, differs) in enumerate(pairs, 1):
-        for side, tokens in zip((source, target), strings, strict=True):
+    for pair, (strings, marks) in enumerate(pairs, 1):
+        for side, tokens, differs in zip((source, target), strings, marks, strict=True):
             cells = ([i for i in run if i < len(tokens)] for run in head.values())
             body.append([_tokens(tokens, differs, cell) for cell in cells])
             index.append((str(pair), side))
@@ -112,8 +117,8 @@ def tokens_table(task: Task, rows: int | None = None, caption: str | None = None
     return Html(framed(frame.style, caption, wraps), "\n".join(lines))
 
 
-def _pair(task: Task, row: int) -> tuple[list[list[str]], list[bool]]:
-    """The tokens of a clean and a corrupted prompt as text, and at which places they differ."""
+def _pair(task: Task, row: int) -> tuple[list[list[str]], list[list[bool]]]:
+    """The tokens of a clean and a corrupted prompt as text, and which of each differ."""
     ends = getattr(task, "roles", {}).get("END")
     lengths = [task.lengths, getattr(task, "corrupted_lengths", task.lengths)]
     found, ids = [], []
@@ -122,7 +127,15 @@ def _pair(task: Task, row: int) -> tuple[list[list[str]], list[bool]]:
         strings = (task.clean_strings, task.corrupted_strings)[side][row]
         found.append(list(strings[:length]))
         ids.append(tokens[row, :length].tolist())
-    return found, [a != b for a, b in zip_longest(*ids)]
+    one, other = ids
+    if len(one) == len(other):
+        return found, 2 * [[a != b for a, b in zip(*ids, strict=True)]]
+    # Places do not correspond: what stands in both in the same order is the same.
+    marks = [[True] * len(side) for side in ids]
+    for *starts, size in SequenceMatcher(None, one, other, autojunk=False).get_matching_blocks():
+        for mark, start in zip(marks, starts, strict=True):
+            mark[start : start + size] = [False] * size
+    return found, marks
 
 
 def _tokens(tokens: Sequence[str], differs: Sequence[bool], places: Sequence[int]) -> str:
@@ -140,7 +153,7 @@ def _written(column: str, value: Any) -> str:
     if isinstance(value, (float, np.floating)):
         if value != value:
             return "–"
-        return percent(value) if column == "share" else number(value)
+        return percent(value) if column.split(",")[0] == "share" else number(value)
     return str(value)
 
 
