@@ -19,7 +19,7 @@ from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources.transformers import helpers
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto import modeling_auto
 
 _LLAMA_LIKE = dict(
     num_hidden_layers=2,
@@ -168,8 +168,17 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("Qwen3Next", "Qwen3_5", "Qwen3_5Moe", "OlmoHybrid"), _LINEAR),
     "GPTNeo": {"attention_types": [[["global", "local", "global"], 1]], "window_size": 4},
 }
-#: Every decoder that TransformerLens boots and Transformers makes from a config.
-DECODERS = sorted(set(SUPPORTED_ARCHITECTURES) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()))
+_DECODERS = {
+    "AudioFlamingo3ForConditionalGeneration",
+    "MusicFlamingoForConditionalGeneration",
+    *modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(),
+    *getattr(modeling_auto, "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES", {}).values(),
+    *modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values(),
+}
+#: Every decoder that TransformerLens boots and Transformers makes from a config, also those that
+#: take text beside pictures or sound. Not there: those whose code is on the hub alone. Some that
+#: see need torchvision.
+DECODERS = sorted(_DECODERS & set(SUPPORTED_ARCHITECTURES) & set(dir(transformers)))
 
 
 def decoder(

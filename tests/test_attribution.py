@@ -123,6 +123,20 @@ def test_labels_are_those_of_the_sweep(kinds, by, method):
     assert np.allclose(each.mean("prompt"), found, atol=1e-5, equal_nan=True)
 
 
+@pytest.mark.parametrize("method", attribution.METHODS)
+@pytest.mark.parametrize("name", ["gpt2", "llama-gqa"])
+def test_an_estimate_may_be_asked_for_in_inference_mode(name, method):
+    outside = task_of(name)
+    wanted = attribute(model(name), outside, ("out", "q"), by="all_pos", method=method)
+    with torch.inference_mode():
+        for task in (outside, task_of(name)):
+            found = attribute(model(name), task, ("out", "q"), by="all_pos", method=method)
+            np.testing.assert_allclose(found, wanted, rtol=1e-5)
+        made = tiny.fresh(name)
+    with pytest.raises(ValueError, match=r"made in torch.inference_mode\(\)"):
+        attribute(made, task_of(name), "out")
+
+
 def test_unknown_choices_are_refused():
     bridge, task = tiny.model("gpt2"), task_of("gpt2")
     with pytest.raises(ValueError, match="method must be one of gradient"):

@@ -104,6 +104,7 @@ def test_what_does_not_fit_is_refused_in_words_as_it_is_typed(panel, field, type
     assert panel.run_button.disabled
     shown = Markup(panel.advice.value)
     assert says in shown.text and "Change this first" in shown.text
+    assert not re.search(r"[.:]\.", shown.text), "a sentence ends in one full stop"
     # Where both prompts can be read, their tokens stand below the sentence.
     assert ("table" in shown.tags) == bool(typed.strip() or field != "corrupted")
     with pytest.raises(ValueError, match=re.escape(says)):

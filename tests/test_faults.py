@@ -184,10 +184,13 @@ def test_an_exception_in_a_direct_path_passes_through() -> None:
     assert model.cfg.use_split_qkv_input == split
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama-gqa"])
+@pytest.mark.parametrize("isolated", [True, False])
 @pytest.mark.parametrize("stage", ["capture", "run_block", "hooked", "logits_from_resid"])
 def test_an_interrupt_in_the_middle_of_the_engine(
-    stage: str, monkeypatch: pytest.MonkeyPatch
+    stage: str, isolated: bool, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also where the sweep has no modules of its own (as with hooks for every module)."""
     module = {"capture": runner, "logits_from_resid": scoring}.get(stage, packs)
     right, calls = (
         getattr(module, stage),
@@ -199,10 +202,12 @@ def test_an_interrupt_in_the_middle_of_the_engine(
             raise KeyboardInterrupt
         return right(*arguments, **options)
 
-    with all_as_before(), monkeypatch.context() as patch:
+    with all_as_before(name), monkeypatch.context() as patch:
         patch.setattr(module, stage, interrupted)
+        for user in () if isolated else (runner, patching):
+            patch.setattr(user, "isolated", lambda model, *_: model)
         with pytest.raises(KeyboardInterrupt):
-            sweep("attn_head_by_pos_every")
+            sweep("attn_head_by_pos_every", name)
 
 
 def test_a_metric_that_writes_into_its_logits_harms_no_other_cell() -> None:

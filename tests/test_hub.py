@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import io
 import os
+import re
+import shutil
 import time
 from contextlib import nullcontext
 
@@ -40,7 +42,7 @@ def repositories(tmp_path_factory) -> dict:
 def connect(monkeypatch, tmp_path):
     """Return a function that points this process at a hub's address."""
 
-    def use(address: str, offline: bool = False) -> None:
+    def use(address: str, offline: bool = False, cache: str = "hub") -> None:
         for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", models.MODEL_ENV):
             monkeypatch.delenv(name, raising=False)
             monkeypatch.delenv(name.lower(), raising=False)
@@ -49,7 +51,7 @@ def connect(monkeypatch, tmp_path):
         monkeypatch.setattr(constants, "ENDPOINT", address)
         template = address + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf" / cache))
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "hf" / "token"))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
 
@@ -228,13 +230,15 @@ def test_a_gated_model_loads_with_the_users_token(repositories, connect, monkeyp
 )
 def test_a_half_filled_cache_is_completed(missing, known, repositories, connect, tmp_path):
     with serve(repositories["repos"]) as hub:
-        connect(hub.address)
+        connect(hub.address, cache="hub" if known else "other")
         folder = hub_module.repository(GPT2, hub_module.MODEL_FILES)
         for name in missing:
             (folder / name).unlink()
-        if not known:  # `snapshot_download` alone keeps a list of what there is
+        if not known:
+            # `snapshot_download` alone keeps a list of what there is, and remembers it by its path.
             for listing in folder.parents[1].glob("trees/*"):
                 listing.unlink()
+            shutil.copytree(tmp_path / "hf" / "other", tmp_path / "hf" / "hub", symlinks=True)
         connect(hub.address, offline=True)
         with pytest.raises(ModelUnavailable, match="not all in the cache.*HF_HUB_OFFLINE"):
             load_model("gpt2-small")
@@ -398,8 +402,9 @@ def test_a_model_that_is_another_one_in_transformer_lens_is_refused(fails, monke
 
     monkeypatch.setattr(TransformerBridge, "enable_compatibility_mode", spoil)
     words = {"differs": "off by", "raises": "RuntimeError: this adapter does not support it"}
-    with pytest.raises(ModelUnavailable, match=rf"{words[fails]}.*\)\.$"):
+    with pytest.raises(ModelUnavailable, match=rf"{words[fails]}.*\)\.$") as refusal:
         load_model("attn-only-2l-demo")
+    assert not re.search(r"\.[.)]", str(refusal.value)), "a full stop within the sentence"
 
 
 # The real hub -----------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ choose what to measure with :func:`patching_demo.sweep`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from functools import partial
 from typing import Any
 
@@ -27,6 +28,7 @@ from patching_demo.tasks import Task
 METHODS = ("gradient", "gradient+qk", "integrated")
 
 
+@torch.inference_mode(False)  # Gradients are needed, also where the caller's mode has none.
 def attribute(
     model: Any,
     task: Task,
@@ -77,6 +79,11 @@ def attribute(
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise ValueError(f"steps must be a whole number of at least 1, got {steps!r}")
     checks.check_bridge(model)
+    if any(weight.is_inference() for weight in model.parameters()):
+        raise ValueError(
+            "the model was made in torch.inference_mode(), so it has no gradients: load it outside"
+        )
+    task = deepcopy(task) if task.clean_tokens.is_inference() else task
     hooks = {
         (name, layer): f"blocks.{layer}.{KINDS[name].hook}"
         for name in names
