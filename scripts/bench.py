@@ -98,7 +98,17 @@ QUESTIONS: dict[str, tuple[Callable[[Any, Any], Any], int]] = {
             [np.ravel(attribute(m, t, kinds)) for kinds in (BLOCKS, HEAD_KINDS)]
         ), 1,
     ),
+    "roles of 100 prompts": (
+        lambda m, t: np.concatenate(
+            [
+                np.ravel(labelled_sweep(m, t, kind, by="role", progress=False))
+                for kind in ("resid_pre", "out")
+            ]
+        ), 1,
+    ),
 }  # fmt: skip
+# Questions that are asked of other prompts than the model's usual ones.
+TASKS: dict[str, Callable[[Any], Any]] = {"roles of 100 prompts": lambda m: ioi_task(m, n=100)}
 
 # The least ratio each row must reach on two CPU cores.
 MARKS = {
@@ -113,6 +123,7 @@ MARKS = {
             "paths to the logits": 100.0,
             "200 sets of 10 heads": 4.0,
             "window of 10 layers": 25.0,
+            "roles of 100 prompts": 20.0,
         }
     ),
     "attn-only-2l-demo": dict.fromkeys((*SWEEPS, *COMBINED), 10.0),
@@ -380,6 +391,7 @@ def measure_question(model: Any, model_name: str, task: Any, name: str) -> Row:
     """A question of ``QUESTIONS`` against its natural loop, of which some passes are timed."""
     device, dtype = task.corrupted_tokens.device, next(model.parameters()).dtype
     ask, passes = QUESTIONS[name]
+    task = TASKS[name](model) if name in TASKS else task
     speed = [matmul_gflops(device, dtype)]
     with peak_memory(device) as peak:
         times = [timed(lambda: ask(model, task), device)]
@@ -392,12 +404,19 @@ def measure_question(model: Any, model_name: str, task: Any, name: str) -> Row:
         (f"blocks.{layer}.attn.hook_z", lambda activation, hook: activation)
         for layer in range(model.cfg.n_layers)
     ]
-    forwards = [
-        timed(lambda: model.run_with_hooks(task.corrupted_tokens, fwd_hooks=hooks), device)[0]
-        for _ in range(SAMPLE_CELLS // 2)
-    ]
+    # One pass for each length of prompts.
+    lengths = task.corrupted_lengths
+    shapes = [task.corrupted_tokens[lengths == n][:, :n] for n in lengths.unique().tolist()]
+    runs = max(2, SAMPLE_CELLS // 2 // len(shapes))
+    forward = sum(
+        statistics.median(
+            timed(lambda own=own: model.run_with_hooks(own, fwd_hooks=hooks), device)[0]
+            for _ in range(runs)
+        )
+        for own in shapes
+    )
     cells = int(np.isfinite(values).sum())
-    plain_seconds = statistics.median(forwards) * passes * cells
+    plain_seconds = forward * passes * cells
     speed.append(matmul_gflops(device, dtype))
     return Row(
         model_name, str(dtype)[6:], name, cells, seconds, plain_seconds, True,
