@@ -786,7 +786,7 @@ def test_intervals_are_drawn_and_said():
         assert trace.hovertext[0] == f"{theme.number(low[0])} to {theme.number(high[0])}"
         bottom, top = figure.layout.yaxis.range
         assert bottom < np.nanmin(result["low"][:, 1]) and top > np.nanmax(result["high"][:, 1])
-        assert "95 % intervals by bootstrap" in figure.layout.meta["caption"]
+        assert "whiskers are 95 % intervals by bootstrap" in figure.layout.meta["caption"]
     explored = plots.explore(result).data[0]
     assert "95 % interval: %{hovertext}" in explored.hovertemplate
     columns = list(explored.x)
@@ -795,7 +795,8 @@ def test_intervals_are_drawn_and_said():
     assert explored.hovertext[1][columns.index("query, head 3")] == words
     other = interval(each.where(each["head"] != 2), level=0.5)
     several = plots.heatmap(combine({"a": result, "b": other}))
-    assert "; intervals by bootstrap" in several.layout.meta["caption"]
+    assert "; hover texts have intervals by bootstrap" in several.layout.meta["caption"]
+    assert "hover texts have 95 %" in plots.explore(result).layout.meta["caption"]
     trace = _measured(plots.heatmap(result))[1]
     assert trace.hovertext[1][3] == f"{theme.number(low[3])} to {theme.number(high[3])}"
     assert "%{hovertext}" in trace.hovertemplate and trace.text is None
@@ -874,7 +875,7 @@ def test_intervals_along_layers_are_bands_around_their_lines():
     # The axis keeps its order where the first line starts late.
     late = plots.curves(result.where(result["layer"] > 2).assign_coords(low=result["low"] * np.nan))
     assert late.layout.xaxis.categoryarray == tuple(f"layer {i}" for i in range(6))
-    assert "95 % intervals by bootstrap over prompts" in figure.layout.meta["caption"]
+    assert "bands are 95 % intervals by bootstrap over prompts" in figure.layout.meta["caption"]
     assert "mean over 9 prompts" in _plain_title(figure)
     assert "no interval" in lines[1].hovertext[2]
 

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import xarray as xr
-from test_plots import NASTY, SHAPES, TEXTS, _made
+from test_plots import LARGEST, NASTY, SHAPES, SMALLEST, TEXTS, _made
 
 from patching_demo import combine, plots
 from patching_demo.plots import theme
@@ -37,7 +37,7 @@ def test_every_cell_is_a_point_with_both_numbers(shape):
         if "position" in exact.dims:
             pair = [part.where(~part["agrees"]) for part in pair]
         pair = [part.isel(kind=i) if "kind" in part.dims else part for part in pair]
-        order = [d for d in ("layer", "head", "position") if d in exact.dims]
+        order = [d for d in ("layer", "head", "position", "role") if d in exact.dims]
         x, y = (part.transpose(*order).values.ravel() for part in pair)
         there = np.isfinite(x)
         np.testing.assert_allclose(trace.x, x[there], rtol=1e-3)
@@ -87,6 +87,22 @@ def test_names_are_shown_as_text():
     content["layout"].pop("meta")
     for text in json.dumps(content, ensure_ascii=False).split('"'):
         assert not TEXTS.search(text.replace("<extra></extra>", "")), text
+
+
+@pytest.mark.parametrize("odd", [np.inf, -np.inf, LARGEST, -LARGEST, SMALLEST, 1e200])
+def test_any_number_can_be_drawn(odd):
+    exact = _made(("layer", "head"))
+    estimate = guessed(exact).astype(float)
+    estimate[1, 2] = odd
+    estimate[1, 3] = -LARGEST
+    figure = plots.scatter(estimate, exact)
+    (drawn,) = points(figure)
+    left_out = abs(odd) > LARGEST
+    assert len(drawn.x) == exact.size - left_out
+    assert ("infinite value are left out" in figure.layout.meta["caption"]) == left_out
+    low, high = figure.layout.yaxis.range
+    assert np.isfinite([low, high]).all() and low < float(np.min(drawn.y))
+    assert high > float(np.max(drawn.y)) and figure.layout.yaxis.tickvals
 
 
 @pytest.mark.parametrize(

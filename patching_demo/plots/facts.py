@@ -216,11 +216,11 @@ def interval_name(result: xr.DataArray) -> str:
     return f"{number(100 * level)} % interval" if level else "interval"
 
 
-def whiskers(result: xr.DataArray) -> str:
-    """What the intervals of a result are, empty if it has none."""
+def where_intervals_are(result: xr.DataArray, shown_by: str) -> str:
+    """What shows the intervals of a result, empty if it has none."""
     if bounds_of(result) is None:
         return ""
-    return f"; {interval_name(result)}s by bootstrap over prompts"
+    return f"; {shown_by} {interval_name(result)}s by bootstrap over prompts"
 
 
 def why_missing(result: xr.DataArray) -> str:

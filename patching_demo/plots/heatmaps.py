@@ -192,7 +192,7 @@ def _caption(result: xr.DataArray, grid: panels.Grid, top: int, note: str) -> st
     parts = [
         f"Each cell is the metric ({facts.metric_of(result)}) of the {target} run "
         f"after one patch: white means no change, blue a move towards the {source} run, orange a "
-        f"move away{facts.whiskers(result)}"
+        f"move away{facts.where_intervals_are(result, 'hover texts have')}"
     ]
     if any(panel.agrees.any() for panel in grid.panels):
         parts.append(

@@ -179,9 +179,11 @@ def explore(
     alt = f"Interactive heatmap. {main} ({sources})."
     if choices:
         alt += f" Menus: {theme.listed([_MENU_NAMES.get(dim, dim) for dim in choices])}."
-    missing = facts.why_missing(measured) if (np.isnan(values) & ~agrees).any() else ""
-    if np.isinf(values).any():
-        missing = "; ".join(filter(None, [missing, facts.INFINITE]))
+    remarks = [
+        facts.why_missing(measured) * bool((np.isnan(values) & ~agrees).any()),
+        facts.INFINITE * bool(np.isinf(values).any()),
+        facts.where_intervals_are(shares, "hover texts have").removeprefix("; "),
+    ]
     return panels.composed(
         traces,
         (main, sources),
@@ -191,7 +193,10 @@ def explore(
         left=grid.left + 12,
         bar=panels.BAR_HEIGHT,
         alt=alt + facts.largest_effects(shares),
-        caption=caption or _caption(names, scale, bool(sliders), missing, bool(agrees.any())),
+        caption=caption
+        or _caption(
+            names, scale, bool(sliders), "; ".join(filter(None, remarks)), bool(agrees.any())
+        ),
         coloraxis={"colorscale": theme.DIVERGING, **scale.opening},
         updatemenus=menus,
         sliders=sliders,
@@ -255,7 +260,7 @@ def _slider(prefix: str, steps: list[dict[str, Any]], start: int, below: int) ->
 
 
 def _caption(
-    names: tuple[str, str], scale: panels.Scale, sliding: bool, missing: str, agreeing: bool
+    names: tuple[str, str], scale: panels.Scale, sliding: bool, remarks: str, agreeing: bool
 ) -> str:
     source, target = names
     text = (
@@ -267,8 +272,8 @@ def _caption(
         text += f"; {scale.note}"
     if sliding:
         text += "; the slider chooses the layer"
-    if missing:
-        text += f"; {missing}"
+    if remarks:
+        text += f"; {remarks}"
     if agreeing:
         text += "; on plain light grey both inputs agree: nothing to patch"
     return text + "."

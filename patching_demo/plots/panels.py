@@ -29,9 +29,9 @@ _MAX_COLUMNS = 48
 
 AGREE = "clean and corrupted agree here: nothing to patch"
 
-# Off the cell's centre by less than a pixel, and by more than plotly's tolerance for "same": a tick
-# exactly on a cell would replace the cell's words in the hover text.
-OFF_CENTRE = 0.04
+# Off the cell's centre by less than a pixel, and by more than plotly's tolerance for "same", which
+# is a 10,000th of the axis: a tick exactly on a cell would replace the cell's words in the hover.
+_OFF_CENTRE = 1 / 2000
 
 AXIS = {
     "type": "category",
@@ -104,7 +104,7 @@ class Axis:
     def ticked(self, at: Sequence[int], title: str | None = None) -> dict[str, Any]:
         """Ticks at the entries ``at``, as plotly takes them."""
         return {
-            "tickvals": [i + OFF_CENTRE for i in at],
+            "tickvals": [i + min(_OFF_CENTRE * len(self.ticks), 0.04) for i in at],
             "ticktext": [escape(self.ticks[i]) for i in at],
             "tickangle": -90 if self.turned else 0,
             "title": axis_title(self.title if title is None else title),

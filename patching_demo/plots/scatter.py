@@ -28,9 +28,10 @@ def scatter(
 
     Args:
         estimate: of :func:`patching_demo.attribute`, or several combined. Up to two dimensions
-            that are not layer, position or head become panels, such as ``kind`` and ``method``.
+            that are not layer, position, role or head become panels, such as ``kind`` and
+            ``method``.
         exact: of :func:`patching_demo.sweep`, with the same cells. Cells that were not measured
-            are left out, and so are positions at which there is nothing to patch.
+            are left out, and so are infinite ones and those at which there is nothing to patch.
         title: instead of the default one.
         caption: instead of the sentence on how to read the figure.
 
@@ -65,7 +66,10 @@ def scatter(
             f"the estimate has dimensions {list(estimate.dims)} and exact {list(exact.dims)}: "
             "select from exact what the estimate does not have"
         )
-    found, measured = (part.transpose(*lead, *cell_dims) for part in (found, measured))
+    # Differences of large numbers do not fit single precision.
+    found, measured = (
+        part.transpose(*lead, *cell_dims).astype(float) for part in (found, measured)
+    )
     both = np.isfinite(found.values) & np.isfinite(measured.values)
     if not both.any():
         raise ValueError("no cell has an estimate and a measured value: there is nothing to draw")
@@ -169,7 +173,10 @@ def scatter(
         caption=caption
         or "Each point is one cell, at its measured value to the right and its estimate upwards"
         + in_units
-        + "; on the dashed diagonal the two are equal.",
+        + "; on the dashed diagonal the two are equal"
+        + "; cells with an infinite value are left out"
+        * bool(np.isinf(found.values).any() or np.isinf(measured.values).any())
+        + ".",
         min_width=84 + across * _WIDTH if across > 1 else None,
         plot_bgcolor="rgba(0,0,0,0)",
         showlegend=False,

@@ -177,7 +177,7 @@ def _figure(
     everywhere = agrees.all(axis=0)
     if caption is None:
         caption = f"{how}; dashed lines mark the {source} and the {target} baseline"
-        caption += facts.whiskers(result)
+        caption += facts.where_intervals_are(result, "bands are" if bands else "whiskers are")
         caption += f"; {facts.INFINITE}" * bool(np.isinf(values).any())
         caption += (
             "; in grey bands both inputs agree: nothing to patch." if everywhere.any() else "."
