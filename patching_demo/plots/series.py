@@ -271,6 +271,6 @@ def _add_whiskers(trace: Any, values: np.ndarray, low: np.ndarray, high: np.ndar
         "arrayminus": compact(values - low),
         "symmetric": False,
         "color": theme.INK,
-        "thickness": 1,
+        "thickness": 2,
         "width": 3,
     }
