@@ -15,11 +15,19 @@ from patching_demo import claims, explorer, metrics, notebook, patching, plots
 from patching_demo.models import load_model
 from patching_demo.results import combine, interval, largest_cells, load, save, share
 from patching_demo.sweeps import attribute, complement, patch, paths, sweep
-from patching_demo.tasks import Task, induction_task, ioi_task, noise_task, prompt_task
+from patching_demo.tasks import (
+    Task,
+    capital_task,
+    induction_task,
+    ioi_task,
+    noise_task,
+    prompt_task,
+)
 
 __all__ = [
     "Task",
     "attribute",
+    "capital_task",
     "claims",
     "combine",
     "complement",

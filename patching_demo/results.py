@@ -167,7 +167,8 @@ def interval(result: xr.DataArray, level: float = 0.95, seed: int = 0) -> xr.Dat
         for name in ("clean_baseline", "corrupted_baseline")
         if (labels := result.coords.get(name)) is not None and "prompt" in labels.dims
     }
-    if measured and baselines(result) == (1.0, 0.0):
+    facts = [result.attrs.get(f"{which}_baseline") for which in ("clean", "corrupted")]
+    if measured and facts == [1.0, 0.0]:
         # A share is one of means, and those of the baselines change with the prompts drawn.
         start = measured["corrupted_baseline"]
         spread = measured["clean_baseline"] - start

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Split
+from tokenizers.models import BPE, WordLevel
+from tokenizers.pre_tokenizers import ByteLevel, Split
 from tokenizers.processors import TemplateProcessing
+from tokenizers.trainers import BpeTrainer
 from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import (
@@ -64,6 +65,55 @@ def tokenizer() -> PreTrainedTokenizerFast:
         add_bos_token=True,
         name_or_path="tiny",
     )
+
+
+@lru_cache(None)
+def of_words(words: str, layers: int = 1, heads: int = 2) -> TransformerBridge:
+    """A GPT-2 that has these words, each with a leading space, as single tokens.
+
+    Its tokenizer is byte-level BPE, which can spell every other word, and has a chat template.
+    """
+    inner = Tokenizer(BPE())
+    inner.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    trainer = BpeTrainer(
+        vocab_size=2000,
+        min_frequency=1,
+        special_tokens=["<bos>", "<pad>"],
+        initial_alphabet=ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    inner.train_from_iterator([f" {words}"], trainer)
+    inner.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        bos_token="<bos>",
+        eos_token="<bos>",
+        pad_token="<pad>",
+        add_bos_token=True,
+        name_or_path="tiny of words",
+    )
+    made.chat_template = (
+        "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    config = GPT2Config(
+        vocab_size=len(made),
+        attn_implementation="eager",
+        n_embd=8 * heads,
+        n_layer=layers,
+        n_head=heads,
+        n_positions=256,
+        initializer_range=0.2,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = GPT2LMHeadModel(config)
+    bridge = TransformerBridge.boot_transformers(
+        "gpt2", hf_model=network, tokenizer=made, device="cpu"
+    )
+    bridge.enable_compatibility_mode()
+    return bridge.eval()
 
 
 def _hf(name: str) -> tuple[str, Any]:

@@ -9,6 +9,7 @@ from patching_demo.tasks.datasets import (
     CORRUPTIONS,
     IOI_ANSWERS,
     IOI_PROMPTS,
+    capital_task,
     induction_task,
     ioi_task,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "IOI_ANSWERS",
     "IOI_PROMPTS",
     "Task",
+    "capital_task",
     "induction_task",
     "ioi_task",
     "noise_task",
