@@ -274,6 +274,17 @@ def test_each_call_of_a_metric_has_logits_of_its_own() -> None:
     assert len({copy.numpy().tobytes() for _, copy in kept}) == len(torch.unique(found))
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama-gqa"])
+def test_a_model_made_in_inference_mode_is_swept_in_it_and_outside(name: str) -> None:
+    with torch.inference_mode():
+        model = tiny.fresh(name)
+        data = make_pair(model, 2, 9, (3,))
+        wanted = plainly(model, data, "attn_out", oracle.all_logits)
+        inside = swept(model, data, "attn_out", oracle.all_logits)
+    for found in (inside, swept(model, data, "attn_out", oracle.all_logits)):
+        assert_close(found, wanted, metric_axis=False)
+
+
 class NoFloat64(TorchDispatchMode):
     """A device without float64."""
 
