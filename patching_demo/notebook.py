@@ -121,8 +121,8 @@ def largest(result: xr.DataArray, n: int = 5) -> Html:
     clean, corrupted = baseline_names(result)
     if baselines(result) == (1.0, 0.0):
         # The value is the share: once is enough.
-        cells = cells.drop(columns="value")
-        cells = cells.rename(columns={name: f"share, {name}" for name in ("low", "high")})
+        shares = {"value": "share", "low": "share, low", "high": "share, high"}
+        cells = cells.drop(columns="share").rename(columns=shares)
     cells = cells.rename(columns={"label": "head" if "head" in result.dims else "layer"})
     metric = str(result.attrs.get("metric", "metric")).removesuffix(", normalised")
     return table(

@@ -92,3 +92,5 @@ def test_the_largest_effects_stand_in_a_table_with_the_kind_in_words():
     assert ">q<" not in shown and kind_label("q") in shown
     plain = notebook.largest(result.sel(kind="q", drop=True), 1)._repr_html_()
     assert "L0H1" in plain and "kind" not in plain
+    sure = result.assign_coords(low=result - 0.25, high=result + 0.25)
+    assert "output L0H0  90 %       65 %       115 %" in repr(notebook.largest(sure, 1))
