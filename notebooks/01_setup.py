@@ -62,9 +62,9 @@ notebook.diagram()
 # Moving clean activations into a corrupted run is called *denoising*. It finds activations that
 # are **enough** to bring an answer back. The other direction, *noising*, finds those that the
 # answer **needs**. The two are different questions ([Heimersheim and Nanda,
-# 2024](https://arxiv.org/abs/2404.15255)). Chapters 1 to 4 denoise, except for one figure in
-# chapter 3, which says so. The method is also known as causal tracing ([Meng et al.,
-# 2022](https://arxiv.org/abs/2202.05262)).
+# 2024](https://arxiv.org/abs/2404.15255)). The first four chapters denoise, except for one figure in
+# chapter 3; [chapter 5](05_two_directions.ipynb) does both, side by side. The method is also known
+# as causal tracing ([Meng et al., 2022](https://arxiv.org/abs/2202.05262)).
 
 # %% [markdown]
 # ## Where this runs

@@ -421,3 +421,5 @@ plots.explore(
 # the two names apart.
 #
 # </details>
+#
+# Next: [Enough and needed](05_two_directions.ipynb).

@@ -89,7 +89,11 @@ class Rehearsal:
         if call == len(self.swept):
             found = self._real[verb](*arguments, **{**options, **self._options[verb]})
             self.swept.append(found if verb == "sweep_metrics" else {"only": found})
-        return {name: self._change(result) for name, result in self.swept[call].items()}
+        results = self.swept[call]
+        if verb == "patch":  # On changed results, a chapter may ask for as many other sets.
+            sets = list(arguments[2])
+            results = {name: result.assign_coords(set=sets) for name, result in results.items()}
+        return {name: self._change(result) for name, result in results.items()}
 
     def _sweep(self, model, task, kinds, **options):
         return self._measure("sweep_metrics", model, {"only": task}, kinds, **options)["only"]
