@@ -377,3 +377,27 @@ def test_long_sweeps_are_announced(monkeypatch):
     monkeypatch.setattr(question.time, "perf_counter", iter(range(0, 10**6, 1000)).__next__)
     with pytest.warns(UserWarning, match="14 patched runs will take about"):
         swept(bridge, task, "resid_pre")
+
+
+VERBS = {
+    "sweep": lambda bridge, task: sweep(bridge, task, "out", progress=False),
+    "attribute": lambda bridge, task: attribute(bridge, task, "out"),
+    "patch": lambda bridge, task: patch(bridge, task, {"one": [("out", 0, 1)]}, progress=False),
+    "paths": lambda bridge, task: paths(bridge, task, "logits", progress=False),
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("name", ["gpt2", "llama-gqa"])
+def test_arguments_of_another_kind_or_order_are_named(name, verb):
+    bridge, call = model(name), VERBS[verb]
+    task = task_of(bridge)
+    expected = r"must be a TransformerBridge.*got {}|needs a Task as second argument, got {}"
+    for first, second, got in (
+        (bridge.original_model, task, type(bridge.original_model).__name__),
+        (task, bridge, "Task|TransformerBridge"),
+        (bridge, "out", "str"),
+        (bridge, task.corrupted_tokens, "Tensor"),
+    ):
+        with pytest.raises(TypeError, match=expected.format(f"({got})", f"({got})")):
+            call(first, second)

@@ -21,7 +21,14 @@ from patching_demo.engine import checks
 from patching_demo.engine.kinds import KINDS, Kind
 from patching_demo.engine.scoring import tolerance
 from patching_demo.engine.tokens import heads_of, key_value_heads
-from patching_demo.sweeps.question import Question, by_shape, check_kinds, grid_labels, labelled
+from patching_demo.sweeps.question import (
+    Question,
+    by_shape,
+    check_kinds,
+    check_tasks,
+    grid_labels,
+    labelled,
+)
 from patching_demo.tasks import Task
 
 #: How the gradient is taken; see :func:`attribute`.
@@ -79,6 +86,7 @@ def attribute(
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise ValueError(f"steps must be a whole number of at least 1, got {steps!r}")
     checks.check_bridge(model)
+    check_tasks({"task": task})
     if any(weight.is_inference() for weight in model.parameters()):
         raise ValueError(
             "the model was made in torch.inference_mode(), so it has no gradients: load it outside"

@@ -22,7 +22,7 @@ from patching_demo.engine.frozen import SENDERS, FrozenModel, recorded
 from patching_demo.engine.kinds import KINDS
 from patching_demo.engine.packs import CALL_TOKENS
 from patching_demo.engine.scoring import Scorer
-from patching_demo.sweeps.question import Question, checked_part, head_labels, labelled
+from patching_demo.sweeps.question import Question, check_tasks, checked_part, head_labels, labelled
 from patching_demo.tasks import Task
 
 #: What a path may pass on its way; see :func:`paths`.
@@ -75,6 +75,7 @@ def paths(
         leads from a sender to a receiver.
 
     Raises:
+        TypeError: if the model is no TransformerBridge, or the task none.
         ValueError: if a receiver, sender or ``through`` is unknown or does not exist, if hooks are
             attached to the model, or if its blocks do more than add what attention and MLP return.
 
@@ -89,6 +90,7 @@ def paths(
     if through not in THROUGH:
         raise ValueError(f"through must be one of {', '.join(THROUGH)}, got {through!r}")
     checks.check_bridge(model)
+    check_tasks({"task": task})
     parts = _checked_receivers(model, task, receivers)
     asked = partial(_measured, model, parts=parts, senders=senders, through=through)
     n_layers = model.cfg.n_layers
