@@ -20,7 +20,7 @@
 #
 # From [chapter 1](01_setup.ipynb) you need the score: 0 at the corrupted baseline, 1 at the clean one.
 # From [chapter 2](02_ioi_patching.ipynb), the task, and that a few heads carry most of the effect.
-# From chapter 5, that *enough* and *needed* are two questions.
+# From [chapter 5](05_two_directions.ipynb), that *enough* and *needed* are two questions.
 #
 # A list of heads is not an explanation yet. Who writes the answer? Who tells those heads where to
 # look, and who tells them? This chapter follows the arrows back from the logits to the tokens
