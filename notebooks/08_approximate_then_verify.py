@@ -938,7 +938,7 @@ notebook.say(
 #
 # </details>
 #
-# <details><summary>You verified the forty largest estimates. What do you know about the
+# <details><summary>You verified the largest estimates. What do you know about the
 # others?</summary>
 #
 # That their estimates are smaller. Their effects you have not measured.
