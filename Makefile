@@ -84,7 +84,7 @@ unit: venv ## unit tests, doctests, the wheel, and what of the package they run
 	$(PYTEST) -n 2 --dist loadfile --ignore=tests/test_book.py --cov --cov-report=term-missing:skip-covered
 
 slow: venv ## tests that take minutes on the offline language model
-	$(PYTEST) -m slow --ignore=tests/test_book.py --deselect $(FAMILIES)
+	$(PYTEST) -n 2 -m slow --ignore=tests/test_book.py --deselect $(FAMILIES)
 
 families: venv ## sweep a tiny model of every architecture, which takes many minutes
 	$(PYTEST) -s -m slow $(FAMILIES)
