@@ -223,6 +223,9 @@ def test_an_interval_of_shares_draws_the_baselines_with_the_prompts():
         np.testing.assert_allclose(bound, [0.5, 0], atol=1e-6)
     measured = interval(result)
     assert (measured["high"] - measured["low"] > 0.3).all()
+    # A difference between cells has no baselines to draw.
+    between = interval((result[:, 0] - result[:, 1]).drop_attrs())
+    assert between.low < (clean - corrupted).mean() / 2 < between.high
     # Bounds are shares where the means are, the lower one below the other.
     flipped = result.assign_attrs(clean_baseline=-5.0)
     for scaled, sign in ((share(measured), 1), (share(interval(flipped)), -1)):

@@ -270,7 +270,9 @@ class Task:
                 f"{plain.name!r} does not say which answer the model prefers: score the task by "
                 "the logit difference first, with task.with_metric(model, 'logit difference')"
             )
-        values = replace(self, metric=plain)._measured(model).clean_values
+        _refuse_training(model)
+        metric = replace(self, metric=plain).clean_metric
+        values, _ = _values(self.model_of(model), self.clean_tokens, metric, self.rows_per_prompt)
         if values is None:
             raise ValueError("the metric has no values for single prompts")
         right = (values > 0).numpy(force=True)
@@ -421,11 +423,7 @@ class Task:
 
     def _measured(self, model: Any) -> Task:
         """The task with its baselines measured on a model."""
-        if getattr(model, "training", False):
-            raise ValueError(
-                "the model is in training mode, in which dropout makes every run different: call "
-                "model.eval() first"
-            )
+        _refuse_training(model)
         found: dict[str, Any] = {"model_name": name_of(model)}
         model, metric = self.model_of(model), self.metric
         for which, tokens in (("clean", self.clean_tokens), ("corrupted", self.corrupted_tokens)):
@@ -446,6 +444,14 @@ class Task:
             f"<Task {self.name!r} on {self.model_name}: {len(self)} prompt(s) of {length} tokens, "
             f"{self.metric.name}: clean {self.clean_baseline:.4f}, "
             f"corrupted {self.corrupted_baseline:.4f}>"
+        )
+
+
+def _refuse_training(model: Any) -> None:
+    if getattr(model, "training", False):
+        raise ValueError(
+            "the model is in training mode, in which dropout makes every run different: call "
+            "model.eval() first"
         )
 
 
