@@ -195,7 +195,7 @@ def label(heads):
 
 
 writer = top_head(direct)
-writers = heads_of(strong_heads(direct, PART))
+writers = heads_of(strong_heads(direct, PART)) or heads_of([writer])
 before = (total - direct).where(total.layer < min(writers)[0])
 sender = total.isel(before.fillna(-np.inf).argmax(["layer", "head"]))
 one_by_one = {
