@@ -285,7 +285,7 @@ def rehearsal(number: str) -> Rehearsal:
     return Rehearsal(number, load_model("attn-only-2l-demo"))
 
 
-@pytest.fixture(scope="module", params=["01", "02", "03", "04", "05", "08"])
+@pytest.fixture(scope="module", params=["01", "02", "03", "04", "05", "07", "08"])
 def chapter(request):
     """(its number, its cells, what makes its claims hold on this model)."""
     right = RIGHT.get(request.param, lambda result: result)
