@@ -110,6 +110,7 @@ def test_chapter_states_what_it_expects_and_checks_it(script):
         ("03", "attn-only-2l"),
         ("04", "attn-only-2l"),
         ("05", "gpt2-small"),
+        ("06", "gpt2-small"),
         ("07", "gpt2-small"),
         ("08", "gpt2-small"),
     ],
