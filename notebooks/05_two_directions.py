@@ -720,3 +720,6 @@ trios = {
 }
 lost = patch(model, noising, trios)
 exercise_2.verify(lost.idxmax().item())
+
+# %% [markdown]
+# Next: [Your own prompts, and how sure you may be](06_your_own_prompts.ipynb).

@@ -755,3 +755,6 @@ at = [
 ]
 difference = heads.sel(at[0]) - heads.sel(at[1])
 exercise_2.verify(interval(difference).low)
+
+# %% [markdown]
+# Next: [From heads to a circuit](07_from_heads_to_a_circuit.ipynb).
