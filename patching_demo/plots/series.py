@@ -182,8 +182,10 @@ def _figure(
         caption += (
             "; in grey bands both inputs agree: nothing to patch." if everywhere.any() else "."
         )
-    # Two names stand beside each other on a telephone, five in a window.
-    legend_rows = [math.ceil(len(traces) / n) if len(traces) > 1 else 0 for n in (2, 5)]
+    # Of short names, two stand beside each other on a telephone, and five in a window.
+    each = 45 + 6.6 * max(map(len, names))
+    beside = [max(1, min(most, int(room // each))) for most, room in ((2, 240), (5, 640))]
+    legend_rows = [math.ceil(len(traces) / n) if len(traces) > 1 else 0 for n in beside]
     figure = panels.composed(
         [*bands, *traces],
         (main, below),
