@@ -7,11 +7,9 @@ import functools
 import numpy as np
 import pandas as pd
 import pytest
-import tiny
 import torch
 import xarray as xr
-from transformer_lens.model_bridge import TransformerBridge
-from transformers import Gemma2Config, Gemma2ForCausalLM
+from oracle import model
 
 from patching_demo import attribute, interval, noise_task, patch, paths, prompt_task, sweep
 from patching_demo.engine.kinds import KINDS
@@ -52,32 +50,6 @@ ANSWERS = {
                         ([" Sid", " Tom"], " Dan"), (" Amy", [" Martin", " Sid to the"]),
                         (" Mary", " Tom")],
 }  # fmt: skip
-
-
-@functools.lru_cache(None)
-def model(name: str):
-    if name != "gemma2":
-        return tiny.model(name)
-    config = Gemma2Config(
-        vocab_size=tiny.D_VOCAB,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        sliding_window=6,
-        initializer_range=0.2,
-        attn_implementation="eager",
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        inner = Gemma2ForCausalLM(config)
-    bridge = TransformerBridge.boot_transformers(
-        "google/gemma-2-2b", hf_model=inner, tokenizer=tiny.tokenizer(), device="cpu"
-    )
-    bridge.enable_compatibility_mode()
-    return bridge.eval()
 
 
 @functools.lru_cache(None)

@@ -71,17 +71,18 @@ def prompts_table(prompts: Sequence[Sequence[int]], strings: Sequence[Sequence[s
         prompts: the tokens of both.
         strings: what each token says.
     """
-    length = max(map(len, prompts))
-    padded = [[*row, *[-1] * (length - len(row))] for row in prompts]
-    words = [[*row, *[""] * (length - len(row))] for row in strings]
+    one, other = prompts
     shown = SimpleNamespace(
         name="your prompts",
-        position_labels=list(range(length)),
-        clean_tokens=torch.tensor(padded[:1]),
-        corrupted_tokens=torch.tensor(padded[1:]),
-        clean_strings=words[:1],
-        corrupted_strings=words[1:],
-        lengths=[length],
+        clean_tokens=torch.tensor([one]),
+        corrupted_tokens=torch.tensor([other]),
+        clean_strings=strings[:1],
+        corrupted_strings=strings[1:],
+        lengths=[len(one)],
+        corrupted_lengths=[len(other)],
+        rows_per_prompt=1,
+        direction="denoising",
+        roles={},
     )
     caption = "Your prompts, token by token; where they differ is marked."
     return _text_block(tokens_table(shown, caption=caption).markup)

@@ -85,12 +85,12 @@ def tokens_table(task: Task, rows: int | None = None, caption: str | None = None
     """
     if rows is not None and rows < 1:
         raise ValueError(f"rows must be at least 1, got {rows}")
-    source, target = RUNS[getattr(task, "direction", "denoising")]
+    source, target = RUNS[task.direction]
     caption = caption or (
         f"Tokens of {task.name}: each {source} prompt above its {target} one, "
         "tokens that differ are marked."
     )
-    each = getattr(task, "rows_per_prompt", 1)  # A prompt's rows differ in what follows it alone.
+    each = task.rows_per_prompt  # A prompt's rows differ in what follows it alone.
     batch = len(task.clean_strings) // each
     count = batch if rows is None else min(rows, batch)
     body, index, lines = [], [], [caption]
@@ -119,8 +119,7 @@ def tokens_table(task: Task, rows: int | None = None, caption: str | None = None
 
 def _pair(task: Task, row: int) -> tuple[list[list[str]], list[list[bool]]]:
     """The tokens of a clean and a corrupted prompt as text, and which of each differ."""
-    ends = getattr(task, "roles", {}).get("END")
-    lengths = [task.lengths, getattr(task, "corrupted_lengths", task.lengths)]
+    ends, lengths = task.roles.get("END"), (task.lengths, task.corrupted_lengths)
     found, ids = [], []
     for side, tokens in enumerate((task.clean_tokens, task.corrupted_tokens)):
         length = int(lengths[side][row] if ends is None else ends[side][row] + 1)

@@ -110,9 +110,8 @@ def attribute(
         order = by_shape(model, {"metric": task}, sorted(wanted), estimated)
         values = torch.cat(parts)[order]
     else:
-        estimated(Question(model, {"metric": task}, sorted(wanted), per_prompt=per_prompt))
+        estimated(Question(model, {"metric": task}, sorted(wanted)))
         (values,) = parts
-    # Keys and values may have fewer heads: NaN where there is none.
     values = values if several else values[:, 0]
     found = (values if per_prompt else values.mean(0)).float().cpu().numpy()
     facts = {
@@ -161,7 +160,7 @@ def _estimate(
             effect = effect.sum(2)
         if by == "role":
             effect = effect[:, :, list(question.places.values())]
-        if KINDS[name].of_heads:
+        if KINDS[name].of_heads:  # Keys and values may have fewer heads: NaN where there is none.
             missing = n_heads - effect.shape[-1]
             effect = torch.nn.functional.pad(effect, (0, missing), value=torch.nan)
         parts.append(effect)

@@ -151,25 +151,32 @@ def sweep_metrics(
                 f"{list(getattr(where, 'dims', ()))}"
             )
         cells = cells.where(where.reset_coords(drop=True))
-    numbered = cells.values[np.isfinite(cells.values)].astype(int)
-
     places = list(first.roles)
+    wanted = {  # The number of each cell, and where it is.
+        int(number): dict(
+            zip(dims, np.unravel_index(int(number), list(sizes.values())), strict=True)
+        )
+        for number in cells.values[np.isfinite(cells.values)]
+    }
+    wanted = {
+        number: at
+        for number, at in wanted.items()
+        if at.get("head", 0) < heads_of(model, KINDS[names[at.get("kind", 0)]])
+    }
     rows: list[int] = []
 
     def swept(live: Sequence[str]) -> dict[str, np.ndarray]:
         hooks = [f"blocks.{i}.{KINDS[name].hook}" for name in live for i in range(n_layers)]
+        rows[:] = [n for n, at in wanted.items() if names[at.get("kind", 0)] in live]
 
         def cells_of(question: Question) -> list[Cell]:
-            made: list[Cell] = []
-            rows.clear()
-            for number in numbered:
-                at = dict(zip(dims, np.unravel_index(number, list(sizes.values())), strict=True))
+            made = []
+            for number in rows:
+                at = dict(wanted[number])
+                if by == "role":
+                    at["position"] = question.places[places[at["role"]]]
                 name = names[at.get("kind", 0)]
-                if name in live and at.get("head", 0) < heads_of(model, KINDS[name]):
-                    rows.append(number)
-                    if by == "role":
-                        at["position"] = question.places[places[at["role"]]]
-                    made.append(Cell(len(made), _patches(name, by, at, window, question)))
+                made.append(Cell(len(made), _patches(name, by, at, window, question)))
             return made
 
         return ask(

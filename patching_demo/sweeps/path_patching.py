@@ -22,7 +22,14 @@ from patching_demo.engine.frozen import SENDERS, FrozenModel, recorded
 from patching_demo.engine.kinds import KINDS
 from patching_demo.engine.packs import CALL_TOKENS
 from patching_demo.engine.scoring import Scorer
-from patching_demo.sweeps.question import Question, check_tasks, checked_part, head_labels, labelled
+from patching_demo.sweeps.question import (
+    Question,
+    check_tasks,
+    checked_part,
+    head_labels,
+    in_shapes,
+    labelled,
+)
 from patching_demo.tasks import Task
 
 #: What a path may pass on its way; see :func:`paths`.
@@ -96,10 +103,11 @@ def paths(
     n_layers = model.cfg.n_layers
     per_layer = model.cfg.n_heads if senders == "out" else 1
     if any(place is not None for *_, place in parts):
-        groups = task.groups()
-        shapes = [asked(task.part(prompts), per_prompt=True, options=options) for prompts in groups]
-        order = np.argsort([prompt for prompts in groups for prompt in prompts])
-        found = np.concatenate(shapes, axis=1)[:, order]
+        shapes, order = [], []
+        for prompts, own in in_shapes(task, options):
+            shapes.append(asked(task.part(prompts), per_prompt=True, options=own))
+            order += prompts
+        found = np.concatenate(shapes, axis=1)[:, np.argsort(order)]
         found = found if per_prompt else found.mean(1)
     else:
         found = asked(task, per_prompt=per_prompt, options=options)

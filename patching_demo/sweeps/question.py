@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -66,11 +66,6 @@ class Question:
         self.model, self.tasks = first.model_of(model, self), dict(tasks)
         self.per_prompt = per_prompt
         self.options = runner.Options(**(options or {}))
-        for name, task in tasks.items():
-            if not _same_prompts(task, first):
-                raise ValueError(
-                    f"{name!r} has other prompts than the first task: measure it by itself"
-                )
         if not by_role:
             check_positions(self.model, first)
         self.tokens = checks.checked_tokens(self.model, first.corrupted_tokens, masked=True)
@@ -271,7 +266,7 @@ def by_shape(
     """
     check_tasks(tasks)
     first = next(iter(tasks.values()))
-    for name, task in tasks.items():
+    for task in tasks.values():
         if not task.roles:
             raise ValueError(f"the task {task.name!r} has no roles: prompt_task makes some")
         if task.corrupted_values is None or not task.metric.selectable:
@@ -279,15 +274,33 @@ def by_shape(
                 f"the metric {task.metric.name!r} cannot be taken apart by prompts, as a sweep by "
                 "role needs it: score by one of the named metrics"
             )
-        if not _same_prompts(task, first):
-            raise ValueError(
-                f"{name!r} has other prompts than the first task: measure it by itself"
-            )
     checks.checked_model(model)
-    groups = first.groups()
-    model, options = first.model_of(model, groups := _Groups(groups)), dict(options or {})
+    model = first.model_of(
+        model, answer
+    )  # The same modules for all shapes, until all are answered.
     if source == "mean":
-        source = _mean_at_roles(model, first, groups, hooks)
+        source = _mean_at_roles(model, first, hooks)
+    order: list[int] = []
+    for prompts, own in in_shapes(first, options or {}):
+        order += prompts
+        parts = {name: task.part(prompts) for name, task in tasks.items()}
+        given = source
+        if isinstance(source, Mapping):
+            given = {
+                hook: _rows_of(first, source[hook], hook, prompts, parts)
+                for hook in hooks
+                if hook in source
+            }
+        answer(Question(model, parts, hooks, given, True, own, by_role=True))
+    return np.argsort(order)
+
+
+def in_shapes(task: Task, options: Mapping[str, Any]) -> Iterator[tuple[list[int], dict[str, Any]]]:
+    """The prompts of each shape, and the options of a sweep over them alone.
+
+    Progress is told over all shapes, and each has a store of its own.
+    """
+    options, groups = dict(options), task.groups()
     store, progress = options.pop("store", None), options.pop("progress", True)
     listener = options.pop("on_progress", None)
     with tqdm(
@@ -300,23 +313,8 @@ def by_shape(
                 own["store"] = store if len(groups) == 1 else f"{store}-{number}"
             if listener is not None:
                 own["on_progress"] = partial(_overall, listener, number, len(groups))
-            parts = {name: task.part(prompts) for name, task in tasks.items()}
-            given = source
-            if isinstance(source, Mapping):
-                given = {
-                    hook: _rows_of(first, source[hook], hook, prompts, parts)
-                    for hook in hooks
-                    if hook in source
-                }
-            answer(Question(model, parts, hooks, given, True, own, by_role=True))
+            yield prompts, own
             bar.update(1)
-    return np.argsort([prompt for prompts in groups for prompt in prompts])
-
-
-class _Groups(list[list[int]]):
-    """Prompts by shape; what uses a copy of the model until all are done."""
-
-    __hash__ = object.__hash__
 
 
 def _overall(
@@ -341,13 +339,11 @@ def _rows_of(
 
 
 @torch.no_grad()
-def _mean_at_roles(
-    model: Any, task: Task, groups: Sequence[Sequence[int]], hooks: Sequence[str]
-) -> dict[str, Tensor]:
+def _mean_at_roles(model: Any, task: Task, hooks: Sequence[str]) -> dict[str, Tensor]:
     """Clean activations with, at each role's place, the mean over all prompts' places of it."""
     total: dict[str, dict[str, Tensor]] = {hook: {} for hook in hooks}
     whole: dict[str, Tensor] = {}
-    for prompts in groups:
+    for prompts in task.groups():
         part = task.part(prompts)
         _, cache = model.run_with_cache(
             part.clean_tokens.to(device_of(model)), names_filter=list(hooks)
@@ -405,12 +401,6 @@ def labelled(
     return xr.DataArray(values, dims=dims, coords=coords, attrs=attrs, name="value")
 
 
-def _same_prompts(task: Task, other: Task) -> bool:
-    return torch.equal(task.clean_tokens, other.clean_tokens) and torch.equal(
-        task.corrupted_tokens, other.corrupted_tokens
-    )
-
-
 def check_positions(model: Any, task: Task) -> None:
     """Refuse a task in which positions of clean and corrupted prompts do not correspond.
 
@@ -432,11 +422,11 @@ def check_positions(model: Any, task: Task) -> None:
 
 
 def check_tasks(tasks: Mapping[str, Task]) -> None:
-    """Refuse what are no tasks.
+    """Refuse what are no tasks, or tasks of different prompts.
 
     Raises:
         TypeError: if one is none, as where arguments are swapped.
-        ValueError: if there is none.
+        ValueError: if there is none, or they have different prompts.
     """
     for task in tasks.values():
         if not isinstance(task, Task):
@@ -446,6 +436,13 @@ def check_tasks(tasks: Mapping[str, Task]) -> None:
             )
     if not tasks:
         raise ValueError("there is no task to score by")
+    first = next(iter(tasks.values()))
+    for name, task in tasks.items():
+        for own in ("clean_tokens", "corrupted_tokens"):
+            if not torch.equal(getattr(task, own), getattr(first, own)):
+                raise ValueError(
+                    f"{name!r} has other prompts than the first task: measure it by itself"
+                )
 
 
 def _check_baseline(task: Task, which: str, measured: float, logits: Tensor) -> None:
