@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from operator import ge
 from typing import Any
 
 import torch
@@ -22,8 +23,8 @@ def prove(model: Any, run: Run, cells: Sequence[Cell], scorer: Scorer) -> Tensor
 
     Returns how far rounding alone moves each metric over a pass: ``[metric, (batch)]``. It is
     measured on the control runs in types of few bits, and 0 elsewhere. What was proved of a model
-    is proved again on one group of runs only, for the same prompts and runs, as long as its weights
-    and modules are the same: what its code reads elsewhere may have changed.
+    is proved again on one group of runs only, for prompts and runs that are no longer, as long as
+    its weights and modules are the same: what its code reads elsewhere may have changed.
 
     Raises:
         Unsupported: if a block computes anything for them that it does not in the corrupted run,
@@ -47,10 +48,11 @@ def _proved(model: Any, run: Run, cells: Sequence[Cell], scorer: Scorer) -> Tens
     proved = model.__dict__.setdefault("_proved", set()) if "_isolated" in vars(model) else set()
     tensors = (*model.parameters(), *model.buffers())
     weights = sum(w._version for w in tensors if not w.is_inference())
-    shape = tuple(run.tokens.shape)
-    known = (shape, run.tokens.cpu().numpy().tobytes(), first, *rising, scorer.read, weights)
-    again = known in proved and not few_bits
-    pack = Pack(_first_prompt(run), _members(groups[:1] if again else groups))
+    one = _first_prompt(run)
+    asked = (one.tokens.shape[1], len(rising[-1]), scorer.last_read, n_layers - first)
+    same = [reach for *of, reach in proved if of == [weights, len(one.tokens)]]
+    again = not few_bits and any(all(map(ge, reach, asked)) for reach in same)
+    pack = Pack(one, _members(groups[:1] if again else groups))
     # For blocks that go by the length of their input.
     alone = [] if again else [Pack(pack.run, _members([rising[:1]]))]
     read = torch.isin(pack.position, torch.tensor(sorted(scorer.read), device=pack.flat.device))
@@ -59,11 +61,11 @@ def _proved(model: Any, run: Run, cells: Sequence[Cell], scorer: Scorer) -> Tens
             control.fill(control.run.resid[layer])
             control.step(model, layer)
             _compare(control, layer, torch.ones_like(control.position, dtype=torch.bool))
-    if read.any() and not again:
+    if read.any():
         pack.fill(pack.run.resid[-2])
         pack.step(model, n_layers - 1, scorer.read)
         _compare(pack, n_layers - 1, read)
-    proved.add(known)
+    proved.add((weights, len(one.tokens), asked))
     if not few_bits:
         return torch.zeros_like(scorer.baseline)
     pack = Pack(run, _members(groups))
