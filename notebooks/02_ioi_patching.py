@@ -488,10 +488,15 @@ claims.check(
 claims.show()
 
 # %% [markdown]
-# ## Where, for every head
+# ## Where, for the heads that matter
 #
-# Finally each head at each position: rows are heads, columns positions. The longest figure of the
-# book is trimmed to the rows with the largest effects; a button shows the rest.
+# Finally each head at each position: rows are heads, columns positions. That is the largest sweep
+# of this chapter, and most of it would be spent on heads that did nothing above. So `where` keeps
+# it to those with a part in the score: an effect of at least half a percent, at all positions at
+# once. Cells that were not run stay empty.
+#
+# Such a *screen* has a price. It misses a head that helps at one position and harms as much at
+# another.
 #
 # **Expect** two columns to stand out, S2 and END. Heads that matter at S2 prepare; heads that
 # matter at END write the answer, and sit in later layers. What a head looks at is in the figure
@@ -505,7 +510,9 @@ METRICS = ("logit difference", "log-probability", "probability")
 tasks = {
     name: task.with_metric(model, name).normalised() for name in METRICS
 }
-position_sweeps = sweep_metrics(model, tasks, HEAD_KINDS, by="pos")
+position_sweeps = sweep_metrics(
+    model, tasks, HEAD_KINDS, by="pos", where=abs(heads) >= 0.005
+)
 by_position = position_sweeps["logit difference"]
 
 plots.heatmap(
@@ -530,8 +537,8 @@ at_s2, at_end = placed.isel(position=S2), placed.isel(position=END)
 
 claims.check(
     "S2 and END stand out",
-    "Of all effects of head outputs, in absolute value, most lie at "
-    "these two positions.",
+    "Of all effects of these heads' outputs, in absolute value, most "
+    "lie at these two positions.",
     (at_s2 + at_end).sum(),
     of=placed.sum(),
     at_least=0.7,
