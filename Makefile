@@ -7,7 +7,6 @@ STAMP := $(VENV)/.complete
 # Everything the lock pins is installed at once, so that later targets need no network.
 EXTRAS ?= dev
 PYTEST := $(PY) -m pytest
-FAMILIES := tests/test_families.py::test_every_family_is_fast_plain_or_refused
 SITE := book/_build/html
 RUNS := $(patsubst notebooks/%,book/notebooks/%,$(wildcard notebooks/*.ipynb))
 PACKAGE := $(shell find patching_demo -type f ! -name '*.pyc')
@@ -31,7 +30,7 @@ $(STAMP): FORCE
 endif
 
 .DEFAULT_GOAL := venv
-.PHONY: FORCE help venv sync book test offline unit slow families hub browser colab bench picture address \
+.PHONY: FORCE help venv sync book test offline unit slow hub browser colab bench picture address \
 	lint format lock clean
 .NOTPARALLEL:
 
@@ -83,17 +82,14 @@ offline: venv ## test again with the network cut (Linux); the first make test fe
 unit: venv ## unit tests, doctests, the wheel, and what of the package they run
 	$(PYTEST) -n 2 --dist loadfile --ignore=tests/test_book.py --cov --cov-report=term-missing:skip-covered
 
-slow: venv ## tests that take minutes on the offline language model
-	$(PYTEST) -n 2 -m slow --ignore=tests/test_book.py --deselect $(FAMILIES)
-
-families: venv ## sweep a tiny model of every architecture, which takes many minutes
-	$(PYTEST) -s -m slow $(FAMILIES)
+slow: venv ## tests that take minutes, a sweep of every architecture among them
+	$(PYTEST) -n 2 -m slow --ignore=tests/test_book.py
 
 hub: venv ## tests that need a model hub
 	$(PYTEST) -m hub
 
 browser: book ## open the built book and JupyterLab in headless Chromium
-	$(PYTEST) -m browser
+	$(PYTEST) -n 2 --dist loadgroup -m browser
 
 colab: ## run the notebooks with Colab's versions, in an environment of their own
 	$(PYTHON) -m venv .venv-colab

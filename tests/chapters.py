@@ -6,7 +6,7 @@ import itertools
 import os
 import re
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import MagicMock
@@ -19,6 +19,7 @@ from bs4 import BeautifulSoup
 import patching_demo
 from patching_demo import explorer, notebook, plots, sweeps
 from patching_demo.claims import Claims
+from patching_demo.tasks import Task
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted((ROOT / "notebooks").glob("*.py"))
@@ -58,11 +59,12 @@ class Rehearsal:
     """A chapter's own cells in this process, on a given model, with what its runs return changed.
 
     What stands before the first run of the model's runs once, and so does each sweep, set, path
-    and estimate. Nothing is drawn. Where all values will be replaced, sweeps need not be
-    ``measured``: then they have labels and NaN.
+    and estimate. A task is made once. Nothing is drawn. Where all values will be replaced, sweeps
+    need not be ``measured``: then they have labels and NaN.
     """
 
     VERBS = ("sweep_metrics", "patch", "paths", "attribute")
+    TASKS = ("ioi_task", "capital_task")
 
     def __init__(self, chapter: str, model: Any, measured: bool = True) -> None:
         # Exercises are checked where they run, against what was really measured.
@@ -71,6 +73,8 @@ class Rehearsal:
         first = next(i for i, source in enumerate(sources) if begins.search(source))
         self.model, self.swept, self.said, self.start = model, [], [], {}
         self._real = {verb: getattr(sweeps, verb) for verb in self.VERBS}
+        self._makers = {name: lru_cache(None)(getattr(patching_demo, name)) for name in self.TASKS}
+        self._solved = lru_cache(None)(Task.solved)
         self._options = {verb: {"progress": False} for verb in self.VERBS}
         del self._options["attribute"]["progress"]
         if not measured:
@@ -111,6 +115,9 @@ class Rehearsal:
                     lambda *given, **options: self._measure(*given, **options)["only"], verb
                 )
                 patch.setattr(patching_demo, verb, one)
+            for name, maker in self._makers.items():
+                patch.setattr(patching_demo, name, maker)
+            patch.setattr(Task, "solved", lambda task, model: self._solved(task, model))
             patch.setattr(notebook, "model", lambda *arguments: self.model)
             patch.setattr(notebook, "say", self.said.append)
             patch.setattr(Claims, "show", lambda claims: shown.append(claims))

@@ -24,7 +24,8 @@ import xarray as xr
 from patching_demo import prompt_task, sweep
 from patching_demo.plots.theme import number
 
-pytestmark = pytest.mark.browser
+# One JupyterLab serves all of them.
+pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("lab")]
 
 ROOT = Path(__file__).resolve().parents[1]
 # Milliseconds; generous, for CI machines are slow and shared.

@@ -156,10 +156,11 @@ def test_as_many_tokens_as_heads_are_no_matter_elsewhere() -> None:
 
 
 @pytest.mark.slow
-def test_every_family_is_fast_plain_or_refused(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("part", range(4))  # So that several processes share the work.
+def test_every_family_is_fast_plain_or_refused(part: int) -> None:
     """No family is wrong in silence, and none ends in an error that is not ours."""
     lines, failures = [], []
-    for architecture in architectures.DECODERS:
+    for architecture in architectures.DECODERS[part::4]:
         try:
             try:
                 model = architectures.decoder(architecture)
@@ -179,7 +180,6 @@ def test_every_family_is_fast_plain_or_refused(capsys: pytest.CaptureFixture[str
                 failures.append(f"{architecture} {sweep}: {type(error).__name__}: {error}")
         for result, sweeps in found.items():
             lines.append(f"{architecture:40} {result[:90]:90} {' '.join(sweeps)}")
-    with capsys.disabled():
-        print("", *lines, sep="\n")
+    print(*lines, sep="\n")  # pytest -s shows them.
     assert not failures, "\n".join(failures)
-    assert sum(" fast " in line for line in lines) > 40
+    assert sum(" fast " in line for line in lines) > 10
