@@ -37,9 +37,9 @@ class _Idle:
 def isolated(model: Any, user: Any = None) -> Any:
     """The same model on modules that nobody else has: nothing done to one reaches the other.
 
-    Weights are shared, not copied, so it takes a fraction of a second and no memory. Hooks that the caller
-    left on the model are kept. Those that ``run_with_cache`` or ``run_with_hooks`` has there for
-    the length of a call in another thread are not. What is no bridge of modules, or is isolated
+    Weights are shared, not copied, so it takes a fraction of a second and no memory. Hooks that the
+    caller left on the model are kept. Those that ``run_with_cache`` or ``run_with_hooks`` has there
+    for the length of a call in another thread are not. What is no bridge of modules, or is isolated
     already, is returned as it is; so is any model while PyTorch has hooks for every module, as
     those may know modules by identity.
 
