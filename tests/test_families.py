@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from typing import Any
 
@@ -157,7 +158,9 @@ def test_as_many_tokens_as_heads_are_no_matter_elsewhere() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(4))  # So that several processes share the work.
-def test_every_family_is_fast_plain_or_refused(part: int) -> None:
+def test_every_family_is_fast_plain_or_refused(
+    part: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     """No family is wrong in silence, and none ends in an error that is not ours."""
     lines, failures = [], []
     for architecture in architectures.DECODERS[part::4]:
@@ -180,6 +183,7 @@ def test_every_family_is_fast_plain_or_refused(part: int) -> None:
                 failures.append(f"{architecture} {sweep}: {type(error).__name__}: {error}")
         for result, sweeps in found.items():
             lines.append(f"{architecture:40} {result[:90]:90} {' '.join(sweeps)}")
-    print(*lines, sep="\n")  # pytest -s shows them.
+    with capsys.disabled():  # Of several processes, only this is shown.
+        print("", *lines, sep="\n", file=sys.stderr)
     assert not failures, "\n".join(failures)
     assert sum(" fast " in line for line in lines) > 10
