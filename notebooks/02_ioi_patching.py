@@ -493,7 +493,7 @@ claims.show()
 # Finally each head at each position: rows are heads, columns positions. That is the largest sweep
 # of this chapter, and most of it would be spent on heads that did nothing above. So `where` keeps
 # it to those with a part in the score: an effect of at least half a percent, at all positions at
-# once. Cells that were not run stay empty.
+# once. Cells that were not run are grey.
 #
 # Such a *screen* has a price. It misses a head that helps at one position and harms as much at
 # another.

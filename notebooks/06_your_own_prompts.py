@@ -503,16 +503,16 @@ for name in of_hundred:
     rows.append(
         {
             "claim": name,
-            "required": required,
-            "eight prompts": f"{of_eight[name]:.1%}",
-            "held": "yes" if least <= of_eight[name] <= most else "no",
-            f"{len(kept)} prompts": f"{of_hundred[name]:.1%}",
-            "interval": f"{low[name]:.1%} to {high[name]:.1%}",
             "verdict": "survives"
             if all(ends)
             else "open"
             if any(ends)
             else "falls",
+            "required": required,
+            "eight prompts": f"{of_eight[name]:.1%}",
+            "held": "yes" if least <= of_eight[name] <= most else "no",
+            f"{len(kept)} prompts": f"{of_hundred[name]:.1%}",
+            "interval": f"{low[name]:.1%} to {high[name]:.1%}",
             "eight inside": "yes"
             if low[name] <= of_eight[name] <= high[name]
             else "no",

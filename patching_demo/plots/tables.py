@@ -61,11 +61,12 @@ def table(frame: pd.DataFrame, caption: str) -> Html:
     style = shown.rename_axis(index=None, columns=frame.index.name).style.format(as_html)
     if not named:
         style = style.hide(axis="index")
-    long = [i for i, column in enumerate(written) if any(len(text) > 40 for text in column)]
-    wraps = [{"selector": f"td.col{i}", "props": _WRAPPED} for i in long]
-    if long:  # Then heads of rows make room, too, so that the last column stays in view.
-        heads = [("min-width", "7em"), ("white-space", "normal")]
-        wraps.append({"selector": "th.row_heading", "props": heads})
+    lengths = [max(map(len, column), default=0) for column in written]
+    wraps = [{"selector": f"td.col{i}", "props": _WRAPPED} for i, n in enumerate(lengths) if n > 40]
+    if wraps:  # Then others make room, too, so that the last column stays in view.
+        narrow = [f"td.col{i}" for i, n in enumerate(lengths) if 16 < n <= 40]
+        props = [("min-width", "7em"), ("white-space", "normal")]
+        wraps.append({"selector": ", ".join(["th.row_heading", *narrow]), "props": props})
     return Html(framed(style, caption, wraps), f"{caption}\n{shown.to_string(index=named)}")
 
 
