@@ -144,12 +144,22 @@ def check_theme(page, scheme: str) -> None:
     texts = page.evaluate(
         """() => [...document.querySelectorAll('.plotly-figure-plot')].map(plot => {
             const context = document.createElement('canvas').getContext('2d');
-            context.fillStyle = plot._fullLayout.font.color;
-            return [parseInt(context.fillStyle.slice(1, 3), 16), plot._fullLayout.paper_bgcolor];
+            const brightness = colour => {
+                context.fillStyle = colour;
+                return parseInt(context.fillStyle.slice(1, 3), 16);
+            };
+            // The ground is that of the nearest element around the figure that has one.
+            let around = plot, ground = 'rgba(0, 0, 0, 0)';
+            while (around && ground === 'rgba(0, 0, 0, 0)') {
+                ground = getComputedStyle(around).backgroundColor;
+                around = around.parentElement;
+            }
+            const {font, paper_bgcolor} = plot._fullLayout;
+            return [brightness(font.color), brightness(ground), paper_bgcolor];
         })"""
     )
-    for brightness, paper in texts:
-        assert brightness < 100 if scheme == "light" else brightness > 155, texts
+    for text, ground, paper in texts:
+        assert text < 100 < 155 < ground if scheme == "light" else text > 155 > 100 > ground, texts
         assert paper == "rgba(0,0,0,0)"
 
 
