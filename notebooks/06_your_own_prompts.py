@@ -571,6 +571,8 @@ plots.bars(
         attrs={
             "clean_baseline": 1.0,
             "corrupted_baseline": 0.0,
+            "clean_name": "all",
+            "corrupted_name": "none",
             "metric": "share of draws",
             "units": "",
         },

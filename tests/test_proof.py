@@ -73,7 +73,7 @@ BY_SLOT: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize(("n_pos", "first", "batch"), [(7, 3, 2), (20, 4, 1), (28, 18, 3)])
+@pytest.mark.parametrize(("n_pos", "first", "batch"), [(7, 3, 2), (24, 4, 1), (40, 30, 3)])
 @pytest.mark.parametrize("kind", BY_SLOT)
 def test_a_model_that_works_by_slot_takes_the_plain_loop(
     kind: str, n_pos: int, first: int, batch: int

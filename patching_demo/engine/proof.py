@@ -45,13 +45,13 @@ def _proved(model: Any, run: Run, cells: Sequence[Cell], scorer: Scorer) -> Tens
     first, n_layers = min(cell.layer for cell in cells), len(run.resid) - 1
     few_bits = run.resid[0].element_size() <= 2
     # A change of its modules makes another isolated model, see there.
-    proved = model.__dict__.setdefault("_proved", set()) if "_isolated" in vars(model) else set()
+    proved = model.__dict__.setdefault("_proved", {}) if "_isolated" in vars(model) else {}
     tensors = (*model.parameters(), *model.buffers())
     weights = sum(w._version for w in tensors if not w.is_inference())
     one = _first_prompt(run)
-    asked = (one.tokens.shape[1], len(rising[-1]), scorer.last_read, n_layers - first)
-    same = [reach for *of, reach in proved if of == [weights, len(one.tokens)]]
-    again = not few_bits and any(all(map(ge, reach, asked)) for reach in same)
+    reach = (one.tokens.shape[1], len(rising[-1]), scorer.last_read, n_layers - first)
+    reached = proved.setdefault((weights, len(one.tokens)), set())
+    again = not few_bits and any(all(map(ge, earlier, reach)) for earlier in reached)
     pack = Pack(one, _members(groups[:1] if again else groups))
     # For blocks that go by the length of their input.
     alone = [] if again else [Pack(pack.run, _members([rising[:1]]))]
@@ -65,7 +65,7 @@ def _proved(model: Any, run: Run, cells: Sequence[Cell], scorer: Scorer) -> Tens
         pack.fill(pack.run.resid[-2])
         pack.step(model, n_layers - 1, scorer.read)
         _compare(pack, n_layers - 1, read)
-    proved.add((weights, len(one.tokens), asked))
+    reached.add(reach)
     if not few_bits:
         return torch.zeros_like(scorer.baseline)
     pack = Pack(run, _members(groups))

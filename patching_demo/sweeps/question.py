@@ -275,9 +275,8 @@ def by_shape(
                 "role needs it: score by one of the named metrics"
             )
     checks.checked_model(model)
-    model = first.model_of(
-        model, answer
-    )  # The same modules for all shapes, until all are answered.
+    # The same modules for all shapes, until all are answered.
+    model = first.model_of(model, answer)
     if source == "mean":
         source = _mean_at_roles(model, first, hooks)
     order: list[int] = []
