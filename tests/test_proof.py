@@ -6,6 +6,7 @@ import gc
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import oracle
@@ -301,6 +302,28 @@ def test_no_float64_is_made(metric: str, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(runner, "tolerance", lambda dtype: 0.0)  # So that rounding is measured.
     with NoFloat64():
         swept(model, data, "attn_head_out_by_pos", data.metrics[metric], check=3)
+
+
+@pytest.mark.parametrize("device", ["cuda", "xpu", "mps"])
+def test_free_memory_is_that_of_the_device(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = SimpleNamespace(
+        tokens=SimpleNamespace(device=torch.device(device)),
+        resid=[torch.zeros(1, 9, 64)],
+        logits=torch.zeros(1, 9, 500),
+    )
+
+    def budgets(of_machine: int, of_device: int) -> tuple[int, int]:
+        machine = SimpleNamespace(available=of_machine)
+        monkeypatch.setattr(runner.psutil, "virtual_memory", lambda: machine)
+        own = SimpleNamespace(mem_get_info=lambda device: (of_device, 2**40))
+        # Apple's devices have the machine's memory, and say nothing of their own.
+        monkeypatch.setattr(torch, device, SimpleNamespace() if device == "mps" else own)
+        return runner._budgets(run, runner.Options())
+
+    little, much = 2**28, 2**34
+    by_machine, by_device = budgets(little, much), budgets(much, little)
+    wanted = int.__lt__ if device == "mps" else int.__gt__
+    assert all(map(wanted, by_machine, by_device)), (by_machine, by_device)
 
 
 def test_memory_counts_logits(monkeypatch: pytest.MonkeyPatch) -> None:
