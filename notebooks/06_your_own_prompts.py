@@ -156,10 +156,10 @@ else:
 
 # %%
 CSV = """clean,corrupted,right,wrong,word,word_corrupted
-The opposite of hot is,The opposite of high is, cold, low,of hot,of high
-The opposite of big is,The opposite of rich is, small, poor,of big,of rich
-Hot is not cold and fast is not,Hot is not cold and old is not, slow, new,and fast,and old
-If it is no longer dry it is,If it is no longer full it is, wet, empty,longer dry,longer full
+The opposite of hot is,The opposite of high is, cold, low,hot,high
+The opposite of big is,The opposite of rich is, small, poor,big,rich
+Up is not down. Old is not,Up is not down. Dry is not, new, wet,Old,Dry
+It is no longer dry but,It is no longer full but, wet, empty,dry,full
 """
 frame = pd.read_csv(io.StringIO(CSV))
 opposites = Task.from_frame(model, frame)

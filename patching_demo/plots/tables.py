@@ -112,8 +112,8 @@ def tokens_table(task: Task, rows: int | None = None, caption: str | None = None
             marked = zip(tokens, differs, strict=False)
             lines.append(f"{pair} {side:<9} " + "|".join(f"*{t}*" if d else t for t, d in marked))
     frame = pd.DataFrame(body, columns=list(head), index=pd.MultiIndex.from_tuples(index))
-    # Narrow enough to have the first token that differs beside it on a telephone.
-    start = [("min-width", "9em"), ("white-space", "normal")]
+    # On a telephone, narrow enough to have the first token that differs beside it.
+    start = [("min-width", "min(22em, 40vw)"), ("white-space", "normal")]
     wraps = [{"selector": "td.col0", "props": start}] if shared else []
     return Html(framed(frame.style, caption, wraps), "\n".join(lines))
 
