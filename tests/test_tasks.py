@@ -514,6 +514,31 @@ def test_an_answer_without_its_space_is_fine_where_no_space_belongs(model):
     assert prompt_task(model, CLEAN, CORRUPTED, ("ing", "."))
 
 
+@pytest.mark.parametrize(
+    ("clean", "corrupted"),
+    [
+        ('John gave "', 'Mary gave "'),
+        ("John gave (", "Mary gave ("),
+        ("John = Mary, Mary =", "Mary = John, Mary ="),
+        ("John", "Mary"),
+        ("John/Mary/", "Mary/John/"),
+    ],
+)
+def test_an_answer_may_follow_a_prompt_without_a_space(clean, corrupted):
+    model = tiny.of_words("John Mary gave")
+    task = prompt_task(model, clean, corrupted, ("John", "gave"))
+    shown = ["".join(row).removeprefix("<bos>") for row in task.clean_strings]
+    # Of an answer of several tokens, all but the last are read behind the prompt.
+    assert {text[: len(clean) + 2] for text in shown} == {clean + "Jo", clean + "ga"}
+
+
+@pytest.mark.parametrize("end", [" the", ",", ":", " (so)", "."])
+def test_an_answer_without_its_space_is_a_slip_inside_a_sentence(end):
+    model = tiny.of_words("John Mary gave")
+    with pytest.raises(ValueError, match="without a leading space"):
+        prompt_task(model, f"John gave{end}", f"Mary gave{end}", ("John", "Mary"))
+
+
 def test_a_model_without_a_tokenizer_takes_tokens_only():
     model = tiny.model("attn-only")
     task = prompt_task(model, [[0, 1, 2]], [[0, 3, 2]], (5, 6))

@@ -458,6 +458,15 @@ def _answer_pairs(model: Any, answers: Any, count: int, prompts: Any) -> list[An
     return rows
 
 
+def _lacks_space(prompt: str | None, answer: str) -> bool:
+    """Whether the next word of a prompt would begin with a space, and the answer does not."""
+    if not answer[:1].isalnum():
+        return False
+    # Not after an opening quote or a sign, nor where words stand without spaces, as in Chinese.
+    ends = prompt is None or prompt[-1].isalnum() or prompt[-1] in ".,;:!?)]}%…’”»"
+    return ends and (prompt is None or any(map(str.isspace, prompt.strip())))
+
+
 def _answer_ids(model: Any, answer: Any, prompt: str | None, what: str) -> list[int]:
     if getattr(answer, "ndim", None) == 0:  # As argmax returns it.
         answer = answer.tolist()
@@ -470,10 +479,13 @@ def _answer_ids(model: Any, answer: Any, prompt: str | None, what: str) -> list[
         raise ValueError(f"this model has no tokenizer: give {what} as a token id")
     ids = _ids_of(model, answer)
     spaced = _ids_of(model, " " + answer)
-    open_ended = prompt is None or not prompt[-1].isspace()
     unknown = getattr(model.tokenizer, "unk_token_id", None)
-    lacks_space = answer[:1].isalnum() and open_ended
-    if lacks_space and len(spaced) <= len(ids) and spaced != ids and unknown not in spaced:
+    if (
+        _lacks_space(prompt, answer)
+        and len(spaced) <= len(ids)
+        and spaced != ids
+        and unknown not in spaced
+    ):
         raise ValueError(
             f"{what} is {answer!r}, {_shown(model, ids)}, without a leading space. Inside a "
             f"sentence the model predicts {' ' + answer!r}, {_shown(model, spaced)}: write it "

@@ -281,7 +281,11 @@ class Task:
             f"prompts{'.' if right.all() else f'; {(~right).sum()} left out.'}"
         )
         if not right.any():
-            raise ValueError("the model prefers the wrong answer on every clean prompt")
+            raise ValueError(
+                f"{name_of(model)} prefers the wrong answer on every clean prompt, by "
+                f"{-float(values.max()):.2f} or more: try prompts that it knows, or see with "
+                "model.generate how it goes on"
+            )
         return self.select(right)
 
     @classmethod
