@@ -402,6 +402,8 @@ def test_what_a_model_solves(capsys):
         task.with_metric(bridge, "probability").solved(bridge)
     with pytest.raises(ValueError, match="no prompt"):
         task.select([])
+    with pytest.raises(IndexError, match="the task has 5 prompts"):
+        task.select([5])
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama-gqa", "gemma2"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import tiny
@@ -83,8 +85,11 @@ def test_what_is_selected_before_is_what_is_selected_after(name, kinds):
         assert found.coords.equals(wanted.coords)
         assert close(found, wanted, task)
         assert set(runs) <= {int(wanted.notnull().sum())}
-    with pytest.raises(KeyError):
+    with pytest.raises(KeyError, match=r"layer \[9\] is not among 0, 1"):
         swept(bridge, task, kinds, layers=[9])
+    if "position" in whole.dims:
+        with pytest.raises(KeyError, match=f"'nowhere' is not among '{re.escape(labels[0])}'"):
+            swept(bridge, task, kinds, positions="nowhere")
     if kinds == "resid_pre":
         with pytest.raises(ValueError, match="this sweep has no head"):
             swept(bridge, task, kinds, heads=[0])

@@ -539,6 +539,34 @@ def test_an_answer_without_its_space_is_a_slip_inside_a_sentence(end):
         prompt_task(model, f"John gave{end}", f"Mary gave{end}", ("John", "Mary"))
 
 
+@pytest.mark.parametrize("per_prompt", [False, True])
+def test_a_function_of_all_logits_is_a_metric(model, per_prompt):
+    task = ioi_task(model)
+    right, wrong = task.answers.T
+
+    def difference(logits):
+        at_end = logits[torch.arange(len(logits)), task.metric.positions[:, 0]]
+        return at_end.gather(1, right[:, None])[:, 0] - at_end.gather(1, wrong[:, None])[:, 0]
+
+    own = task.with_metric(model, difference)
+    assert own.clean_baseline == pytest.approx(task.clean_baseline, abs=1e-6)
+    wanted, found = (
+        sweep(model, one, "attn_out", per_prompt=per_prompt, progress=False) for one in (task, own)
+    )
+    assert np.allclose(wanted, found, atol=1e-6)
+    mean = task.with_metric(model, lambda logits: difference(logits).mean())
+    assert np.allclose(sweep(model, mean, "attn_out", progress=False), wanted.mean("prompt")
+                       if per_prompt else wanted, atol=1e-6)  # fmt: skip
+
+
+def test_what_is_no_metric_is_refused(model):
+    with pytest.raises(TypeError, match="metric must be one of logit difference, .* got 3"):
+        ioi_task(model).with_metric(model, 3)
+    pair = prompt_task(model, CLEAN, "John gave the the bag to", RIGHT_WRONG)
+    with pytest.raises(TypeError, match="says where it reads"):
+        pair.with_metric(model, lambda logits: logits[:, -1, 5])
+
+
 def test_a_model_without_a_tokenizer_takes_tokens_only():
     model = tiny.model("attn-only")
     task = prompt_task(model, [[0, 1, 2]], [[0, 3, 2]], (5, 6))

@@ -138,7 +138,11 @@ def sweep_metrics(
         if labels is not None:
             if dim not in dims:
                 raise ValueError(f"this sweep has no {dim}: its dimensions are {dims}")
-            cells = cells.sel({dim: labels})
+            try:
+                cells = cells.sel({dim: labels})
+            except KeyError:
+                known = ", ".join(map(repr, cells[dim].values.tolist()))
+                raise KeyError(f"{dim} {labels!r} is not among {known}") from None
     if where is not None:
         if (
             not isinstance(where, xr.DataArray)

@@ -22,6 +22,7 @@ from patching_demo.metrics import (
     Metric,
     Normalised,
     Probability,
+    reads,
 )
 
 #: Names of the metrics a task can be scored by.
@@ -141,13 +142,16 @@ class Task:
         }
         return replace(self, metric=metric, clean_baseline=1.0, corrupted_baseline=0.0, **scaled)
 
-    def with_metric(self, model: Any, metric: Metric | str) -> Task:
+    def with_metric(self, model: Any, metric: Metric | str | Callable[[Tensor], Any]) -> Task:
         """The same prompts scored by another metric, with its baselines measured on ``model``.
 
-        ``metric`` is a metric or one of :data:`METRICS`.
+        ``metric`` is a metric, one of :data:`METRICS`, or a function of all logits ``[batch, pos,
+        d_vocab]``; :func:`patching_demo.metrics.reads` makes one that is given fewer, and faster.
 
         Raises:
             ValueError: if the metric is unknown, does not fit, or is not finite on these prompts.
+            TypeError: if it is nothing of these, or a function of all logits where the prompts of
+                a pair have other lengths.
         """
         if isinstance(metric, str):
             own = self.metric.metric if isinstance(self.metric, Normalised) else self.metric
@@ -155,6 +159,14 @@ class Task:
                 metric = own.scored_as(checked_metric_name(metric))
             else:
                 metric = named_metric(metric, self.answers, self.metric.positions)
+        elif not isinstance(metric, Metric):
+            if not callable(metric) or not self.same_lengths:
+                raise TypeError(
+                    f"metric must be one of {', '.join(METRICS)}, or a metric, got {metric!r}: "
+                    "patching_demo.metrics.reads makes one of a function that says where it reads"
+                )
+            everywhere = torch.arange(self.clean_tokens.shape[1])
+            metric = reads(everywhere.expand(len(self.clean_tokens), -1))(metric)
         return replace(self, metric=metric)._measured(model)
 
     def on(self, model: Any) -> Task:
@@ -235,7 +247,10 @@ class Task:
             IndexError: if one does not exist.
         """
         asked = np.asarray(prompts)
-        chosen = np.arange(len(self))[asked].reshape(-1).tolist() if asked.size else []
+        try:
+            chosen = np.arange(len(self))[asked].reshape(-1).tolist() if asked.size else []
+        except IndexError as error:
+            raise IndexError(f"{error}: the task has {len(self)} prompts, the first is 0") from None
         if not chosen:
             raise ValueError("no prompt is selected, so there is no task")
         if self.clean_values is None or self.corrupted_values is None:
