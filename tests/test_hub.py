@@ -19,6 +19,7 @@ import tiny
 import torch
 import transformers
 from huggingface_hub import constants
+from huggingface_hub.utils import _detect_agent
 from loopback_hub import FAULTS, GPT2, LEGACY, LEGACY_CONFIG, saved, serve
 from loopback_hub import tiny_repositories as make_repositories
 from transformer_lens.model_bridge import TransformerBridge
@@ -54,6 +55,9 @@ def connect(monkeypatch, tmp_path):
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf" / cache))
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "hf" / "token"))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+        # What its client asks once in a process, and once a day, it asks in each test.
+        monkeypatch.setattr(constants, "AGENT_HARNESSES_PATH", str(tmp_path / "hf" / "agents"))
+        monkeypatch.setattr(_detect_agent, "_registry", None)
 
     return use
 

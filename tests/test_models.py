@@ -25,9 +25,10 @@ import gguf
 import machines
 import numpy as np
 import pytest
+import tiny
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from patching_demo import models
 from patching_demo.models import (
@@ -552,3 +553,54 @@ def test_smollm2_is_ready_within_ten_seconds_and_finds_the_names(monkeypatch):
     seconds, baseline = map(float, run.stdout.split())
     assert seconds < 10
     assert baseline > 3
+
+
+# A folder of the user's own ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    """A tiny model and a tokenizer as ``save_pretrained`` writes them."""
+    torch.manual_seed(0)
+    tokenizer = tiny.tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+    )  # fmt: skip
+    folder = tmp_path / "my model"
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("named", [str, Path, os.path.relpath])
+def test_a_folder_is_loaded_as_it_was_saved(saved, named, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    model = load_model(named(saved), device="cpu")
+    assert model.cfg.model_name == "my model"
+    tokens = model.to_tokens("John gave the bag to")
+    with torch.no_grad():
+        found = model(tokens).log_softmax(-1)
+        wanted = AutoModelForCausalLM.from_pretrained(saved)(tokens).logits.log_softmax(-1)
+    assert torch.allclose(found, wanted, atol=1e-5)
+    monkeypatch.setenv(MODEL_ENV, str(saved))
+    assert resolve_model() == str(saved)
+
+
+def test_a_folder_is_read_from_safetensors_alone(saved):
+    weights = saved / "model.safetensors"
+    torch.save({"a": torch.ones(1)}, saved / "pytorch_model.bin")
+    weights.rename(saved / "other.safetensors")
+    with pytest.raises(ModelUnavailable, match="no model.safetensors.*save_pretrained"):
+        load_model(saved)
+    weights.write_bytes(b"not weights")
+    with pytest.raises(ModelUnavailable, match="can't be used"):
+        load_model(saved)
+
+
+def test_a_folder_does_not_take_the_name_of_a_model(saved, monkeypatch):
+    saved.rename(saved.with_name("attn-only-2l-demo"))
+    monkeypatch.chdir(saved.parent)
+    assert load_model("attn-only-2l-demo").cfg.model_name == "attn-only-2l-demo"
+    assert load_model("attn-only-2l-demo").tokenizer is None
+    assert load_model("./attn-only-2l-demo").tokenizer is not None

@@ -103,14 +103,24 @@ def resolve_model(requested: str = "auto", task: TaskName = "ioi") -> str:
 
 
 def check_name(name: str) -> None:
-    """Raise ValueError unless `name` is `auto`, one of `MODELS`, or the name of a hub model."""
+    """Raise ValueError unless `name` is `auto`, one of `MODELS`, a hub model, or a folder."""
     if not isinstance(name, str):
         raise ValueError(f"a model's name is a string, not {name!r}")
-    if name != "auto" and name not in MODELS and _hub_repo(name) is None:
+    if name == "auto" or name in MODELS or _own_folder(name) is not None:
+        return
+    if _hub_repo(name) is None:
         raise ValueError(
-            f"There is no model {name!r}. Choose one of auto, {', '.join(MODELS)}, or a repository "
-            "on the hub that TransformerLens supports, written owner/name."
+            f"There is no model {name!r}. Choose one of auto, {', '.join(MODELS)}, a repository on "
+            "the hub that TransformerLens supports, written owner/name, or a folder that "
+            "save_pretrained wrote for the model and its tokenizer."
         )
+
+
+def _own_folder(name: str) -> Path | None:
+    """Return the user's own folder with a model that a name stands for, if it does."""
+    folder = Path(name).expanduser()
+    own = name not in MODELS and (folder / "config.json").is_file()
+    return folder if own else None
 
 
 def _hub_repo(name: str) -> str | None:
@@ -126,7 +136,9 @@ def _hub_repo(name: str) -> str | None:
     return next((repo for repo, aliases in MODEL_ALIASES.items() if name in aliases), None)
 
 
-def load_model(name: str = "auto", *, device: str | torch.device | None = None) -> Any:
+def load_model(
+    name: str | os.PathLike[str] = "auto", *, device: str | torch.device | None = None
+) -> Any:
     """Return a `TransformerBridge` in compatibility mode and eval mode, ready for patching.
 
     Compatibility mode folds and centres weights, which must leave a model's predictions as they
@@ -139,8 +151,9 @@ def load_model(name: str = "auto", *, device: str | torch.device | None = None) 
 
     Args:
         name: a name of `MODELS`; `auto` for GPT-2 small where it is cached or the hub delivers it,
-            else smollm2-135m (and `PATCHING_DEMO_MODEL` overrides `auto`); or a repository on the
-            hub that TransformerLens supports.
+            else smollm2-135m (and `PATCHING_DEMO_MODEL` overrides `auto`); a repository on the
+            hub that TransformerLens supports; or a folder of your own, which `save_pretrained`
+            wrote for the model and its tokenizer.
         device: where it runs; the GPU if there is one, else the CPU.
 
     Raises:
@@ -148,6 +161,7 @@ def load_model(name: str = "auto", *, device: str | torch.device | None = None) 
         ModelUnavailable: its files are not there or cannot be trusted, or it predicts something
             else once it is in TransformerLens; the message names a model that needs no hub.
     """
+    name = os.fspath(name) if isinstance(name, os.PathLike) else name
     check_name(name)
     from transformer_lens.utilities import get_device
 
@@ -160,7 +174,8 @@ def load_model(name: str = "auto", *, device: str | torch.device | None = None) 
         # One raise from here: what went on inside is in the message.
         way_out = MODELS.get(name, ModelSpec()).way_out
         raise ModelUnavailable(f"{name} can't be loaded: {error}.{way_out}") from None
-    bridge.cfg.model_name = name
+    folder = _own_folder(name)
+    bridge.cfg.model_name = name if folder is None else folder.resolve().name
     return bridge
 
 
@@ -234,7 +249,7 @@ def _boot(name: str, folder: Path, device: Any) -> Booted:
         return _boot_demo(device)
     boot = _boot_legacy if _is_legacy(name) else _boot_transformers
     try:
-        return boot(folder, _hub_repo(name), device)
+        return boot(folder, _hub_repo(name) or str(folder), device)
     except ModelUnavailable:
         raise
     except Exception as error:  # whatever a stranger's files lead to is said in one line
@@ -252,6 +267,13 @@ def _fetch(name: str) -> Path:
         return DATA
     if name == "smollm2-135m":
         return smollm2_folder()
+    if folder := _own_folder(name):
+        if not hub.has_weights(folder, hub.MODEL_FILES):
+            raise ModelUnavailable(
+                f"{folder} has no model.safetensors, nor all the files that its index names: write "
+                "them with model.save_pretrained(folder)"
+            )
+        return folder
     if not _is_legacy(name):
         return hub.repository(_hub_repo(name), hub.MODEL_FILES)
     folder = hub.repository(_hub_repo(name), hub.LEGACY_FILES)
@@ -265,6 +287,8 @@ def _fetch(name: str) -> Path:
 def _is_legacy(name: str) -> bool:
     if name in MODELS:  # without importing TransformerLens, which takes seconds
         return MODELS[name].legacy
+    if _own_folder(name):
+        return False
     from transformer_lens.model_bridge.sources.tl_legacy import TL_LEGACY_PREFIXES
 
     return _hub_repo(name).startswith(TL_LEGACY_PREFIXES)

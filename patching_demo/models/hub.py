@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import get_hf_file_metadata, hf_hub_url, snapshot_download
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, snapshot_download
 from huggingface_hub.errors import (
     HfHubHTTPError,
     OfflineModeIsEnabled,
@@ -55,7 +57,7 @@ def repository(repo: str, patterns: tuple[str, ...]) -> Path:
     elif folder:
         return folder
     folder = _fetched(repo, patterns)
-    if not _has_weights(folder, patterns):
+    if not has_weights(folder, patterns):
         raise ModelUnavailable(f"{repo} has no weights as {' or '.join(patterns[-3:])}")
     if altered := _drop_altered(folder):
         raise ModelUnavailable(f"the hub delivered an altered file (by its sha256): {altered}")
@@ -89,16 +91,28 @@ def _cached(repo: str, patterns: tuple[str, ...]) -> Path | None:
         words = {"tokenizer.json", "vocab.txt"} & here or {"vocab.json", "merges.txt"} <= here
         words = words or any(name.endswith(".model") for name in here)
         tokenizer = _TOKENIZER not in patterns or (_TOKENIZER in here and words)
-        whole = patterns[0] in here and tokenizer and _has_weights(folder, patterns)
+        whole = patterns[0] in here and tokenizer and has_weights(folder, patterns)
     except (OSError, ValueError, LookupError):
         return None
     return folder if whole else None
 
 
-def _has_weights(folder: Path, patterns: tuple[str, ...]) -> bool:
+def has_weights(folder: Path, patterns: tuple[str, ...]) -> bool:
+    """Whether all files of weights that a folder should have are there."""
     return patterns == TOKENIZER_FILES or all(path.is_file() for path in weight_files(folder))
 
 
+@contextmanager
+def _no_side_question() -> Iterator[None]:
+    """Keep `huggingface_hub` from asking what runs this process: no limit is set to that answer."""
+    before, constants.HF_HUB_DISABLE_TELEMETRY = constants.HF_HUB_DISABLE_TELEMETRY, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_DISABLE_TELEMETRY = before
+
+
+@_no_side_question()
 def _fetched(repo: str, patterns: tuple[str, ...]) -> Path:
     try:
         # `snapshot_download` waits for its first answer without a limit. This question has one.
