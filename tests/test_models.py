@@ -604,3 +604,9 @@ def test_a_folder_does_not_take_the_name_of_a_model(saved, monkeypatch):
     assert load_model("attn-only-2l-demo").cfg.model_name == "attn-only-2l-demo"
     assert load_model("attn-only-2l-demo").tokenizer is None
     assert load_model("./attn-only-2l-demo").tokenizer is not None
+
+
+@pytest.mark.parametrize("name", ["~nobody at all/x", "x" * 5000, "a\0b", "./nowhere"])
+def test_a_folder_that_cannot_be_is_no_model(name):
+    with pytest.raises(ValueError, match="There is no model"):
+        load_model(name)

@@ -118,8 +118,11 @@ def check_name(name: str) -> None:
 
 def _own_folder(name: str) -> Path | None:
     """Return the user's own folder with a model that a name stands for, if it does."""
-    folder = Path(name).expanduser()
-    own = name not in MODELS and (folder / "config.json").is_file()
+    try:
+        folder = Path(name).expanduser()
+        own = name not in MODELS and (folder / "config.json").is_file()
+    except (OSError, RuntimeError):  # A name that is too long for a path, or of no user's home.
+        return None
     return folder if own else None
 
 
@@ -127,7 +130,7 @@ def _hub_repo(name: str) -> str | None:
     """Return the repository a name stands for, if it looks like one that the hub may have."""
     if name in MODELS:
         return MODELS[name].repo or None
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):  # "./name" is a path.
         return name
     from transformer_lens.supported_models import MODEL_ALIASES, OFFICIAL_MODEL_NAMES
 
