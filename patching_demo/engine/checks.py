@@ -417,3 +417,10 @@ def warn_once(message: str) -> None:
     warnings.warn_explicit(
         message, UserWarning, frame.f_code.co_filename, frame.f_lineno, module="patching_demo"
     )
+
+
+def warned_of() -> list[str]:
+    """What was warned of since the last call; from now on it is warned of again."""
+    messages = sorted(_warned)
+    _warned.clear()
+    return messages

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from patching_demo.engine.cells import Cell, Patch
 from patching_demo.engine.kinds import KINDS
 from patching_demo.engine.tokens import heads_of, key_value_heads
 from patching_demo.patching import index_of, setter_of
+from patching_demo.sweeps.executors import Workers
 from patching_demo.sweeps.question import (
     Question,
     ask,
@@ -37,6 +40,7 @@ def sweep(
     window: int = 1,
     source: Any = "clean",
     per_prompt: bool = False,
+    executor: Executor | None = None,
     **options: Any,
 ) -> xr.DataArray:
     """Patch clean activations into the corrupted run, one place at a time, and label the result.
@@ -62,6 +66,9 @@ def sweep(
         source: where patched values come from: "clean", "zero", "mean" (over the prompts of the
             clean run, at each position or role), or a mapping from hook names to activations.
         per_prompt: whether to keep one value per prompt, along the dimension ``prompt``.
+        executor: any ``concurrent.futures.Executor`` whose workers share the cells out among them;
+            ``model`` is then a name, or a function that makes a bridge. See
+            :class:`patching_demo.sweeps.executors.Workers`.
         options: of :class:`patching_demo.engine.runner.Options`, such as ``progress``.
 
     Returns:
@@ -87,7 +94,8 @@ def sweep(
     """
     return sweep_metrics(
         model, {"metric": task}, kinds, by=by, layers=layers, positions=positions, heads=heads,
-        where=where, window=window, source=source, per_prompt=per_prompt, **options,
+        where=where, window=window, source=source, per_prompt=per_prompt, executor=executor,
+        **options,
     )["metric"]  # fmt: skip
 
 
@@ -104,6 +112,7 @@ def sweep_metrics(
     window: int = 1,
     source: Any = "clean",
     per_prompt: bool = False,
+    executor: Executor | None = None,
     **options: Any,
 ) -> dict[str, xr.DataArray]:
     """One sweep scored by several metrics at once, at the price of one.
@@ -126,14 +135,45 @@ def sweep_metrics(
     check_kinds(names, by)
     if not isinstance(window, int) or isinstance(window, bool) or window < 1:
         raise ValueError(f"window must be a whole number of layers, at least 1, got {window!r}")
-    checks.check_bridge(model)
-    n_layers = model.cfg.n_layers
+    workers = Workers(model, executor)
     first = next(iter(tasks.values()))
-    dims, sizes, coords = grid_labels(model, first, names, by, several)
-    # The number of each cell, with the labels of the result: what is selected is what is computed.
+    chosen = {"layer": layers, "role" if by == "role" else "position": positions, "head": heads}
+    cells, passes = workers.ask(_chosen, first, names, by, several, chosen, where)
+    found = workers.spread(
+        partial(_values, names=names, by=by, window=window, source=source),
+        tasks, cells.values, passes, per_prompt=per_prompt, options=options,
+        cut=by == "role" and source in ("clean", "zero"),
+    )  # fmt: skip
+    own = dict(cells.coords)
+    if source != "clean" and "agrees" in own:
+        own["agrees"] = own["agrees"] & False
+    facts = {"by": by, "kind": "" if several else names[0], **cells.attrs}
+    facts |= {"window": window} if window > 1 else {}
+    return {
+        name: labelled(
+            task, found[name], cells.dims, own, per_prompt=per_prompt, source=source, **facts
+        )
+        for name, task in tasks.items()
+    }
+
+
+def _chosen(
+    model: Any,
+    task: Task,
+    names: Sequence[str],
+    by: str,
+    several: bool,
+    chosen: Mapping[str, Any],
+    where: xr.DataArray | None,
+) -> tuple[xr.DataArray, np.ndarray]:
+    """The number of each cell with the labels of the result, NaN where none is asked for.
+
+    And what each costs, in forward passes. What is selected here is what is computed.
+    """
+    checks.check_bridge(model)
+    dims, sizes, coords = grid_labels(model, task, names, by, several)
     numbers = np.arange(np.prod(list(sizes.values())), dtype=float).reshape(list(sizes.values()))
     cells = xr.DataArray(numbers, dims=dims, coords=coords)
-    chosen = {"layer": layers, "role" if by == "role" else "position": positions, "head": heads}
     for dim, labels in chosen.items():
         if labels is not None:
             if dim not in dims:
@@ -155,32 +195,54 @@ def sweep_metrics(
                 f"{list(getattr(where, 'dims', ()))}"
             )
         cells = cells.where(where.reset_coords(drop=True))
-    places = list(first.roles)
-    wanted = {  # The number of each cell, and where it is.
-        int(number): dict(
-            zip(dims, np.unravel_index(int(number), list(sizes.values())), strict=True)
-        )
-        for number in cells.values[np.isfinite(cells.values)]
-    }
-    wanted = {
-        number: at
-        for number, at in wanted.items()
-        if at.get("head", 0) < heads_of(model, KINDS[names[at.get("kind", 0)]])
-    }
+    n_heads = [heads_of(model, KINDS[name]) for name in names]
+    at = _places(cells.values, sizes)
+    exists = at.get("head", 0) < np.take(n_heads, at.get("kind", 0))
+    cells = cells.copy(data=np.where(exists, cells, np.nan))
+    n_layers, n_pos = model.cfg.n_layers, task.corrupted_tokens.shape[1]
+    start = np.maximum(at.get("position", 0), task.agree_until)
+    passes = (1 - at["layer"] / n_layers) * (1 - start / n_pos) + np.zeros(cells.shape)
+    cells.attrs["n_key_value_heads"] = key_value_heads(model) if KINDS[names[0]].of_heads else 0
+    return cells, passes
+
+
+def _places(cells: np.ndarray, sizes: Mapping[str, int]) -> dict[str, np.ndarray]:
+    """Where cells are, by their numbers: an index along each dimension."""
+    numbers = np.nan_to_num(cells).astype(int)
+    return dict(zip(sizes, np.unravel_index(numbers, list(sizes.values())), strict=True))
+
+
+def _values(
+    model: Any,
+    tasks: Mapping[str, Task],
+    cells: np.ndarray,
+    per_prompt: bool,
+    options: Mapping[str, Any],
+    *,
+    names: Sequence[str],
+    by: str,
+    window: int,
+    source: Any,
+) -> dict[str, np.ndarray]:
+    """Values ``[(prompt), ...cells]`` of cells given by number, for each task."""
+    first = next(iter(tasks.values()))
+    _, sizes, _ = grid_labels(model, first, names, by, several=True)
+    numbers = np.unique(cells[np.isfinite(cells)]).astype(int)
+    places = _places(numbers, sizes)
     rows: list[int] = []
 
     def swept(live: Sequence[str]) -> dict[str, np.ndarray]:
-        hooks = [f"blocks.{i}.{KINDS[name].hook}" for name in live for i in range(n_layers)]
-        rows[:] = [n for n, at in wanted.items() if names[at.get("kind", 0)] in live]
+        layers = range(model.cfg.n_layers)
+        hooks = [f"blocks.{layer}.{KINDS[name].hook}" for name in live for layer in layers]
+        rows[:] = [row for row, kind in enumerate(places["kind"]) if names[kind] in live]
 
         def cells_of(question: Question) -> list[Cell]:
             made = []
-            for number in rows:
-                at = dict(wanted[number])
+            for row in rows:
+                at = {dim: int(index[row]) for dim, index in places.items()}
                 if by == "role":
-                    at["position"] = question.places[places[at["role"]]]
-                name = names[at.get("kind", 0)]
-                made.append(Cell(len(made), _patches(name, by, at, window, question)))
+                    at["position"] = question.places[list(first.roles)[at["role"]]]
+                made.append(Cell(len(made), _patches(names[at["kind"]], by, at, window, question)))
             return made
 
         return ask(
@@ -188,26 +250,13 @@ def sweep_metrics(
             source=source, per_prompt=per_prompt, options=options, by_role=by == "role",
         )  # fmt: skip
 
-    values = checks.without_dead_kinds(names, swept)
-    place = {number: index for index, number in enumerate(rows)}
-    index = np.vectorize(lambda x: place.get(x, -1), otypes=[int])(np.nan_to_num(cells, nan=-1))
+    # Every number has a place, and so has what was not asked for.
+    index = np.searchsorted(numbers, np.nan_to_num(cells, nan=np.inf))
     results = {}
-    for name, found in values.items():
-        found = found if per_prompt else found[None]  # [prompt or 1, cell]
-        found = np.concatenate([found, np.full((len(found), 1), np.nan, found.dtype)], axis=1)
-        out = found[:, index] if per_prompt else found[0][index]
-        own = dict(cells.coords)
-        if source != "clean" and "agrees" in own:
-            own["agrees"] = own["agrees"] & False
-        facts = {
-            "by": by,
-            "kind": "" if several else names[0],
-            "n_key_value_heads": key_value_heads(model) if KINDS[names[0]].of_heads else 0,
-            **({"window": window} if window > 1 else {}),
-        }
-        results[name] = labelled(
-            tasks[name], out, cells.dims, own, per_prompt=per_prompt, source=source, **facts
-        )
+    for name, values in checks.without_dead_kinds(names, swept).items():
+        found = np.full((*values.shape[:-1], len(numbers) + 1), np.nan, values.dtype)
+        found[..., rows] = values
+        results[name] = found[..., index]
     return results
 
 

@@ -6,6 +6,7 @@ After Wang et al. (2022) and Goldowsky-Dill et al. (2023).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -22,6 +23,7 @@ from patching_demo.engine.frozen import SENDERS, FrozenModel, recorded
 from patching_demo.engine.kinds import KINDS
 from patching_demo.engine.packs import CALL_TOKENS
 from patching_demo.engine.scoring import Scorer
+from patching_demo.sweeps.executors import Workers
 from patching_demo.sweeps.question import (
     Question,
     check_tasks,
@@ -48,8 +50,6 @@ def _refused_by_name() -> Iterator[None]:
         ) from reason
 
 
-@_refused_by_name()
-@torch.no_grad()
 def paths(
     model: Any,
     task: Task,
@@ -58,6 +58,7 @@ def paths(
     senders: str = "out",
     through: str = "direct",
     per_prompt: bool = False,
+    executor: Executor | None = None,
     **options: Any,
 ) -> xr.DataArray:
     """Patch the path from each sender to the receivers, and leave all other paths corrupted.
@@ -75,6 +76,7 @@ def paths(
         through: "direct" freezes every other attention and MLP output on the way; "mlps"
             recomputes the MLPs and freezes attention.
         per_prompt: whether to keep one value per prompt, along the dimension ``prompt``.
+        executor: as for :func:`patching_demo.sweep`; prompts are shared out, not senders.
         options: of :class:`patching_demo.engine.runner.Options`, such as ``progress``.
 
     Returns:
@@ -96,12 +98,53 @@ def paths(
         raise ValueError(f"senders must be one of {', '.join(SENDERS)}, got {senders!r}")
     if through not in THROUGH:
         raise ValueError(f"through must be one of {', '.join(THROUGH)}, got {through!r}")
-    checks.check_bridge(model)
     check_tasks({"task": task})
+    workers = Workers(model, executor)
+    parts, n_layers, per_layer = workers.ask(_checked, task, receivers, senders)
+    found = workers.spread(
+        partial(_values, parts=parts, senders=senders, through=through),
+        {"metric": task}, np.zeros((n_layers, per_layer)), np.zeros((n_layers, per_layer)),
+        cut=any(place is not None for *_, place in parts), per_prompt=per_prompt, options=options,
+    )["metric"]  # fmt: skip
+    dims, coords = ["layer", "head"], {"layer": np.arange(n_layers)}
+    if senders == "out":
+        coords |= head_labels(n_layers, per_layer)
+    else:
+        found, dims = found[..., 0], ["layer"]
+    facts = {
+        "by": "path",
+        "kind": senders,
+        "receivers": ", ".join(map(_words, parts)) or "logits",
+        "through": through,
+    }
+    return labelled(task, found, dims, coords, per_prompt=per_prompt, **facts)
+
+
+def _checked(
+    model: Any, task: Task, receivers: Any, senders: str
+) -> tuple[list[Receiver], int, int]:
+    """The receivers, how many layers there are, and how many senders each has."""
+    checks.check_bridge(model)
     parts = _checked_receivers(model, task, receivers)
+    return parts, model.cfg.n_layers, model.cfg.n_heads if senders == "out" else 1
+
+
+@_refused_by_name()
+@torch.no_grad()
+def _values(
+    model: Any,
+    tasks: Mapping[str, Task],
+    cells: np.ndarray,
+    per_prompt: bool,
+    options: Mapping[str, Any],
+    *,
+    parts: Sequence[Receiver],
+    senders: str,
+    through: str,
+) -> dict[str, np.ndarray]:
+    """Values ``[(prompt), layer, sender]``, NaN from where no path leads to a receiver."""
+    ((name, task),) = tasks.items()
     asked = partial(_measured, model, parts=parts, senders=senders, through=through)
-    n_layers = model.cfg.n_layers
-    per_layer = model.cfg.n_heads if senders == "out" else 1
     if any(place is not None for *_, place in parts):
         shapes, order = [], []
         for prompts, own in in_shapes(task, options):
@@ -111,23 +154,9 @@ def paths(
         found = found if per_prompt else found.mean(1)
     else:
         found = asked(task, per_prompt=per_prompt, options=options)
-    values = np.full((n_layers * per_layer, *found.shape[1:]), np.nan, np.float32)
-    values[: len(found)] = found
-    values = values.reshape(n_layers, per_layer, *found.shape[1:])
-    dims, coords = ["layer", "head"], {"layer": np.arange(n_layers)}
-    if senders == "out":
-        coords |= head_labels(n_layers, per_layer)
-    else:
-        values, dims = values[:, 0], ["layer"]
-    if per_prompt:
-        values = np.moveaxis(values, -1, 0)
-    facts = {
-        "by": "path",
-        "kind": senders,
-        "receivers": ", ".join(map(_words, parts)) or "logits",
-        "through": through,
-    }
-    return labelled(task, values, dims, coords, per_prompt=per_prompt, **facts)
+    values = np.full((*found.shape[1:], cells.size), np.nan, np.float32)
+    values[..., : len(found)] = found.T
+    return {name: values.reshape(*found.shape[1:], *cells.shape)}
 
 
 def _measured(

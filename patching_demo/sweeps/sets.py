@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ from patching_demo.engine import checks
 from patching_demo.engine.bridge import hook_point
 from patching_demo.engine.cells import Cell, Patch, in_order
 from patching_demo.engine.kinds import KINDS
+from patching_demo.sweeps.executors import Workers
 from patching_demo.sweeps.question import (
     Part,
     Question,
@@ -30,6 +33,7 @@ def patch(
     *,
     source: Any = "clean",
     per_prompt: bool = False,
+    executor: Executor | None = None,
     **options: Any,
 ) -> xr.DataArray:
     """Patch all parts of a set in one run, and measure, for each set.
@@ -40,7 +44,7 @@ def patch(
         sets: by name, parts ``(kind, layer)``, ``(kind, layer, head)`` or ``(kind, layer, head,
             position)``. A head is None where the kind has none, or for all heads; a position is a
             number, a label or one of the task's roles, and without it all positions are patched.
-        source, per_prompt, options: as for :func:`patching_demo.sweep`.
+        source, per_prompt, executor, options: as for :func:`patching_demo.sweep`.
 
     Returns:
         float32 ``([prompt,] set)``, in the metric's units.
@@ -55,7 +59,6 @@ def patch(
     >>> patch(model, task, {"two heads": [("out", 0, 1), ("out", 1, 5)]}).sizes
     Frozen({'set': 1})
     """
-    checks.check_bridge(model)
     if not isinstance(sets, Mapping) or not sets:
         raise ValueError(f"sets must be a mapping from names to parts, with at least one: {sets!r}")
     check_tasks({"metric": task})
@@ -65,20 +68,48 @@ def patch(
         for part in parts
         if isinstance(part, tuple) and len(part) == 4 and isinstance(part[3], str)
     )
-    names = {own.hook_name for parts in sets.values() for own in _patches(model, task, parts)}
+    found = Workers(model, executor).spread(
+        partial(_values, sets=list(sets.values()), source=source, by_role=by_role),
+        {"metric": task}, np.arange(len(sets), dtype=float), np.ones(len(sets)),
+        per_prompt=per_prompt, options=options, cut=by_role and source in ("clean", "zero"),
+    )["metric"]  # fmt: skip
+    coords, facts = {"set": list(sets)}, {"by": "set", "kind": ""}
+    return labelled(task, found, ["set"], coords, per_prompt=per_prompt, source=source, **facts)
+
+
+def _values(
+    model: Any,
+    tasks: Mapping[str, Task],
+    numbers: np.ndarray,
+    per_prompt: bool,
+    options: Mapping[str, Any],
+    *,
+    sets: Sequence[Sequence[Part]],
+    source: Any,
+    by_role: bool,
+) -> dict[str, np.ndarray]:
+    """Values ``[(prompt), set]`` of the sets whose number is not NaN."""
+    checks.check_bridge(model)
+    asked = np.isfinite(numbers)
+    own = [parts for parts, wanted in zip(sets, asked, strict=True) if wanted]
+    task = next(iter(tasks.values()))
+    names = {one.hook_name for parts in own for one in _patches(model, task, parts)}
 
     def cells_of(question: Question) -> list[Cell]:
         return [
             Cell(row, in_order(_patches(model, question.task, parts, question)))
-            for row, parts in enumerate(sets.values())
+            for row, parts in enumerate(own)
         ]
 
     found = ask(
-        model, {"metric": task}, sorted(names), cells_of,
+        model, tasks, sorted(names), cells_of,
         source=source, per_prompt=per_prompt, options=options, by_role=by_role,
-    )["metric"]  # fmt: skip
-    coords, facts = {"set": list(sets)}, {"by": "set", "kind": ""}
-    return labelled(task, found, ["set"], coords, per_prompt=per_prompt, source=source, **facts)
+    )  # fmt: skip
+    results = {}
+    for name, values in found.items():
+        results[name] = np.full((*values.shape[:-1], len(sets)), np.nan, values.dtype)
+        results[name][..., asked] = values
+    return results
 
 
 def complement(model: Any, parts: Sequence[Part]) -> list[Part]:
