@@ -14,7 +14,7 @@ from __future__ import annotations
 from patching_demo import claims, explorer, metrics, notebook, patching, plots
 from patching_demo.models import load_model
 from patching_demo.results import combine, interval, largest_cells, load, save, share
-from patching_demo.sweeps import attribute, complement, patch, paths, sweep
+from patching_demo.sweeps import attribute, complement, patch, paths, plan, sweep
 from patching_demo.tasks import (
     Task,
     capital_task,
@@ -44,6 +44,7 @@ __all__ = [
     "patch",
     "patching",
     "paths",
+    "plan",
     "plots",
     "prompt_task",
     "save",

@@ -8,6 +8,7 @@ was patched and from where.
 from patching_demo.sweeps.attribution import attribute
 from patching_demo.sweeps.grid import sweep, sweep_metrics
 from patching_demo.sweeps.path_patching import paths
+from patching_demo.sweeps.planning import Plan, plan
 from patching_demo.sweeps.sets import complement, patch
 
-__all__ = ["attribute", "complement", "patch", "paths", "sweep", "sweep_metrics"]
+__all__ = ["Plan", "attribute", "complement", "patch", "paths", "plan", "sweep", "sweep_metrics"]

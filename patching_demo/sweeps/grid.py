@@ -138,7 +138,7 @@ def sweep_metrics(
     workers = Workers(model, executor)
     first = next(iter(tasks.values()))
     chosen = {"layer": layers, "role" if by == "role" else "position": positions, "head": heads}
-    cells, passes = workers.ask(_chosen, first, names, by, several, chosen, where)
+    cells, passes = workers.ask(chosen_cells, first, names, by, several, chosen, where, source)
     found = workers.spread(
         partial(_values, names=names, by=by, window=window, source=source),
         tasks, cells.values, passes, per_prompt=per_prompt, options=options,
@@ -157,7 +157,7 @@ def sweep_metrics(
     }
 
 
-def _chosen(
+def chosen_cells(
     model: Any,
     task: Task,
     names: Sequence[str],
@@ -165,6 +165,7 @@ def _chosen(
     several: bool,
     chosen: Mapping[str, Any],
     where: xr.DataArray | None,
+    source: Any,
 ) -> tuple[xr.DataArray, np.ndarray]:
     """The number of each cell with the labels of the result, NaN where none is asked for.
 
@@ -199,9 +200,14 @@ def _chosen(
     at = _places(cells.values, sizes)
     exists = at.get("head", 0) < np.take(n_heads, at.get("kind", 0))
     cells = cells.copy(data=np.where(exists, cells, np.nan))
-    n_layers, n_pos = model.cfg.n_layers, task.corrupted_tokens.shape[1]
-    start = np.maximum(at.get("position", 0), task.agree_until)
-    passes = (1 - at["layer"] / n_layers) * (1 - start / n_pos) + np.zeros(cells.shape)
+    # Before the first token that differs nothing is patched, and a run begins there at the latest.
+    n_pos = float(task.corrupted_lengths.float().mean())
+    places = [float(there.float().mean()) for _, there in task.roles.values()]
+    start = np.take(places, at["role"]) if "role" in at else at.get("position", n_pos - 1)
+    agree = task.agree_until if source == "clean" else 0
+    moved = start >= agree
+    start = start if "position" in at or "role" in at else agree
+    passes = moved * (1 - at["layer"] / model.cfg.n_layers) * np.clip(1 - start / n_pos, 0, 1)
     cells.attrs["n_key_value_heads"] = key_value_heads(model) if KINDS[names[0]].of_heads else 0
     return cells, passes
 
