@@ -10,7 +10,7 @@ PYTEST := $(PY) -m pytest
 SITE := book/_build/html
 RUNS := $(patsubst notebooks/%,book/notebooks/%,$(wildcard notebooks/*.ipynb))
 PACKAGE := $(shell find patching_demo -type f ! -name '*.pyc')
-PAGES := $(wildcard book/*.* book/_ext/*.py book/_assets/* benchmark/table.md)
+PAGES := $(wildcard book/*.* book/_ext/*.py book/_assets/* benchmark/*.md)
 
 # Jupyter and model caches want a home; builds and tests write into the checkout.
 ifneq ($(shell test -w . && echo yes),yes)
@@ -100,7 +100,8 @@ colab: ## run the notebooks with Colab's versions, in an environment of their ow
 		-o addopts="" -o filterwarnings="" -m colab -s tests/test_colab.py
 	.venv-colab/bin/python -m pytest -p no:randomly -o addopts="" -m "not slow" tests/test_explorer.py
 
-bench: venv ## time the sweeps and write benchmark/results.json
+bench: venv ## time the sweeps, and plan larger ones: writes benchmark/
+	$(PY) scripts/how_far.py
 	$(PY) scripts/bench.py
 
 picture: book ## redraw the README's picture from the book's headline figure
