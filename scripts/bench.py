@@ -7,8 +7,9 @@
 Both sides of a row are measured one after the other, with the machine's own matrix multiplication
 before, between and after them, so that a row can be judged on a noisy machine. A sweep is timed up
 to five times and its median taken. Where the plain loop would take more than two minutes, a random
-sample of its cells is timed instead and the row says so. Writes benchmark/results.json and
-benchmark/table.md.
+sample of its cells is timed instead and the row says so. A plain loop that stacks several cells of
+a layer in the batch of one forward pass is timed on such a sample too, and held to the other's
+numbers. Writes benchmark/results.json and benchmark/table.md.
 """
 
 from __future__ import annotations
@@ -28,18 +29,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import psutil
 import torch
 import transformer_lens.patching as plain
 from transformer_lens.patching import make_df_from_ranges
+from transformer_lens.utilities import get_act_name
 
 from patching_demo import attribute, induction_task, ioi_task, load_model, patch, patching, paths
 from patching_demo import sweep as labelled_sweep
 from patching_demo.engine.kinds import HEAD_KINDS, kind_of_activation
+from patching_demo.engine.scoring import tolerance
 
 OUT = Path(__file__).resolve().parent.parent / "benchmark"
 WHOLE_UNDER_SECONDS = 120
 SAMPLE_CELLS = 20
+STACKED_CELLS = 16
 MOST_RUNS, REPEAT_FOR_SECONDS = 5, 12
 
 BLOCKS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
@@ -156,6 +161,8 @@ class Row:
     matmul_gflops: float
     share_of_matmul: float | None
     less_arithmetic: float | None
+    stacked_seconds: float | None = None
+    stacked_ratio: float | None = None
 
     @property
     def passed(self) -> bool | None:
@@ -303,13 +310,11 @@ def plain_sweep(name: str) -> Callable[..., Any]:
     )
 
 
-def sample_plain(
-    model: Any, task: Any, cache: Any, metric: Any, name: str, result: torch.Tensor
-) -> tuple[float, float]:
-    """Seconds per cell of the plain loop on some random cells, and their largest difference."""
-    rng = np.random.default_rng(0)
+def parts_of(
+    model: Any, name: str, result: torch.Tensor
+) -> Iterator[tuple[str, Any, pd.DataFrame, torch.Tensor]]:
+    """The sweeps in one: activation, patch setter, the indices of all cells, and their values."""
     sweeps = COMBINED[name][0] if name in COMBINED else (name,)
-    seconds, worst, count = 0.0, 0.0, 0
     for number, sweep in enumerate(sweeps):
         activation, setter, axes = SWEEPS[sweep]
         own = result[number] if name in COMBINED else result
@@ -319,8 +324,18 @@ def sample_plain(
             own = own.permute(*[list(order).index(axis) for axis in short])
             if activation in ("k", "v"):
                 own = own[..., : getattr(model.cfg, "n_key_value_heads", None) or own.shape[-1]]
-        index = make_df_from_ranges(list(own.shape), list(axes))
-        cells = max(2, SAMPLE_CELLS // len(sweeps))
+        yield activation, setter, make_df_from_ranges(list(own.shape), list(axes)), own
+
+
+def sample_plain(
+    model: Any, task: Any, cache: Any, metric: Any, name: str, result: torch.Tensor
+) -> tuple[float, float]:
+    """Seconds per cell of the plain loop on some random cells, and their largest difference."""
+    rng = np.random.default_rng(0)
+    parts = list(parts_of(model, name, result))
+    seconds, worst, count = 0.0, 0.0, 0
+    for activation, setter, index, own in parts:
+        cells = max(2, SAMPLE_CELLS // len(parts))
         rows = rng.choice(len(index), size=min(cells, len(index)), replace=False)
         chosen = index.iloc[rows].reset_index(drop=True)
         took, values = timed(
@@ -335,6 +350,46 @@ def sample_plain(
         found = torch.stack([own[tuple(row)] for row in chosen.to_numpy().tolist()])
         worst = max(worst, (found - values).abs().max().item())
     return seconds / count, worst
+
+
+def sample_stacked(
+    model: Any, task: Any, cache: Any, metric: Any, name: str, result: torch.Tensor
+) -> float:
+    """Seconds per cell of a loop that runs several cells of a random layer in one forward pass.
+
+    Raises:
+        AssertionError: if its values are not the plain loop's.
+    """
+    rng, tokens = np.random.default_rng(0), task.corrupted_tokens
+    seconds, count = 0.0, 0
+    for activation, setter, index, _ in parts_of(model, name, result):
+        layer = int(rng.integers(model.cfg.n_layers))
+        own = index[index["layer"] == layer]
+        own = own.sample(min(len(own), STACKED_CELLS), random_state=0).reset_index(drop=True)
+        name_of_hook, cells = get_act_name(activation, layer), own.to_numpy().tolist()
+        stack = partial(_stacked, model, tokens, cache, metric, setter, name_of_hook, cells)
+        took, values = timed(stack, tokens.device)
+        wanted = plain.generic_activation_patch(
+            model, tokens, cache, metric, setter, activation, None, own
+        )
+        allowed = 4 * tolerance(next(model.parameters()).dtype) * max(1, wanted.abs().max())
+        assert (values - wanted).abs().max() <= allowed, f"{name}: stacked cells are otherwise"
+        seconds, count = seconds + took, count + len(cells)
+    return seconds / count
+
+
+def _stacked(
+    model: Any, tokens: torch.Tensor, cache: Any, metric: Any, setter: Any, name: str, cells: Any
+) -> torch.Tensor:
+    """The metric for each of some cells of one hook, each in rows of its own."""
+
+    def write(activation: torch.Tensor, hook: Any) -> torch.Tensor:
+        for rows, cell in zip(activation.split(len(tokens)), cells, strict=True):
+            setter(rows, cell, cache[name])  # In place.
+        return activation
+
+    logits = model.run_with_hooks(tokens.repeat(len(cells), 1), fwd_hooks=[(name, write)])
+    return torch.stack([metric(rows) for rows in logits.split(len(tokens))])
 
 
 @torch.no_grad()
@@ -359,6 +414,7 @@ def measure(model: Any, model_name: str, task: Any, cache: Any, name: str, bare:
         plain_seconds, expected = timed(lambda: plain_sweep(name)(*inputs), device)
         differences = (result - expected)[torch.isfinite(result)]
         worst = differences.abs().max().item()
+    stacked_seconds = cells * sample_stacked(model, task, cache, metric, name, result)
     speed.append(matmul_gflops(device, dtype))
     gflops = statistics.median(speed)
     mark = MARKS.get(model_name, {}).get(name) if device.type == "cpu" else None
@@ -383,6 +439,8 @@ def measure(model: Any, model_name: str, task: Any, cache: Any, name: str, bare:
         matmul_gflops=gflops,
         share_of_matmul=None if bare else in_blocks / seconds / gflops / 1e9,
         less_arithmetic=cells * whole / (in_blocks + in_unembedding + 2 * whole),
+        stacked_seconds=stacked_seconds,
+        stacked_ratio=stacked_seconds / seconds,
     )
 
 
@@ -436,7 +494,7 @@ def total_row(rows: list[Row], name: str, parts: tuple[str, ...]) -> Row | None:
     plain_seconds = sum(row.plain_seconds for row in found)
     gflops = statistics.median(row.matmul_gflops for row in found)
     work = sum(row.share_of_matmul * row.seconds * row.matmul_gflops for row in found)
-    first = found[0]
+    first, stacked = found[0], sum(row.stacked_seconds for row in found)
     return Row(
         first.model, first.dtype, name, sum(row.cells for row in found), seconds, plain_seconds,
         any(row.sampled for row in found), plain_seconds / seconds,
@@ -444,6 +502,7 @@ def total_row(rows: list[Row], name: str, parts: tuple[str, ...]) -> Row | None:
         max(row.max_difference for row in found), max(row.value_range for row in found),
         max(row.peak_mib for row in found), gflops, work / seconds / gflops,
         sum(row.cells for row in found) / sum(row.cells / row.less_arithmetic for row in found),
+        stacked, stacked / seconds,
     )  # fmt: skip
 
 
@@ -453,21 +512,27 @@ def table(rows: list[Row], about: dict[str, Any]) -> str:
         f"Measured on {about['device']}, {about['threads']} threads, torch {about['torch']}, "
         f"transformer_lens {about['transformer_lens']}, {about['date']}. Times are in seconds; "
         "`~` marks a plain loop timed on a random sample of its cells. *Less arithmetic* is how "
-        "many times fewer operations the sweep needs than the plain loop.",
+        "many times fewer operations the sweep needs than the plain loop. The *stacked loop* runs "
+        f"up to {STACKED_CELLS} cells of a layer in the batch of one forward pass, timed on a "
+        "sample.",
         "",
         "| model | dtype | sweep | cells | here | plain loop | ratio | mark | less arithmetic "
-        "| largest difference | peak memory (MiB) | share of matmul speed |",
-        "|---|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "| largest difference | peak memory (MiB) | share of matmul speed | stacked loop "
+        "| ratio to it |",
+        "|---|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in rows:
         mark = "" if row.mark is None else f"{row.mark:.0f}{'' if row.passed else ' (missed)'}"
         share = "" if row.share_of_matmul is None else f"{row.share_of_matmul:.0%}"
         less = "" if row.less_arithmetic is None else f"{row.less_arithmetic:.1f}"
         difference = "" if row.max_difference is None else f"{row.max_difference:.1e}"
+        stacked = " | "
+        if row.stacked_seconds is not None:
+            stacked = f"~{row.stacked_seconds:,.1f} | {row.stacked_ratio:.1f}"
         lines.append(
             f"| {row.model} | {row.dtype} | {row.sweep} | {row.cells:,} | {row.seconds:.2f} | "
             f"{'~' if row.sampled else ''}{row.plain_seconds:,.1f} | {row.ratio:.1f} | {mark} | "
-            f"{less} | {difference} | {row.peak_mib:.0f} | {share} |"
+            f"{less} | {difference} | {row.peak_mib:.0f} | {share} | {stacked} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -653,18 +653,20 @@ def attached_hooks(model: Any) -> list[str]:
         for name, module in root.named_modules() if root is not None else ():
             hooks = {**module._forward_hooks, **module._forward_pre_hooks}
             functions = [function for key, function in hooks.items() if key not in listed]
-            functions += [vars(module)["forward"]] if "forward" in vars(module) else []
+            functions += [
+                vars(module)[own] for own in ("forward", "_hf_hook") if own in vars(module)
+            ]
             if not all(_is_a_librarys(function) for function in functions):
                 found.append(name or "the model")
     return found
 
 
 def _is_a_librarys(function: Any) -> bool:
-    """Whether a hook is defined in TransformerLens or Transformers, whatever it wraps."""
+    """Whether a hook is defined in a library that models are made with, whatever it wraps."""
     function = getattr(function, "func", function)
     function = getattr(function, "__func__", function)
     module = getattr(function, "__globals__", {}).get("__name__", type(function).__module__)
-    return module.split(".")[0] in ("transformer_lens", "transformers")
+    return module.split(".")[0] in ("transformer_lens", "transformers", "accelerate")
 
 
 def _is_own(handle: Any) -> bool:

@@ -29,6 +29,7 @@ from patching_demo.engine.kinds import KINDS, kind_of_hook
 from patching_demo.engine.tokens import (
     check_ids,
     check_length,
+    devices_of_weights,
     key_value_heads,
     pads,
     whole_numbers,
@@ -96,7 +97,7 @@ def checked_model(model: Any) -> None:
 
     Raises:
         TypeError: if the model is not a TransformerBridge with blocks.
-        ValueError: if it is in training mode, an encoder, quantised or spread over devices.
+        ValueError: if it is in training mode, an encoder or spread over devices.
     """
     original = getattr(model, "original_model", None)
     config = getattr(original, "config", None)
@@ -117,18 +118,13 @@ def checked_model(model: Any) -> None:
         )
     if getattr(model.cfg, "attention_dir", "causal") == "bidirectional":
         raise ValueError("the model attends in both directions: patch a decoder-only model")
-    floating, quantised = set(), []
-    for name, parameter in model.named_parameters():
-        floating.add((parameter.device, parameter.dtype))
-        if not parameter.is_floating_point():
-            quantised.append(name)
-    if quantised or getattr(config, "quantization_config", None) is not None:
-        where = quantised[0] if quantised else "its config says so"
-        raise ValueError(f"the model is quantised ({where}): load it in float32 or bfloat16")
-    devices = sorted({str(device) for device, _ in floating})
-    if len(devices) > 1:
-        raise ValueError(f"the model is spread over {devices}: move it to one device")
-    for dtype in {dtype for _, dtype in floating} & FEWEST_BITS.keys():
+    devices = sorted({str(device) for device in devices_of_weights(model)})
+    if devices == ["meta"] or len(devices) > 1:
+        raise ValueError(
+            f"the model is spread over {devices}: move it to one device, or load it without "
+            "device_map"
+        )
+    for dtype in {weight.dtype for weight in model.parameters()} & FEWEST_BITS.keys():
         warn_once(
             f"the model runs in {str(dtype)[6:]}: expect errors of about {FEWEST_BITS[dtype]:.0%} "
             "of the metric's range in every cell"
@@ -156,7 +152,7 @@ def checked_tokens(model: Any, tokens: Any, masked: bool = False) -> Tensor:
         )
     check_ids(model, tokens, "corrupted_tokens")
     check_length(model, tokens.shape[1], "each row of corrupted_tokens")
-    tokens = tokens.to(next(model.parameters()).device)
+    tokens = tokens.to(devices_of_weights(model)[0])
     if not masked:
         _refuse_left_padding(model, tokens)
     bos = getattr(getattr(model, "tokenizer", None), "bos_token_id", None)
@@ -345,10 +341,14 @@ def refuse_dead_hooks(model: Any, tokens: Tensor, run: Run | None, cells: Sequen
         if kind in tried:
             continue
         tried.add(kind)
-        # TransformerLens says so itself, in its own way, and not for every model.
-        with hooked(model, name, _not_a_number), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            patched = _output(model, tokens, run, patch.layer)
+        try:
+            # TransformerLens says so itself, in its own way, and not for every model.
+            with hooked(model, name, _not_a_number), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                patched = _output(model, tokens, run, patch.layer)
+        except Exception:
+            _output(model, tokens, run, patch.layer)  # It fails on NaN alone, which arrives then.
+            continue
         if patched.isnan().any():
             continue
         if torch.equal(patched, _output(model, tokens, run, patch.layer)):

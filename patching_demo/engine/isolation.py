@@ -101,7 +101,7 @@ def with_more_tokens(model: Any, embeddings: Tensor) -> Any:
     copied = isolated(model)
     table = getattr(getattr(copied, "embed", None), "original_component", None)
     weight = getattr(table, "weight", None)
-    if copied is model or not isinstance(weight, Tensor) or weight.ndim != 2:
+    if copied is model or not isinstance(weight, Tensor) or weight.ndim != 2 or weight.is_meta:
         raise RuntimeError("this model's token embeddings cannot be extended, as noise needs it")
     more = torch.cat([weight.detach(), embeddings.to(weight)])
     table._parameters["weight"] = nn.Parameter(more, requires_grad=False)

@@ -100,10 +100,8 @@ class Pack:
 
     def fill(self, resid: Tensor) -> None:
         """Start every token from the corrupted residual stream ``[batch, pos, d_model]``."""
-        groups, slots = self.layout.positions.shape
-        batch, _, d_model = resid.shape
-        self.states = resid.new_zeros(groups, batch, slots, d_model)
-        self.put(self.flat, resid[:, self.position])
+        # Also the slots not used, as some models divide by the size of a token.
+        self.states = resid[:, self.layout.positions].transpose(0, 1).contiguous()
 
     def put(self, flat: Tensor, values: Tensor) -> None:
         """Write states ``[batch, token, d_model]`` at flat slots ``[token]``."""
@@ -119,8 +117,7 @@ class Pack:
         """Take in more runs, which start from ``resid``; the others keep their slots and states."""
         earlier, states = len(self._tokens), self.states
         self._place(members)
-        groups, slots = self.layout.positions.shape
-        self.states = states.new_zeros(groups, states.shape[1], slots, states.shape[3])
+        self.fill(resid)
         self.states[: states.shape[0], :, : states.shape[2]] = states
         self.put(self.flat[earlier:], resid[:, self.position[earlier:]])
 

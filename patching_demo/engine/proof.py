@@ -13,7 +13,7 @@ from torch import Tensor
 from patching_demo.engine.bridge import Run, Unsupported
 from patching_demo.engine.cells import Cell, spans
 from patching_demo.engine.packs import SLOTS, Pack
-from patching_demo.engine.scoring import Scorer, tolerance
+from patching_demo.engine.scoring import Scorer, shaken, stranger, tolerance
 
 SPANS_TRIED = 12  # Distinct (start, stop) of runs that control runs take; more find no more.
 
@@ -52,19 +52,19 @@ def _proved(model: Any, run: Run, cells: Sequence[Cell], scorer: Scorer) -> Tens
     reach = (one.tokens.shape[1], len(rising[-1]), scorer.last_read, n_layers - first)
     reached = proved.setdefault((weights, len(one.tokens)), set())
     again = not few_bits and any(all(map(ge, earlier, reach)) for earlier in reached)
-    pack = Pack(one, _members(groups[:1] if again else groups))
+    pack = Pack(one, _members([*(groups[:1] if again else groups), rising[:1]]))
     # For blocks that go by the length of their input.
     alone = [] if again else [Pack(pack.run, _members([rising[:1]]))]
     read = torch.isin(pack.position, torch.tensor(sorted(scorer.read), device=pack.flat.device))
     for layer in range(first, n_layers):
         for control in (pack, *alone):
-            control.fill(control.run.resid[layer])
+            own = _start(control, layer)
             control.step(model, layer)
-            _compare(control, layer, torch.ones_like(control.position, dtype=torch.bool))
+            _compare(control, layer, own)
     if read.any():
-        pack.fill(pack.run.resid[-2])
+        own = _start(pack, n_layers - 1)
         pack.step(model, n_layers - 1, scorer.read)
-        _compare(pack, n_layers - 1, read)
+        _compare(pack, n_layers - 1, read & own)
     reached.add(reach)
     if not few_bits:
         return torch.zeros_like(scorer.baseline)
@@ -73,6 +73,17 @@ def _proved(model: Any, run: Run, cells: Sequence[Cell], scorer: Scorer) -> Tens
     for layer in range(first, n_layers):
         pack.step(model, layer)
     return (scorer.score(pack) - scorer.baseline[:, None]).abs().amax(dim=1)
+
+
+def _start(pack: Pack, layer: int) -> Tensor:
+    """Start control runs off by a rounding, and the last of several as a stranger.
+
+    Returns which tokens are not the stranger's: neither may matter to them.
+    """
+    pack.fill(shaken(pack.run.resid[layer], 16))
+    strange = (pack.owner > 0) & (pack.owner == len(pack.cells) - 1)
+    pack.put(pack.flat[strange], stranger(pack.run.resid[layer])[:, pack.position[strange]])
+    return ~strange
 
 
 def _some(every: Sequence[range]) -> list[range]:
@@ -126,7 +137,7 @@ def _compare(pack: Pack, layer: int, tokens: Tensor) -> None:
         raise Unsupported(
             f"block {layer} computes something else for an unpatched run in a pack (relative error "
             f"{float(excess):.1e}, rounding explains {allowed:.0e}): it works by the place in its "
-            "input, not by the position in the prompt"
+            "input or by what else is there, not by the position in the prompt"
         )
 
 

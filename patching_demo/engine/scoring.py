@@ -119,11 +119,14 @@ class Scorer:
         """
         logits, resid = self.run.logits, self.run.resid[-1]
         kept = slice(None) if not self.plain else slice(1)
-        # One position more and in front, so that none stands where the prompt has it.
+        # One position more in front, and a stranger behind, so that none stands where the prompt
+        # has it, or beside what it has there.
         read = torch.tensor([self.last_read, *sorted(self.read)], device=resid.device)
+        states = shaken(resid[kept][:, read], 100)
+        states = torch.cat([states, stranger(states[:, :1])], dim=1)
         with unforeseen("computing logits from the last residual stream"):
-            own = logits_from_resid(self.model, resid[kept][:, read], self.run.logit_scale)
-            if not _agree(own, logits[kept][:, read], 1000):
+            own = logits_from_resid(self.model, states, self.run.logit_scale)
+            if not _agree(own[:, :-1], logits[kept][:, read], 1000):
                 raise Unsupported("its logits are not the unembedding of its last residual stream")
         batch = torch.arange(len(resid), device=resid.device)[:, None]
         for name, metric in self.metrics.items():
@@ -247,6 +250,21 @@ class Scorer:
                     values[name].append(self.full(name, torch.cat(parts, dim=1)).clone())
                 taken += length
         return {name: torch.stack(rows) for name, rows in values.items()}
+
+
+def shaken(states: Tensor, roundings: int) -> Tensor:
+    """Residual streams off by some roundings, but in types of few bits, where one is a lot.
+
+    What rounds its input to few bits makes much of them.
+    """
+    share = roundings * torch.finfo(states.dtype).eps if states.element_size() > 2 else 0
+    signs = torch.cos(torch.arange(states.numel(), device=states.device, dtype=torch.float32))
+    return states * (1 + share * signs.to(states.dtype)).view_as(states)
+
+
+def stranger(states: Tensor) -> Tensor:
+    """Residual streams of the same shape like no other: a norm makes no number larger than this."""
+    return torch.zeros_like(states).index_fill(-1, torch.tensor(0, device=states.device), 100.0)
 
 
 def _agree(found: Tensor, wanted: Tensor, roundings: int) -> bool:

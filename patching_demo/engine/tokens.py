@@ -15,6 +15,7 @@ __all__ = [
     "check_length",
     "config_number",
     "device_of",
+    "devices_of_weights",
     "heads_of",
     "key_value_heads",
     "name_of",
@@ -96,7 +97,19 @@ def heads_of(model: Any, kind: Kind | None) -> int:
 
 def device_of(model: Any) -> Any:
     """Where the model's inputs belong."""
-    return getattr(getattr(model, "cfg", None), "device", None) or "cpu"
+    device = getattr(getattr(model, "cfg", None), "device", None) or "cpu"
+    return devices_of_weights(model)[0] if str(device) == "meta" else device  # It is offloaded.
+
+
+def devices_of_weights(model: Any) -> list[torch.device]:
+    """Where each parameter is while its module runs: offloaded ones are brought there."""
+    found = []
+    for module in model.modules():
+        hook = vars(module).get("_hf_hook")  # of accelerate
+        for weight in module.parameters(recurse=False):
+            brought = weight.is_meta and getattr(hook, "offload", False)
+            found.append(torch.device(hook.execution_device) if brought else weight.device)
+    return found
 
 
 def name_of(model: Any) -> str:

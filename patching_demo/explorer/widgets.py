@@ -271,7 +271,10 @@ class Panel(widgets.VBox):
         prompts = [self.clean.value, self.corrupted.value]
         if not all(prompt.strip() for prompt in prompts):
             return ""
-        rows = [self._model.to_tokens(prompt, truncate=False)[0].tolist() for prompt in prompts]
+        rows = [
+            self._model.to_tokens(prompt, truncate=False, move_to_device=False)[0].tolist()
+            for prompt in prompts
+        ]
         decode = self._model.tokenizer.decode
         strings = [[decode([i], clean_up_tokenization_spaces=False) for i in row] for row in rows]
         return prompts_table(rows, strings)

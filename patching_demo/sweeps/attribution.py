@@ -202,14 +202,14 @@ def _gradients(
                 ],
             )
             values = metric(logits)
-            gradients = torch.autograd.grad(
-                values.sum(), [found[name] for name in found], allow_unused=True
-            )
+            gradients = [None] * len(found)
+            if values.requires_grad:
+                gradients = torch.autograd.grad(values.sum(), [*found.values()], allow_unused=True)
         for name, gradient in zip(found, gradients, strict=True):
             if gradient is None:
                 raise ValueError(
                     f"the metric's gradient does not reach hook {name!r}: the attention is "
-                    "computed elsewhere. Use sweep, or another kind"
+                    "computed elsewhere, or by quantised weights. Use sweep, or another kind"
                 )
             total[name] = total.get(name, 0) + gradient / len(shares)
         if not share:

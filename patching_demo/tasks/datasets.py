@@ -236,7 +236,10 @@ def _single_tokens(model: Any, words: Sequence[str]) -> list[str]:
         )
     unknown = getattr(tokenizer, "unk_token_id", None)
     spaced = [f" {word}" for word in words]
-    tokens = [model.to_tokens(w, prepend_bos=False, truncate=False)[0].tolist() for w in spaced]
+    tokens = [
+        model.to_tokens(w, prepend_bos=False, truncate=False, move_to_device=False)[0].tolist()
+        for w in spaced
+    ]
     return [
         word for word, ids in zip(spaced, tokens, strict=True) if len(ids) == 1 and ids != [unknown]
     ]

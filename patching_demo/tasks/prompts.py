@@ -347,7 +347,7 @@ def _tokenise(model: Any, text: str, what: str, quiet: bool) -> list[int]:
     if not text.strip():
         raise ValueError(f"{what} is empty")
     # One by one and untruncated: the tokenizer's own padding side and limit must not matter.
-    ids = model.to_tokens(text, truncate=False)[0].tolist()
+    ids = model.to_tokens(text, truncate=False, move_to_device=False)[0].tolist()
     bos = getattr(model.tokenizer, "bos_token", None)
     if bos and text.startswith(bos) and ids[:2] == [model.tokenizer.bos_token_id] * 2:
         if not quiet:
@@ -507,7 +507,8 @@ def _answer_ids(model: Any, answer: Any, prompt: str | None, what: str) -> list[
 def _ids_of(model: Any, text: str) -> list[int]:
     if not text:
         return []
-    return model.to_tokens(text, prepend_bos=False, truncate=False)[0].tolist()
+    ids = model.to_tokens(text, prepend_bos=False, truncate=False, move_to_device=False)
+    return ids[0].tolist()
 
 
 def _shown(model: Any, ids: Sequence[int]) -> str:
