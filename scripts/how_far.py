@@ -24,6 +24,7 @@ PROMPTS = (8, 100, 1000)
 #: NVIDIA's data sheet for the H100 SXM: dense bfloat16 products. A share of it is assumed.
 H100, SHARE, H100_BYTES = 989e12, 0.4, 80e9
 CPU_BYTES = 24 * 2**30
+UNITS = (("d", 86400), ("h", 3600), ("min", 60))
 CONFIGS = {
     "GPT-2 XL (1.6B)": GPT2Config(n_embd=1600, n_layer=48, n_head=25),
     "7B (Llama 2)": LlamaConfig(
@@ -56,11 +57,14 @@ def passes(model: Any, task: Any) -> dict[str, float]:
     return found
 
 
-def words(seconds: float) -> str:
-    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 1.5 * size:
-            return f"{seconds / size:,.0f} {unit}"
-    return f"{seconds:,.0f} s" if seconds >= 1 else "< 1 s"
+def words(every: list[float]) -> str:
+    """Seconds in words that do not break, once if all are the same."""
+    found = []
+    for seconds in every:
+        unit, size = next((u for u in UNITS if seconds >= 1.5 * u[1]), ("s", 1))
+        number = f"{seconds / size:,.0f}" if seconds >= 1 else "<\N{NO-BREAK SPACE}1"
+        found.append(f"{number}\N{NO-BREAK SPACE}{unit}")
+    return found[0] if len(set(found)) == 1 else ", ".join(found)
 
 
 def measured(model: Any, task: Any) -> tuple[list[str], float]:
@@ -92,13 +96,9 @@ def main() -> None:
         "|---|--:|--:|--:|--:|",
         *rows,
         "",
-        "Planned for 8 · 100 · 1,000 prompts, at that speed on two cores, and, which was not "
-        f"measured, at {SHARE:.0%} of the {H100 / 1e12:.0f} TFLOP per second of an H100's data "
-        "sheet. On several, workers of an executor each hold a copy of the model, on as many as "
-        "its weights need:",
-        "",
-        "| model | question | passes | 2 cores | one H100 | eight H100s | limit |",
-        "|---|---|--:|--:|--:|--:|---|",
+        "Below are plans for 8, 100 and 1,000 prompts of that length, at that speed on two cores, "
+        f"and, which was not measured, at {SHARE:.0%} of the {H100 / 1e12:.0f} TFLOP per second of "
+        "an H100's data sheet. On eight, the workers of an executor each hold a copy of the model.",
     ]
     for name, sized in {"SmolLM2-135M": model, **CONFIGS}.items():
         one = plan(sized, task, "resid_pre", speed=1.0)
@@ -109,16 +109,18 @@ def main() -> None:
             H100 * SHARE if each == 1 else 0,
             8 // each * H100 * SHARE,  # layer after layer, one of a copy's at a time
         )
-        held = f"memory: {one.weights / 1e9:.0f} GB of weights"
+        limit = "arithmetic" if all(rates) else f"memory, as a copy takes {each} H100s"
+        lines += [
+            "",
+            f"**{name}**: {one.weights / 1e9:,.1f} GB of weights. The limit is {limit}.",
+            "",
+            "| question | passes | 2 cores | one H100 | eight H100s |",
+            "|---|--:|--:|--:|--:|",
+        ]
         for question, count in passes(sized, task).items():
-            times = [
-                " · ".join(words(count * per_prompt * n / rate) for n in PROMPTS)
-                if rate
-                else "does not fit"
-                for rate in rates
-            ]
-            limit = "arithmetic" if all(rates) else held
-            lines.append(f"| {name} | {question} | {count:,.0f} | {' | '.join(times)} | {limit} |")
+            flops = [count * per_prompt * n for n in PROMPTS]
+            times = [words([f / rate for f in flops]) if rate else "does not fit" for rate in rates]
+            lines.append(f"| {question} | {count:,.0f} | {' | '.join(times)} |")
     OUT.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
 

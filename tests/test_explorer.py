@@ -133,7 +133,7 @@ def test_every_choice_of_the_menu_gives_what_sweep_gives(name):
         assert panel.result.attrs == expected.attrs
         # Each table is whole: as many cells as numbers, unless it was trimmed to the largest.
         cells = Markup(panel.picture.value).tags.count("td")
-        across = "position" if "position" in expected.dims else "head"
+        across = next(d for d in ("position", "role", "head") if d in expected.dims)
         n_rows = expected.size // expected.sizes[across]
         assert cells == expected.size or n_rows > markup.MOST_ROWS
 
@@ -141,6 +141,41 @@ def test_every_choice_of_the_menu_gives_what_sweep_gives(name):
 def test_menu_leaves_out_what_the_model_does_not_have():
     names = [kinds for _, (kinds, _) in Panel(tiny.model("neox-parallel")).choice.options]
     assert "resid_mid" not in names and "resid_pre" in names
+
+
+def test_prompts_of_other_lengths_are_swept_by_the_part_that_is_named(model):
+    prompts = ("When Mary went home, Mary gave the bag to", "When John went, John gave the bag to")
+    panel = Panel(model, clean=prompts[0], corrupted=prompts[1])
+    assert panel.run_button.disabled and "Patch at the named part" in panel.advice.value
+    panel.choice.value = ("resid_pre", "role")
+    assert "Ready" in panel.advice.value and "11 and 10 tokens" in panel.advice.value
+    panel.part.value = ", Peter | , John"
+    assert "does not occur" in panel.advice.value and panel.run_button.disabled
+    panel.part.value = ", Mary | , John"
+    finished(panel)
+    assert panel.result["role"].values.tolist() == [", Mary", "END"]
+    namespace = {"model": model}
+    exec(panel.code, namespace)
+    np.testing.assert_allclose(namespace["result"].values, panel.result.values, atol=1e-5)
+    assert panel.result.attrs == namespace["result"].attrs
+    panel.places.children[1].value = 0
+    assert "clean prompt has ' Mary' and the corrupted one ' John'" in Markup(panel.cell.value).text
+
+
+def test_noising_is_swept_and_says_which_run_is_which(panel):
+    finished(panel)
+    first = panel.result
+    panel.direction.value = "noising"
+    assert "earlier settings" in panel.status.value
+    finished(panel)
+    assert not np.allclose(panel.result.values, first.values)
+    namespace = {"model": panel._model}
+    exec(panel.code, namespace)
+    np.testing.assert_allclose(namespace["result"].values, panel.result.values, atol=1e-5)
+    picture, cell = Markup(panel.picture.value).text, Markup(panel.cell.value).text
+    clean = number(first.attrs["clean_baseline"])
+    assert f"{clean}, the clean baseline" in picture and "towards corrupted" in picture
+    assert "share of corrupted minus clean" in cell and "the corrupted prompt has" in cell
 
 
 @pytest.mark.parametrize("metric", widgets.METRICS)

@@ -21,7 +21,13 @@ from plotly.colors import sample_colorscale
 
 from patching_demo.engine.kinds import kind_label
 from patching_demo.plots import theme
-from patching_demo.plots.facts import entries_of, entry_name, what_is_one_patch, what_was_patched
+from patching_demo.plots.facts import (
+    baseline_names,
+    entries_of,
+    entry_name,
+    what_is_one_patch,
+    what_was_patched,
+)
 from patching_demo.plots.panels import largest_rows
 from patching_demo.plots.tables import scoped, table, tokens_table
 from patching_demo.plots.theme import as_html, number, percent
@@ -100,7 +106,7 @@ def largest_effects(result: xr.DataArray) -> list[tuple[str, tuple[int, ...]]]:
         layer, head = re.fullmatch(r"L(\d+)(?:H(\d+))?", row["label"]).groups()
         entry = {**row, "layer": int(layer), "head": int(head or 0)}
         at = tuple(result[dim].values.tolist().index(entry[dim]) for dim in result.dims)
-        words = [str(row[key]) for key in ("kind", "label", "position") if key in row]
+        words = [str(row[key]) for key in ("kind", "label", "position", "role") if key in row]
         words[0] = kind_label(words[0])
         share = "" if math.isnan(row["share"]) else f" ({percent(row['share'])})"
         found.append((f"{', '.join(words)}: {number(row['value'])}{share}", at))
@@ -114,10 +120,16 @@ def cell_table(result: xr.DataArray, task: Task, at: tuple[int, ...]) -> str:
     value = float(cell)
     named = {str(dim): entries(result, str(dim))[i] for dim, i in zip(result.dims, at, strict=True)}
     where = ", ".join(name if dim == "kind" else f"{dim} {name}" for dim, name in named.items())
-    if "position" in result.dims:
-        place = at[result.dims.index("position")]
-        one, other = (rows[0][place] for rows in (task.clean_strings, task.corrupted_strings))
-        where += f", where the clean prompt has {one!r} and the corrupted one {other!r}"
+    source, target = baseline_names(result)
+    if "position" in result.dims or "role" in result.dims:
+        places = (
+            [at[result.dims.index("position")]] * 2
+            if "position" in result.dims
+            else [int(own[0]) for own in task.roles[cell["role"].item()]]
+        )
+        strings = (task.clean_strings[0], task.corrupted_strings[0])
+        one, other = (row[place] for row, place in zip(strings, places, strict=True))
+        where += f", where the {source} prompt has {one!r} and the {target} one {other!r}"
     if math.isnan(value):
         where += ": no such head: heads of this model share keys and values"
     elif "agrees" in cell.coords and bool(cell["agrees"]):
@@ -127,9 +139,9 @@ def cell_table(result: xr.DataArray, task: Task, at: tuple[int, ...]) -> str:
     rows = {
         f"{result.attrs['metric']} ({result.attrs['units']})": _or_dash(number, value),
         "change by the patch": _or_dash(number, value - corrupted),
-        "share of clean minus corrupted": _or_dash(percent, share),
-        "corrupted baseline": number(corrupted),
-        "clean baseline": number(clean),
+        f"share of {source} minus {target}": _or_dash(percent, share),
+        f"{target} baseline": number(corrupted),
+        f"{source} baseline": number(clean),
     }
     frame = pd.DataFrame({"this cell": list(rows), "value": list(rows.values())})
     return _text_block(table(frame, f"{where[0].upper()}{where[1:]}.").markup)
@@ -148,14 +160,14 @@ def heatmap_table(result: xr.DataArray, chosen: tuple[int, ...]) -> str:
     """
     attrs = result.attrs
     clean, corrupted = attrs["clean_baseline"], attrs["corrupted_baseline"]
-    across = "position" if "position" in result.dims else "head"
+    across = next(d for d in ("position", "role", "head") if d in result.dims)
     down = [d for d in ("layer", "head") if d in result.dims and d != across]
     lead = [d for d in result.dims if d == "kind"]
     sizes = [result.sizes[d] for d in down]
     values = result.transpose(*lead, *down, across).values.astype(float)
     values = values.reshape(-1, int(np.prod(sizes)), result.sizes[across])
     agrees = np.zeros(values.shape[2], dtype=bool)
-    if across == "position":
+    if across != "head":
         agrees = result["agrees"].values
     effect = np.where(agrees, np.nan, values - corrupted)
     reach = max(abs(clean - corrupted), float(np.nanmax(np.abs(effect), initial=0.0))) or 1.0
@@ -203,7 +215,7 @@ def heatmap_table(result: xr.DataArray, chosen: tuple[int, ...]) -> str:
     also += " Grey: no such head, as heads share keys and values." if np.isnan(values).any() else ""
     return _text_block(
         f"<p style='margin:4px 0'><b>{as_html(title)}</b>"
-        f"{note}</p>{_legend(clean, corrupted, reach, toward_clean, also)}"
+        f"{note}</p>{_legend(result, reach, toward_clean, also)}"
         '<div role="region" aria-label="heatmap" tabindex="0" '
         f'style="overflow-x:auto;display:flex;flex-wrap:wrap;gap:4px 20px">{"".join(tables)}</div>'
     )
@@ -221,19 +233,21 @@ def _styled(frame: pd.DataFrame, looks: np.ndarray, heads: Sequence[str], captio
     return f"<div>{scoped(table_of_cells)}</div>"
 
 
-def _legend(clean: float, corrupted: float, reach: float, toward_clean: float, also: str) -> str:
+def _legend(result: xr.DataArray, reach: float, toward_clean: float, also: str) -> str:
     """The colours from end to end, with the numbers they stand for."""
+    clean, corrupted = (result.attrs[f"{which}_baseline"] for which in ("clean", "corrupted"))
+    source, target = baseline_names(result)
     stops = ",".join(f"{colour} {at:.0%}" for at, colour in theme.DIVERGING)
     away, towards = (number(corrupted + toward_clean * side * reach) for side in (-1, 1))
     labels = (
-        f"<span>{away} (away from clean)</span><span>{number(corrupted)}, the corrupted baseline"
-        f"</span><span>{towards} (towards clean)</span>"
+        f"<span>{away} (away from {source})</span><span>{number(corrupted)}, the {target} baseline"
+        f"</span><span>{towards} (towards {source})</span>"
     )
     return (
         '<div style="max-width:560px;font-size:12px">'
         f'<div aria-hidden="true" style="height:10px;background:linear-gradient(90deg,{stops})">'
         '</div><div style="display:flex;justify-content:space-between;gap:8px">'
-        f"{labels}</div><div>Clean baseline: {number(clean)}.{also}</div></div>"
+        f"{labels}</div><div>{source.capitalize()} baseline: {number(clean)}.{also}</div></div>"
     )
 
 
@@ -251,6 +265,8 @@ def _colours(share: np.ndarray) -> np.ndarray:
 def _heading(column: str, across: str) -> str:
     if across == "head":
         return f"H{column}"
+    if across == "role":
+        return as_html(column)
     word, _, place = theme.short_label(column).rpartition(" ")
     return f'<span title="{html.escape(column)}">{as_html(word)}\n{as_html(place)}</span>'
 

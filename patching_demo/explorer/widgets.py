@@ -42,6 +42,7 @@ from patching_demo.explorer.markup import (
 )
 from patching_demo.models import MODELS
 from patching_demo.plots import theme
+from patching_demo.plots.facts import RUNS
 from patching_demo.sweeps import sweep
 from patching_demo.sweeps.question import check_positions
 from patching_demo.tasks import IOI_ANSWERS, IOI_PROMPTS, METRICS, Task, prompt_task
@@ -65,7 +66,7 @@ class Panel(widgets.VBox):
         corrupted: the corrupted prompt, of as many tokens.
         answers: (right, wrong), one token each.
         kinds: as for :func:`patching_demo.sweep`, one of those that the menu has.
-        by: "pos", or "all_pos" for whole heads.
+        by: "pos", "role" for the named part and the end, or "all_pos" for whole heads.
         metric: one of :data:`patching_demo.tasks.METRICS`.
 
     Attributes:
@@ -131,6 +132,10 @@ class Panel(widgets.VBox):
         options = list(choices.items())
         self.choice = made(widgets.Dropdown, "patch", "540px", options=options, value=chosen)
         self.metric = made(widgets.Dropdown, "metric", "", options=METRICS, value=metric)
+        self.direction = made(widgets.Dropdown, "direction", "", options=tuple(RUNS))
+        self.part = made(
+            widgets.Text, "named part", "", placeholder="a part of both prompts, or one | other"
+        )
         self.advice, self.status, self.picture, self.cell = (made(widgets.HTML) for _ in range(4))
         self.run_button = widgets.Button(description="Run", button_style="primary", icon="play")
         self.stop_button = widgets.Button(description="Stop", icon="stop", disabled=True)
@@ -148,17 +153,17 @@ class Panel(widgets.VBox):
             [
                 self.clean,
                 self.corrupted,
-                row(self.right, self.wrong),
-                row(self.choice, self.metric),
+                row(self.right, self.wrong, self.part),
+                row(self.choice, self.metric, self.direction),
                 self.advice,
                 row(self.run_button, self.stop_button, self.progress),
                 self.status,
                 self._answer,
             ]
         )
-        for typed in (self.clean, self.corrupted, self.right, self.wrong):
+        for typed in (self.clean, self.corrupted, self.right, self.wrong, self.part, self.choice):
             typed.observe(lambda change: self._check(), names="value")
-        for menu in (self.choice, self.metric):
+        for menu in (self.metric, self.direction):
             menu.observe(lambda change: self._note_change(), names="value")
         self.run_button.on_click(lambda button: self.run())
         self.stop_button.on_click(lambda button: self.stop())
@@ -239,29 +244,38 @@ class Panel(widgets.VBox):
     # Before a run -------------------------------------------------------------------------------
 
     def _settings(self) -> tuple[Any, ...]:
-        inputs = (self.clean, self.corrupted, self.right, self.wrong, self.choice, self.metric)
-        return tuple(widget.value for widget in inputs)
+        typed = (self.clean, self.corrupted, self.right, self.wrong, self.part)
+        menus = (self.direction, self.choice, self.metric)
+        return tuple(widget.value for widget in (*typed, *menus))
 
     def _check(self) -> None:
         """Check what is typed, say what to change, and allow or refuse to run."""
         typed = [w.value for w in (self.clean, self.corrupted, self.right, self.wrong)]
         self._dry, self._problem = None, ""
         try:
-            dry = prompt_task(_Dry(self._model), *typed[:2], tuple(typed[2:]))
-            check_positions(self._model, dry)
+            roles = _roles(self.part.value)
+            dry = prompt_task(_Dry(self._model), *typed[:2], tuple(typed[2:]), roles=roles)
+            if self.choice.value[1] != "role":
+                check_positions(self._model, dry)
             self._dry = dry
         except (TypeError, ValueError) as error:
             # The panel has one pair, and shows the tokens as a table below the sentence.
             self._problem = str(error).removeprefix("pair 1: ").replace(" of prompt 1", "")
+            self._problem = self._problem.replace(
+                "Name roles and use by='role'", "Patch at the named part and the end"
+            )
             words = self._problem.split("\n")[0].rstrip(":.") + "."
             self.advice.value = paragraph("Change this first", words) + self._tokens()
         else:
-            length = int(dry.roles["END"][0][0]) + 1
-            differ = int((dry.clean_tokens[0] != dry.corrupted_tokens[0]).sum())
-            words = (
-                f"{length} tokens each, which differ at {differ} position"
-                f"{'s' * (differ > 1)}, the first being {dry.agree_until}. The answers "
-                f"are {typed[2]!r} and {typed[3]!r}."
+            ends = [int(place[0]) + 1 for place in dry.roles["END"]]
+            words = f"{ends[0]} and {ends[1]} tokens"
+            if dry.same_lengths:
+                differ = int((dry.clean_tokens[0] != dry.corrupted_tokens[0]).sum())
+                words = f"{ends[0]} tokens each, which differ at {differ} position"
+                words += "s" * (differ > 1)
+            words += (
+                f", the first that differs being {dry.agree_until}. The answers are "
+                f"{typed[2]!r} and {typed[3]!r}."
             )
             self.advice.value = paragraph("Ready", words) + self._tokens()
         self._note_change()
@@ -294,7 +308,7 @@ class Panel(widgets.VBox):
 
     def _work(self, later: Callable[..., Any], dry: Task, settings: tuple[Any, ...]) -> None:
         """Sweep, and leave what is shown of it to ``later``, which calls a function in the loop."""
-        started, (*_, (kinds, by), metric) = time.monotonic(), settings
+        started, (*_, direction, (kinds, by), metric) = time.monotonic(), settings
 
         def on_progress(done: int, total: int) -> bool:
             later(self._note_progress, done, total)
@@ -302,6 +316,7 @@ class Panel(widgets.VBox):
 
         try:
             task = dry.with_metric(self._model, metric)
+            task = task if direction == task.direction else task.reversed()
             names = kinds if isinstance(kinds, str) else list(kinds)
             result = sweep(self._model, task, names, by=by, progress=False, on_progress=on_progress)
         except (SweepStopped, KeyboardInterrupt):
@@ -420,9 +435,17 @@ def _choices(model: Any) -> dict[str, _Choice]:
     if len(together) > 1:
         found[f"{theme.listed(together)}, beside each other"] = (together, "pos")
     found |= {f"{KINDS[k].describes}, all positions at once": (k, "all_pos") for k in heads}
+    rolled = [k for k in (*blocks, *heads) if k != "pattern"]  # It has no counterpart elsewhere.
+    found |= {f"{KINDS[k].describes}, at the named part and the end": (k, "role") for k in rolled}
     if len(heads) > 1:
         found["every kind of head activation, all positions at once"] = (tuple(heads), "all_pos")
     return found | {f"{KINDS[k].describes}, position by position": (k, "pos") for k in heads}
+
+
+def _roles(part: str) -> dict[str, tuple[list[str], list[str]]]:
+    """The role that a part of the prompts names, the other part after a bar."""
+    one, bar, other = (piece.strip() for piece in part.partition("|"))
+    return {one: ([one], [other if bar else one])} if one else {}
 
 
 def _first_line(error: BaseException) -> str:
@@ -431,7 +454,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _code(settings: tuple[Any, ...], model_name: str) -> str:
-    clean, corrupted, right, wrong, (kinds, by), metric = settings
+    clean, corrupted, right, wrong, part, direction, (kinds, by), metric = settings
     load = (
         f"model = load_model({model_name!r})"
         if model_name in MODELS
@@ -448,7 +471,8 @@ def _code(settings: tuple[Any, ...], model_name: str) -> str:
         f"    {corrupted!r},\n"
         f"    ({right!r}, {wrong!r}),\n"
         f"    metric={metric!r},\n"
-        ")\n"
+        + (f"    roles={_roles(part)!r},\n" if part.strip() else "")
+        + f"){'.reversed()' * (direction == 'noising')}\n"
         f"result = sweep(model, task, {kinds!r}, by={by!r})\n"
         "plots.heatmap(result)\n"
     )
