@@ -134,7 +134,7 @@ class Panel(widgets.VBox):
         self.metric = made(widgets.Dropdown, "metric", "", options=METRICS, value=metric)
         self.direction = made(widgets.Dropdown, "direction", "", options=tuple(RUNS))
         self.part = made(
-            widgets.Text, "named part", "", placeholder="a part of both prompts, or one | other"
+            widgets.Text, "named part", "460px", placeholder="of both prompts, or one | other"
         )
         self.advice, self.status, self.picture, self.cell = (made(widgets.HTML) for _ in range(4))
         self.run_button = widgets.Button(description="Run", button_style="primary", icon="play")
@@ -153,8 +153,9 @@ class Panel(widgets.VBox):
             [
                 self.clean,
                 self.corrupted,
-                row(self.right, self.wrong, self.part),
-                row(self.choice, self.metric, self.direction),
+                row(self.right, self.wrong),
+                row(self.choice, self.metric),
+                row(self.direction, self.part),
                 self.advice,
                 row(self.run_button, self.stop_button, self.progress),
                 self.status,
