@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,13 +20,6 @@ from transformer_lens import ActivationCache
 from patching_demo import patching
 from patching_demo.engine import checks, runner, scoring
 from patching_demo.metrics import LogitDifference
-
-
-@pytest.fixture(autouse=True)
-def _alone() -> Iterator[None]:
-    torch.set_num_threads(1)
-    checks._warned.clear()
-    yield
 
 
 @pytest.fixture

@@ -22,13 +22,6 @@ from patching_demo.engine import checks, runner
 from patching_demo.metrics import LogitDifference
 
 
-@pytest.fixture(autouse=True)
-def _alone() -> Iterator[None]:
-    torch.set_num_threads(1)
-    checks._warned.clear()
-    yield
-
-
 def changed(module: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
     """Let a module do something to its output, without hooks."""
     kind = type(module)
