@@ -3,21 +3,37 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
+
+@contextmanager
+def untraced() -> Iterator[None]:
+    """Without coverage, which traces all Python that runs, ours or not: it takes twice as long."""
+    tracer = sys.gettrace()
+    if type(tracer).__name__ == "CTracer":  # A debugger may stay.
+        sys.settrace(None)
+    try:
+        yield
+    finally:
+        sys.settrace(tracer)
+
+
 # One thread for each of two test processes (pytest -n 2), two for a single one: CI has two cores.
 # A worker overrides what it inherits, for threads that wait for a taken core are many times slower.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
-    # Before a worker measures coverage, which makes all Python twice as slow, imports too.
-    import plotly.graph_objects  # noqa: F401
-    import transformer_lens.model_bridge  # noqa: F401
+    with untraced():
+        for name in "jupytext plotly.graph_objects scipy.stats transformer_lens xarray".split():
+            importlib.import_module(name)
 else:
     os.environ.setdefault("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 1)))
 
@@ -27,10 +43,12 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """Of the cases of a test, coverage is measured on the first: it makes them twice as long."""
-    if hasattr(item, "callspec") and any(item.callspec.indices.values()):
-        item.add_marker("no_cover")
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Of the cases of a test, coverage is measured on the first."""
+    first = not hasattr(item, "callspec") or not any(item.callspec.indices.values())
+    with nullcontext() if first else untraced():
+        return (yield)
 
 
 @pytest.fixture(scope="session")
