@@ -25,7 +25,7 @@ from patching_demo.metrics import LogitDifference
 @pytest.fixture
 def no_forward(monkeypatch: pytest.MonkeyPatch) -> None:
     """The refusal must come before any forward pass."""
-    pair("gpt2"), pair("llama")
+    pair("gpt2"), pair("neox-sequential")
 
     def refuse(*_: Any, **__: Any) -> None:
         pytest.fail("a forward pass ran")
@@ -94,7 +94,7 @@ UNFIT = {
     ),
     # As wide, with as many heads: every entry that is read would fit.
     "a model with a layer more": (
-        lambda usual: pair("llama").cache,
+        lambda usual: pair("neox-sequential").cache,
         "resid_pre",
         "has 'blocks.2.hook_resid_pre', but .* only 2 blocks",
     ),
