@@ -2,20 +2,53 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
+
+@contextmanager
+def untraced() -> Iterator[None]:
+    """Without coverage, which traces all Python that runs, ours or not: it takes twice as long."""
+    tracer = sys.gettrace()
+    if type(tracer).__name__ == "CTracer":  # A debugger may stay.
+        sys.settrace(None)
+    try:
+        yield
+    finally:
+        sys.settrace(tracer)
+
+
 # One thread for each of two test processes (pytest -n 2), two for a single one: CI has two cores.
 # A worker overrides what it inherits, for threads that wait for a taken core are many times slower.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
+    with untraced():
+        for name in "jupytext plotly.graph_objects scipy.stats transformer_lens xarray".split():
+            importlib.import_module(name)
 else:
     os.environ.setdefault("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 1)))
+
+
+def pytest_collection_finish() -> None:
+    """What was imported is never garbage, and a million objects to look through each time."""
+    gc.freeze()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Of the cases of a test, coverage is measured on the first."""
+    first = not hasattr(item, "callspec") or not any(item.callspec.indices.values())
+    with nullcontext() if first else untraced():
+        return (yield)
 
 
 @pytest.fixture(scope="session")
@@ -25,8 +58,10 @@ def root() -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _seeded() -> None:
-    """Tests run in random order, so none may depend on the draws of the one before it."""
+def _alone() -> None:
+    """Tests run in random order: none may depend on the draws or the warnings of the one before."""
     # A test that has not imported torch draws nothing, and need not wait for it.
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
+    if "patching_demo.engine.checks" in sys.modules:
+        sys.modules["patching_demo.engine.checks"]._warned.clear()

@@ -65,6 +65,7 @@ def model(name: str) -> Any:
 MODELS = ("gpt2", "neox-parallel", "llama-gqa", "gemma2", "attn-only")
 
 
+@lru_cache(None)
 def task_of(name: str, start: int = 3, seed: int = 0) -> Any:
     """A task on random prompts of 7 tokens that differ at some positions from ``start`` on."""
     draw = torch.Generator().manual_seed(seed)

@@ -26,7 +26,6 @@ from patching_demo.engine.cells import Patch
 
 @pytest.fixture(autouse=True)
 def _alone() -> Iterator[None]:
-    torch.set_num_threads(1)
     with torch.no_grad():
         yield
 

@@ -19,14 +19,7 @@ from oracle import assert_close, expected, pair
 from torch import Tensor
 
 from patching_demo import patching
-from patching_demo.engine import checks, packs, runner, scoring, store
-
-
-@pytest.fixture(autouse=True)
-def _alone() -> Iterator[None]:
-    torch.set_num_threads(1)
-    checks._warned.clear()
-    yield
+from patching_demo.engine import packs, runner, scoring, store
 
 
 def sweep(kind: str = "attn_head_out_by_pos", name: str = "gpt2", **options: Any) -> Any:

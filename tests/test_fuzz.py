@@ -36,7 +36,6 @@ from patching_demo import (
     prompt_task,
     results,
 )
-from patching_demo.engine import checks
 from patching_demo.engine.kinds import KINDS
 from patching_demo.sweeps import sweep as labelled_sweep
 
@@ -57,11 +56,9 @@ QUIET = settings(
 
 @pytest.fixture(autouse=True)
 def _alone() -> Iterator[None]:
-    torch.set_num_threads(1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-    checks._warned.clear()
 
 
 def answers_or_refuses(call: Callable[[], Any]) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,17 +22,10 @@ from patching_demo.engine import checks, runner, scoring
 from patching_demo.metrics import LogitDifference
 
 
-@pytest.fixture(autouse=True)
-def _alone() -> Iterator[None]:
-    torch.set_num_threads(1)
-    checks._warned.clear()
-    yield
-
-
 @pytest.fixture
 def no_forward(monkeypatch: pytest.MonkeyPatch) -> None:
     """The refusal must come before any forward pass."""
-    pair("gpt2"), pair("llama")
+    pair("gpt2"), pair("neox-sequential")
 
     def refuse(*_: Any, **__: Any) -> None:
         pytest.fail("a forward pass ran")
@@ -102,7 +94,7 @@ UNFIT = {
     ),
     # As wide, with as many heads: every entry that is read would fit.
     "a model with a layer more": (
-        lambda usual: pair("llama").cache,
+        lambda usual: pair("neox-sequential").cache,
         "resid_pre",
         "has 'blocks.2.hook_resid_pre', but .* only 2 blocks",
     ),

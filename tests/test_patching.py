@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import architectures
@@ -30,16 +29,6 @@ from patching_demo.engine import bridge, checks, runner
 from patching_demo.metrics import LogitDifference
 
 QUIET = {"progress": False}
-
-
-@pytest.fixture(autouse=True)
-def _alone() -> Iterator[None]:
-    """Tiny models run slower on two threads than on one; warnings come once per test."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    checks._warned.clear()
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 import pytest
 import tiny
@@ -12,32 +14,32 @@ from patching_demo import patching, paths
 from patching_demo.engine import checks
 
 
-def by_hand(name, task, sender, receivers, through):
-    """The metric per prompt: freeze with hooks, read what the receivers take in, run again."""
-    bridge = model(name)
-    layers = range(bridge.cfg.n_layers)
-
-    def mlp_hooks(into):
-        def keep(layer):
-            return lambda module, args, out: into.__setitem__(layer, out)
-
-        return [
-            block.mlp.register_forward_hook(keep(i))
-            for i, block in enumerate(bridge.blocks)
-            if getattr(block, "mlp", None) is not None
-        ]
-
+@lru_cache(None)
+def runs(name, task):
+    """The caches of the clean and the corrupted run, and what their MLPs returned by layer."""
     caches, mlps = [], []
     for tokens in (task.clean_tokens, task.corrupted_tokens):
         mlps.append({})
-        handles = mlp_hooks(mlps[-1])
+        handles = [
+            block.mlp.register_forward_hook(
+                lambda module, args, out, i=i: mlps[-1].__setitem__(i, out)
+            )
+            for i, block in enumerate(model(name).blocks)
+            if getattr(block, "mlp", None) is not None
+        ]
         with torch.no_grad():
-            caches.append(bridge.run_with_cache(tokens)[1])
+            caches.append(model(name).run_with_cache(tokens)[1])
         for handle in handles:
             handle.remove()
-    clean, corrupted = caches
+    return *caches, mlps
+
+
+def by_hand(name, task, sender, receivers, through):
+    """The metric per prompt: freeze with hooks, read what the receivers take in, run again."""
+    bridge = model(name)
+    clean, corrupted, mlps = runs(name, task)
     hooks, handles, seen = [], [], {}
-    for layer in layers:
+    for layer in range(bridge.cfg.n_layers):
 
         def freeze(activation, hook, layer=layer):
             frozen = corrupted[f"blocks.{layer}.attn.hook_z"].clone()
@@ -137,9 +139,9 @@ def test_each_direct_path_is_two_passes_by_hand(name, component):
     later = np.array([[source < layer for layer in layers] for source in layers])
     there = np.array([head in of_component for head in heads])
     assert (exists == later[:, None, :, None] & there).all()
-    assert torch.equal(drop_in(name, task, component, 0, 1).isnan(), found[0, 1].isnan())
-    assert torch.allclose(drop_in(name, task, component, 0, 1)[1:], found[0, 1, 1:], atol=1e-5,
-                          equal_nan=True)  # fmt: skip
+    alone = drop_in(name, task, component, 0, 1)
+    assert torch.equal(alone.isnan(), found[0, 1].isnan())
+    assert torch.allclose(alone[1:], found[0, 1, 1:], atol=1e-5, equal_nan=True)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import oracle
@@ -15,7 +14,7 @@ from oracle import make_pair
 from torch import Tensor
 
 from patching_demo import patching
-from patching_demo.engine import checks, packs, skipping
+from patching_demo.engine import packs, skipping
 from patching_demo.metrics import LogitDifference
 
 settings.register_profile(
@@ -29,13 +28,6 @@ QUICK = settings(settings.get_profile("sweeps"), max_examples=10)
 
 KINDS = tuple(name for name in oracle.SWEEPS if "dest_src" not in name)
 MODELS = ("gpt2", "neox-parallel", "llama-gqa", "attn-only")
-
-
-@pytest.fixture(autouse=True)
-def _alone() -> Iterator[None]:
-    torch.set_num_threads(1)
-    checks._warned.clear()
-    yield
 
 
 def exists(name: str, kind: str) -> bool:

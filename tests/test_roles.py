@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 
 import numpy as np
 import pandas as pd
@@ -13,6 +14,7 @@ from oracle import model
 
 from patching_demo import attribute, interval, noise_task, patch, paths, prompt_task, sweep
 from patching_demo.engine.kinds import KINDS
+from patching_demo.sweeps.question import Question
 from patching_demo.tasks import Task
 
 QUIET = {"progress": False}
@@ -240,6 +242,28 @@ def test_values_of_prompts_depend_on_no_order_grouping_or_splitting(monkeypatch)
     monkeypatch.setattr("patching_demo.tasks.task.GROUP_TOKENS", 1)  # Each prompt alone.
     split = sweep(bridge, task, "resid_pre", by="role", per_prompt=True, **QUIET)
     np.testing.assert_allclose(split, whole, atol=1e-5)
+
+
+def test_many_shapes_are_swept_in_the_memory_of_the_largest(monkeypatch):
+    """What is kept while a shape is patched grows with its own tokens, not with other shapes."""
+    bridge, held, run = model("gpt2"), [], Question.run
+
+    def counted(question, cells):
+        # All that has come since the sweep began: objects from before it are frozen.
+        held.append(sum(o.nbytes for o in gc.get_objects() if type(o) is torch.Tensor))
+        return run(question, cells)
+
+    monkeypatch.setattr(Question, "run", counted)
+    texts = [" the" * n for n in range(1, 31)]
+    prompts = [[f"{name} sat on{text}" for text in texts] for name in ("Mary", "John")]
+    task = prompt_task(bridge, *prompts, [(" Mary", " John")] * 30, roles={"on": "on"})
+    for own in (task, task.select([29])):
+        gc.collect()
+        gc.freeze()
+        sweep(bridge, own, "resid_pre", by="role", **QUIET)
+    *many, alone = held
+    assert len(many) == 30 and many[-1] > many[0] > 0
+    assert max(many) < 1.1 * alone  # Its numbers of prompts take a little, too.
 
 
 @pytest.mark.parametrize("source", ["zero", "mean", "given"])

@@ -26,7 +26,7 @@ from oracle import make_pair, pair
 from torch import Tensor
 
 from patching_demo import patching
-from patching_demo.engine import checks, runner, store
+from patching_demo.engine import runner, store
 from patching_demo.engine.cells import Cell, Patch
 
 pytestmark = pytest.mark.filterwarnings("ignore:this sweep takes the plain loop")
@@ -35,8 +35,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:this sweep takes the plain loop"
 @pytest.fixture(autouse=True)
 def _small_portions(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a tiny sweep, too, is written several times."""
-    torch.set_num_threads(1)
-    checks._warned.clear()
     monkeypatch.setattr(store.CellStore, "most_cells", lambda self, total: 8)
 
 

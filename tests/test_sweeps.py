@@ -21,11 +21,6 @@ from patching_demo.sweeps import question
 PLAIN = "takes the plain loop"
 
 
-@pytest.fixture(autouse=True)
-def _warned():
-    checks._warned.clear()
-
-
 def task_of(bridge, lengths=(7, 7), start=3):
     draw = torch.Generator().manual_seed(0)
     clean = [torch.randint(5, 100, (n,), generator=draw).tolist() for n in lengths]
