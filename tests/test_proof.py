@@ -67,7 +67,7 @@ BY_SLOT: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize(("n_pos", "first", "batch"), [(7, 3, 2), (18, 4, 1), (32, 24, 3)])
+@pytest.mark.parametrize(("n_pos", "first", "batch"), [(7, 3, 2), (24, 4, 1), (40, 30, 3)])
 @pytest.mark.parametrize("kind", BY_SLOT)
 def test_a_model_that_works_by_slot_takes_the_plain_loop(
     kind: str, n_pos: int, first: int, batch: int
@@ -109,7 +109,7 @@ def test_what_was_proved_is_proved_again(name: str, kind: str) -> None:
     """What a model computes may depend on more than its modules, such as a switch elsewhere."""
     model, switch = tiny.fresh(name), [False]
     changed(model.blocks[0], lambda h: BY_SLOT[kind](h) if switch[0] else h)
-    data = make_pair(model, 2, 13, (3, 4))
+    data = make_pair(model, 2, 19, (3, 4))
     wanted = {}
     for switch[0] in (False, True):
         wanted[switch[0]] = plainly(model, data, "resid_pre", oracle.all_logits)

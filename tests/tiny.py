@@ -136,7 +136,7 @@ def _hf(name: str) -> tuple[str, Any]:
         config = GPTNeoXConfig(
             hidden_size=32,
             intermediate_size=64,
-            num_hidden_layers={"neox-parallel": 2, "neox-sequential": 3}[name],
+            num_hidden_layers=3,
             num_attention_heads=4,
             max_position_embeddings=N_CTX,
             use_parallel_residual=name == "neox-parallel",
