@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import pickle
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import (
@@ -181,12 +183,10 @@ def _key_of(model: Any) -> str:
     """Tells one model from another in the workers' memory."""
     if isinstance(model, str):
         return model
+    # Dask sends functions by value, with the module that it brings.
+    pickler = sys.modules.get("cloudpickle", pickle)
     try:
-        try:
-            from cloudpickle import dumps  # as Dask does
-        except ImportError:
-            from pickle import dumps
-        return hashlib.sha256(dumps(model)).hexdigest()
+        return hashlib.sha256(pickler.dumps(model)).hexdigest()
     except Exception as error:
         raise TypeError(
             f"{model!r} cannot be sent to workers ({error}): define the function at the top of a "

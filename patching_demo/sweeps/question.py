@@ -459,8 +459,8 @@ def _check_baseline(task: Task, which: str, measured: float, logits: Tensor) -> 
         raise ValueError(
             f"the {which} baseline of the task is {expected:.6g}, measured on {task.model_name!r}, "
             f"but this model's own is {measured:.6g} ({task.metric.name}): the task belongs to "
-            "another model, or the model was changed: sweep task.on(model). Or its answer to one "
-            "prompt depends on the others of the batch, as quantised activations let it"
+            "another model, or the model was changed. Sweep task.on(model), unless its answer to "
+            "one prompt depends on the others of the batch, as quantised activations let it"
         )
 
 
