@@ -28,8 +28,8 @@ from patching_demo.engine.runner import SHARE_OF_FREE_MEMORY, Options, SweepStop
 from patching_demo.models import load_model
 from patching_demo.tasks import Task
 
-#: Each unit begins with the work of about five forward passes, so it gets many times as much.
-PASSES_PER_UNIT = 50.0
+#: Each unit begins with the work of about five forward passes, so it gets several times as much.
+PASSES_PER_UNIT = 30.0
 
 _loaded: dict[str, Any] = {}
 _lock = threading.Lock()
