@@ -158,7 +158,7 @@ def metric_that_kills_once(logits: Tensor, calls: list[int] = [0]) -> Tensor:  #
     """In a worker, kills its process after a while, unless a file says that this was done."""
     calls[0] += 1
     flag = os.environ.get("LETHAL")
-    if flag and multiprocessing.parent_process() is not None and calls[0] > 60:
+    if flag and multiprocessing.parent_process() is not None and calls[0] > 25:
         if not Path(flag).exists():
             Path(flag).touch()
             os.kill(os.getpid(), signal.SIGKILL)

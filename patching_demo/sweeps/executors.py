@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 
 from patching_demo.engine import checks
 from patching_demo.engine.runner import SHARE_OF_FREE_MEMORY, Options, SweepStopped
+from patching_demo.engine.tokens import device_of
 from patching_demo.models import load_model
 from patching_demo.tasks import Task
 
@@ -213,7 +214,9 @@ def _unit(
     per_prompt: bool,
     options: Mapping[str, Any],
 ) -> dict[str, np.ndarray]:
-    """Of free memory, a worker takes the share that it has of the cores."""
-    cores = min(1.0, torch.get_num_threads() / (os.cpu_count() or 1))
-    memory = int(psutil.virtual_memory().available * SHARE_OF_FREE_MEMORY * cores)
-    return function(model, tasks, cells, per_prompt, {"memory": memory, **options})
+    """What a worker does; on a CPU it takes of free memory the share that it has of the cores."""
+    if torch.device(device_of(model)).type == "cpu":
+        cores = min(1.0, torch.get_num_threads() / (os.cpu_count() or 1))
+        memory = int(psutil.virtual_memory().available * SHARE_OF_FREE_MEMORY * cores)
+        options = {"memory": max(1, memory), **options}
+    return function(model, tasks, cells, per_prompt, options)
