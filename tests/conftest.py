@@ -47,7 +47,7 @@ def pytest_collection_finish() -> None:
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     """Coverage is measured on the first model of a test; others run the same lines."""
     indices = item.callspec.indices if hasattr(item, "callspec") else {}
-    first = not indices.get("name") and not indices.get("model_name")
+    first = not indices.get("name")
     with nullcontext() if first else untraced():
         return (yield)
 

@@ -133,6 +133,8 @@ def test_what_cannot_be_shared_out_is_refused() -> None:
             sweep(MAKER, task, "out", layers=9, executor=threads)
         with pytest.raises(SweepStopped, match="stopped after"):
             sweep(MAKER, task, "out", executor=threads, on_progress=lambda *at: True)
+        with pytest.raises(TypeError, match="unknown option 'stor': the options are memory"):
+            sweep(MAKER, task, "out", executor=threads, stor="x")
     with pytest.raises(TypeError, match="must be a concurrent.futures.Executor, got int"):
         sweep(MAKER, task, "out", executor=2)
     with pytest.raises(TypeError, match="must be a TransformerBridge"):

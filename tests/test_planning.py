@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import test_roles
 import tiny
+import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -57,5 +58,7 @@ def test_a_config_plans_as_its_model_does() -> None:
         assert mine.memory == theirs.memory
     with pytest.raises(ValueError, match="give speed="):
         plan(config, task, "k", by="role")
+    with pytest.raises(ValueError, match="does not say how many blocks"):
+        plan(transformers.Gemma3Config(), task, "k", by="role", speed=1.0)
     measured = plan(model, task, "k", by="role")
     assert measured.seconds > 0 and "cells" in str(measured)

@@ -62,6 +62,19 @@ class Options:
     store: str | os.PathLike[str] | None = None
     on_progress: Callable[[int, int], bool | None] | None = None
 
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> Options:
+        """The options by name.
+
+        Raises:
+            TypeError: if one is unknown.
+        """
+        known = list(cls.__dataclass_fields__)
+        for option in options:
+            if option not in known:
+                raise TypeError(f"unknown option {option!r}: the options are {', '.join(known)}")
+        return cls(**options)
+
     def __post_init__(self) -> None:
         for name, least, what in (
             ("memory", 1, "a positive number of bytes"),

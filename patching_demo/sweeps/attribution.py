@@ -28,6 +28,7 @@ from patching_demo.sweeps.question import (
     check_tasks,
     grid_labels,
     labelled,
+    names_of,
 )
 from patching_demo.tasks import Task
 
@@ -79,7 +80,7 @@ def attribute(
     True
     """
     several = not isinstance(kinds, str)
-    names = list(kinds) if several else [kinds]
+    names = names_of(kinds)
     check_kinds(names, by)
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")

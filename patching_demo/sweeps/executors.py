@@ -102,7 +102,7 @@ class Workers:
         """
         if self.executor is None:
             return function(self.model, tasks, cells, per_prompt, options)
-        given = Options(**options)
+        given = Options.of(options)
         first = next(iter(tasks.values()))
         apart = cut and all(
             task.corrupted_values is not None and task.metric.selectable for task in tasks.values()

@@ -23,6 +23,7 @@ from patching_demo.sweeps.question import (
     check_tasks,
     grid_labels,
     labelled,
+    names_of,
 )
 from patching_demo.tasks import Task
 
@@ -66,9 +67,9 @@ def sweep(
         source: where patched values come from: "clean", "zero", "mean" (over the prompts of the
             clean run, at each position or role), or a mapping from hook names to activations.
         per_prompt: whether to keep one value per prompt, along the dimension ``prompt``.
-        executor: any ``concurrent.futures.Executor`` whose workers share the cells out among them;
-            ``model`` is then a name, or a function that makes a bridge. See
-            :class:`patching_demo.sweeps.executors.Workers`.
+        executor: any ``concurrent.futures.Executor`` whose workers share the cells out among them,
+            such as a process pool that spawns them. ``model`` is then a name, or a function that
+            makes a bridge, and each worker loads it once.
         options: of :class:`patching_demo.engine.runner.Options`, such as ``progress``.
 
     Returns:
@@ -130,15 +131,14 @@ def sweep_metrics(
         As :func:`sweep`, and ValueError if the tasks have different prompts.
     """
     check_tasks(tasks)
-    several = not isinstance(kinds, str)
-    names = list(kinds) if several else [kinds]
-    check_kinds(names, by)
     if not isinstance(window, int) or isinstance(window, bool) or window < 1:
         raise ValueError(f"window must be a whole number of layers, at least 1, got {window!r}")
     workers = Workers(model, executor)
     first = next(iter(tasks.values()))
-    chosen = {"layer": layers, "role" if by == "role" else "position": positions, "head": heads}
-    cells, passes = workers.ask(chosen_cells, first, names, by, several, chosen, where, source)
+    cells, passes = workers.ask(
+        chosen_cells, first, kinds, by, layers, positions, heads, where, source
+    )
+    names = names_of(kinds)
     found = workers.spread(
         partial(_values, names=names, by=by, window=window, source=source),
         tasks, cells.values, passes, per_prompt=per_prompt, options=options,
@@ -147,7 +147,7 @@ def sweep_metrics(
     own = dict(cells.coords)
     if source != "clean" and "agrees" in own:
         own["agrees"] = own["agrees"] & False
-    facts = {"by": by, "kind": "" if several else names[0], **cells.attrs}
+    facts = {"by": by, "kind": kinds if isinstance(kinds, str) else "", **cells.attrs}
     facts |= {"window": window} if window > 1 else {}
     return {
         name: labelled(
@@ -160,10 +160,11 @@ def sweep_metrics(
 def chosen_cells(
     model: Any,
     task: Task,
-    names: Sequence[str],
+    kinds: str | Sequence[str],
     by: str,
-    several: bool,
-    chosen: Mapping[str, Any],
+    layers: Any,
+    positions: Any,
+    heads: Any,
     where: xr.DataArray | None,
     source: Any,
 ) -> tuple[xr.DataArray, np.ndarray]:
@@ -171,11 +172,14 @@ def chosen_cells(
 
     And what each costs, in forward passes. What is selected here is what is computed.
     """
+    names = names_of(kinds)
+    check_kinds(names, by)
     checks.check_bridge(model)
-    dims, sizes, coords = grid_labels(model, task, names, by, several)
+    dims, sizes, coords = grid_labels(model, task, names, by, not isinstance(kinds, str))
     numbers = np.arange(np.prod(list(sizes.values())), dtype=float).reshape(list(sizes.values()))
     cells = xr.DataArray(numbers, dims=dims, coords=coords)
-    for dim, labels in chosen.items():
+    place = "role" if by == "role" else "position"
+    for dim, labels in {"layer": layers, place: positions, "head": heads}.items():
         if labels is not None:
             if dim not in dims:
                 raise ValueError(f"this sweep has no {dim}: its dimensions are {dims}")

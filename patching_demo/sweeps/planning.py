@@ -18,7 +18,7 @@ from patching_demo.engine.kinds import KINDS
 from patching_demo.engine.packs import CALL_TOKENS
 from patching_demo.engine.tokens import config_number, device_of
 from patching_demo.sweeps.grid import chosen_cells
-from patching_demo.sweeps.question import check_kinds, check_tasks
+from patching_demo.sweeps.question import check_tasks, names_of
 from patching_demo.tasks import Task
 
 #: Forward passes of a sweep besides its cells: both runs, the proof and the rechecks.
@@ -71,7 +71,7 @@ def plan(
 
     Args:
         model: a TransformerBridge, or the ``transformers`` config of a causal language model, of
-            which nothing is loaded.
+            which nothing is loaded. Of a mixture of experts all count, as if each token used them.
         task: the prompts, of which only lengths and roles matter.
         kinds, by, layers, positions, heads, where, source: as for :func:`patching_demo.sweep`.
         speed: floating-point operations per second. By default what this machine reaches in a
@@ -81,7 +81,8 @@ def plan(
         a :class:`Plan`, for one process.
 
     Raises:
-        ValueError: as :func:`patching_demo.sweep`, or if a config comes without a speed.
+        ValueError: as :func:`patching_demo.sweep`, or if a config comes without a speed, or is of
+            something else.
 
     >>> from patching_demo import induction_task, load_model
     >>> model = load_model("attn-only-2l-demo")
@@ -90,12 +91,8 @@ def plan(
     16
     """
     check_tasks({"task": task})
-    several = not isinstance(kinds, str)
-    names = list(kinds) if several else [kinds]
-    check_kinds(names, by)
     size = _Size.of(model)
-    chosen = {"layer": layers, "role" if by == "role" else "position": positions, "head": heads}
-    cells, passes = chosen_cells(size, task, names, by, several, chosen, where, source)
+    cells, passes = chosen_cells(size, task, kinds, by, layers, positions, heads, where, source)
     asked = np.isfinite(cells.values)
     groups = task.groups() if by == "role" else [list(range(len(task)))]
     of_group = [
@@ -109,7 +106,8 @@ def plan(
     flops = size.flops(int(sum(of_group)), n_pos)
     widths = {"d_model": size.d_model, "d_head": size.d_head, "source": n_pos}
     widths |= {"head": size.cfg.n_heads, "kv_head": size.kv_heads}
-    kept = sum(np.prod([widths.get(axis, 1) for axis in KINDS[name].axes]) for name in names)
+    axes = [KINDS[name].axes for name in names_of(kinds)]
+    kept = sum(np.prod([widths.get(axis, 1) for axis in own]) for own in axes)
     layers_held = size.cfg.n_layers * (kept + size.d_model) + 3 * size.d_vocab
     return Plan(
         cells=int(asked.sum()),
@@ -131,9 +129,15 @@ class _Size(SimpleNamespace):
 
             with torch.device("meta"):
                 whole = AutoModelForCausalLM.from_config(model)
-            n_layers, n_heads = model.num_hidden_layers, model.num_attention_heads
+            n_layers = getattr(model, "num_hidden_layers", None)
             lists = [part for part in whole.modules() if isinstance(part, nn.ModuleList)]
-            blocks = next(part for part in lists if len(part) == n_layers)
+            blocks = next((part for part in lists if len(part) == n_layers), None)
+            if blocks is None:
+                raise ValueError(
+                    f"{type(model).__name__} does not say how many blocks the model has: give the "
+                    "config of its language model alone"
+                )
+            n_heads = model.num_attention_heads
             d_model, d_vocab = model.hidden_size, model.vocab_size
             kv_heads = getattr(model, "num_key_value_heads", None) or n_heads
             d_head = getattr(model, "head_dim", None) or d_model // n_heads

@@ -57,15 +57,11 @@ class Question:
         by_role: bool = False,
     ) -> None:
         check_tasks(tasks)
-        known = list(runner.Options.__dataclass_fields__)
-        for option in options or {}:
-            if option not in known:
-                raise TypeError(f"unknown option {option!r}: the options are {', '.join(known)}")
+        self.options = runner.Options.of(options or {})
         checks.checked_model(model)
         self.task = first = next(iter(tasks.values()))
         self.model, self.tasks = first.model_of(model, self), dict(tasks)
         self.per_prompt = per_prompt
-        self.options = runner.Options(**(options or {}))
         if not by_role:
             check_positions(self.model, first)
         self.tokens = checks.checked_tokens(self.model, first.corrupted_tokens, masked=True)
@@ -462,6 +458,11 @@ def _check_baseline(task: Task, which: str, measured: float, logits: Tensor) -> 
             "another model, or the model was changed. Sweep task.on(model), unless its answer to "
             "one prompt depends on the others of the batch, as quantised activations let it"
         )
+
+
+def names_of(kinds: str | Sequence[str]) -> list[str]:
+    """The kinds that are asked for, one or several."""
+    return [kinds] if isinstance(kinds, str) else list(kinds)
 
 
 def check_kinds(names: Sequence[str], by: str) -> None:
