@@ -43,12 +43,12 @@ ESTIMATES: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def asked(question: str, model: Any) -> tuple[Any, str]:
+def asked(question: str, model: Any, more: dict[str, Any] | None = None) -> tuple[Any, str]:
     """The answer, and why it came by the plain loop, if it did."""
     checks._warned.clear()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        found = {**QUESTIONS, **ESTIMATES}[question](model)
+        found = {**QUESTIONS, **ESTIMATES, **(more or {})}[question](model)
     said = [str(w.message) for w in caught]
     return found, "".join(words for words in said if "takes the plain loop" in words)
 

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
+from operator import is_
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -25,6 +26,7 @@ from torch import Tensor
 from transformer_lens.model_bridge.sources.native.model import NativeAttention
 
 from patching_demo.engine.cells import Patch
+from patching_demo.engine.tokens import devices_of_weights
 
 CACHE_ARGUMENTS = ("past_key_values", "layer_past", "past_key_value")
 
@@ -133,7 +135,7 @@ def capture(model: Any, tokens: Tensor) -> Run:
         Unsupported: if the model's blocks are not called with a hidden state they return, write
             no keys and values to a cache, or want more of a cache than a stand-in has.
     """
-    n_layers = len(model.blocks)
+    n_layers, at_home = len(model.blocks), partial(moved, device=tokens.device)
     hidden: list[Tensor | None] = [None] * (n_layers + 1)
     recorders = [_Recorder() for _ in range(n_layers)]
     arguments: list[dict[str, Any]] = [{} for _ in range(n_layers)]
@@ -145,18 +147,18 @@ def capture(model: Any, tokens: Tensor) -> Run:
             if not isinstance(states, Tensor) or states.shape[:2] != tokens.shape:
                 raise Unsupported(f"block {layer} is not called with hidden states [batch, pos, .]")
             # A copy, as the patch setters of the field write in place.
-            hidden[layer] = states.clone()
+            hidden[layer] = at_home(states).clone()
             for name in CACHE_ARGUMENTS:
                 # A block that takes a cache is handed one, also where the model makes none.
                 if name in named or name in names:
                     named[name] = recorders[layer]
-            arguments[layer] = named
+            arguments[layer] = {name: at_home(value) for name, value in named.items()}
             return (states,), named
 
         return hook
 
     def after_last(block: Any, args: tuple[Any, ...], output: Any) -> None:
-        hidden[n_layers] = tensor_of(output).clone()
+        hidden[n_layers] = at_home(tensor_of(output)).clone()
 
     handles: list[Any] = []
     try:
@@ -164,7 +166,7 @@ def capture(model: Any, tokens: Tensor) -> Run:
             handles.append(block.register_forward_pre_hook(before(layer), with_kwargs=True))
             handles += _listen_to_native(block, recorders[layer])
         handles.append(model.blocks[-1].register_forward_hook(after_last))
-        logits = model(tokens, return_type="logits")
+        logits = at_home(model(tokens, return_type="logits"))
     except (Unsupported, torch.OutOfMemoryError):
         raise
     except Exception as error:  # Whatever it is, the plain loop meets it too if it is the model's.
@@ -211,7 +213,7 @@ def _take_slot_masks(
                 if not square or buffer.numel() != buffer.shape[-1] ** 2:
                     continue
                 found[-1].append((module, name))
-                mask = buffer.reshape(buffer.shape[-2:])[:n_pos, :n_pos]
+                mask = buffer.reshape(buffer.shape[-2:])[:n_pos, :n_pos].to(resid.device)
                 visible = mask if mask[0, 0] else ~mask
                 if not (visible | ~causal).all():
                     usual = _additive(named.get("attention_mask"), resid, n_pos)
@@ -321,13 +323,26 @@ def tensor_of(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
+def moved(value: Any, device: torch.device) -> Any:
+    """A tensor, or a tuple of some, on a device; anything else as it is.
+
+    Blocks may stand on several devices. What is between them, and what goes by position, stays
+    where the tokens are; a block brings its inputs to its own device.
+    """
+    if isinstance(value, tuple):
+        parts = tuple(moved(part, device) for part in value)
+        return value if all(map(is_, parts, value)) else parts
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
 def block_output(model: Any, run: Run, layer: int) -> Tensor:
     """One block on the run's own input, all of it: ``[batch, pos, d_model]``."""
     arguments = {
         name: _Recorder() if isinstance(value, _Recorder) else value
         for name, value in run.arguments[layer].items()
     }
-    return tensor_of(model.blocks[layer](run.resid[layer].clone(), **arguments))
+    states = run.resid[layer].clone()
+    return tensor_of(model.blocks[layer](states, **arguments)).to(states.device)
 
 
 def block_kind(model: Any, layer: int) -> tuple[type, ...]:
@@ -443,7 +458,7 @@ def _call_block(
         visible = mask[(0,) * mask.ndim].expand(*mask.shape[:-2], length, length)
         module._buffers[name] = visible
     try:
-        return tensor_of(block(rows, **arguments))
+        return tensor_of(block(rows, **arguments)).to(rows.device)
     finally:
         for (module, name), mask in zip(run.slot_masks[layer], kept, strict=True):
             module._buffers[name] = mask
@@ -544,7 +559,13 @@ def logits_from_resid(model: Any, resid: Tensor, scale: float = 1.0) -> Tensor:
 
     ``scale`` is the run's ``logit_scale``.
     """
-    return _scale_and_cap(model, model.unembed(model.ln_final(resid)), scale)
+    logits = model.unembed(_normed(model, resid)).to(resid.device)
+    return _scale_and_cap(model, logits, scale)
+
+
+def _normed(model: Any, resid: Tensor) -> Tensor:
+    """The final norm of streams, on the device of its weights."""
+    return model.ln_final(resid.to(next(iter(devices_of_weights(model.ln_final)), resid.device)))
 
 
 def some_logits_from_resid(model: Any, resid: Tensor, tokens: Tensor, scale: float = 1.0) -> Tensor:
@@ -554,12 +575,13 @@ def some_logits_from_resid(model: Any, resid: Tensor, tokens: Tensor, scale: flo
     ``[rows, batch, pos, n_tokens]``.
     """
     flat = resid.reshape(-1, *resid.shape[-2:])
-    normed = model.ln_final(flat).reshape(resid.shape)
-    weight = model.W_U[:, tokens]  # [d_model, batch, n_tokens]
+    normed = _normed(model, flat).to(resid.device).reshape(resid.shape)
+    weight = model.W_U
+    weight = weight[:, tokens.to(weight.device)].to(resid.device)  # [d_model, batch, n_tokens]
     logits = torch.einsum("rbpd,dbt->rbpt", normed, weight)
     bias = getattr(model, "b_U", None)
     if bias is not None:
-        logits = logits + bias[tokens][:, None, :]
+        logits = logits + bias[tokens.to(bias.device)].to(resid.device)[:, None, :]
     return _scale_and_cap(model, logits, scale)
 
 
@@ -630,7 +652,7 @@ def run_plain(model: Any, tokens: Tensor, patches: Sequence[Patch], clean: Any) 
         return write
 
     hooks = [(patch.hook_name, hook_for(patch)) for patch in patches]
-    return model.run_with_hooks(tokens, return_type="logits", fwd_hooks=hooks)
+    return model.run_with_hooks(tokens, return_type="logits", fwd_hooks=hooks).to(tokens.device)
 
 
 def attached_hooks(model: Any) -> list[str]:

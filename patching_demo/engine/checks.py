@@ -97,7 +97,7 @@ def checked_model(model: Any) -> None:
 
     Raises:
         TypeError: if the model is not a TransformerBridge with blocks.
-        ValueError: if it is in training mode, an encoder or spread over devices.
+        ValueError: if it is in training mode, an encoder, or has weights that hold no numbers.
     """
     original = getattr(model, "original_model", None)
     config = getattr(original, "config", None)
@@ -118,11 +118,10 @@ def checked_model(model: Any) -> None:
         )
     if getattr(model.cfg, "attention_dir", "causal") == "bidirectional":
         raise ValueError("the model attends in both directions: patch a decoder-only model")
-    devices = sorted({str(device) for device in devices_of_weights(model)})
-    if devices == ["meta"] or len(devices) > 1:
+    if any(device.type == "meta" for device in devices_of_weights(model)):
         raise ValueError(
-            f"the model is spread over {devices}: move it to one device, or load it without "
-            "device_map"
+            "some weights of the model are on the meta device, where there are no numbers: load "
+            "them, or let device_map of boot_transformers place them"
         )
     for dtype in {weight.dtype for weight in model.parameters()} & FEWEST_BITS.keys():
         warn_once(
@@ -200,7 +199,8 @@ def refuse_reading_pads(
     if lengths is None:
         _, sure, may = pads(model, tokens, "right")
     else:
-        sure = torch.arange(tokens.shape[1], device=tokens.device) >= lengths[:, None]
+        every = torch.arange(tokens.shape[1], device=tokens.device)
+        sure = every >= lengths[:, None].to(tokens.device)
         may = torch.zeros_like(sure)
     for row, name in product((sure | may).any(dim=1).nonzero()[:, 0].tolist(), metrics):
         pad = int(tokens[row, -1])

@@ -99,7 +99,8 @@ class FrozenModel:
         def held(name: str, given: Tensor | None) -> Callable[..., Any]:
             output = self.outputs[layer][name]
             if given is None:
-                given = tensor_of(output)[:, at].expand(len(states), -1, -1, -1)
+                there = tensor_of(output)
+                given = there[:, at.to(there.device)].expand(len(states), -1, -1, -1)
             value = given.reshape(rows.shape)
             rest = output[1:] if isinstance(output, tuple) else None
             return lambda *_, **__: value if rest is None else (value, *rest)
@@ -109,7 +110,7 @@ class FrozenModel:
             if "mlp" in self.outputs[layer] and (through == "direct" or mlp is not None):
                 stack.enter_context(_forward_of(block.mlp, held("mlp", mlp)))
             output = block(rows.clone(), **self.run.arguments[layer])
-        return tensor_of(output).view(states.shape)
+        return tensor_of(output).to(states.device).view(states.shape)
 
     @unforeseen(DOING)
     def sent(
@@ -122,13 +123,16 @@ class FrozenModel:
         """
         own, other = self.outputs[layer], clean[layer]
         start = self.run.resid[layer][None, :, at]
+        there = at.to(tensor_of(own["attn"]).device)
         if kind == "mlp_out":
-            return self.step(layer, start, at, through, mlp=tensor_of(other["mlp"])[None, :, at])
+            mlp = tensor_of(other["mlp"])[None, :, there]
+            return self.step(layer, start, at, through, mlp=mlp)
         if kind == "attn_out":
-            return self.step(layer, start, at, through, attn=tensor_of(other["attn"])[None, :, at])
+            attn = tensor_of(other["attn"])[None, :, there]
+            return self.step(layer, start, at, through, attn=attn)
         n_heads = self.model.cfg.n_heads
         heads, others = (
-            part["heads"][:, at].flatten(2).unflatten(-1, (n_heads, -1)) for part in (own, other)
+            part["heads"][:, there].flatten(2).unflatten(-1, (n_heads, -1)) for part in (own, other)
         )
         rows = heads.expand(n_heads, *heads.shape).clone()
         each = torch.arange(n_heads, device=heads.device)
@@ -154,7 +158,7 @@ class FrozenModel:
 
         def keep(name: str) -> Callable[..., None]:
             def hook(activation: Tensor, hook: Any = None) -> None:
-                seen[name] = activation.clone()
+                seen[name] = activation.to(self.run.tokens.device, copy=True)
                 if len(seen) == len(names):
                     raise _Seen
 

@@ -321,26 +321,31 @@ def _setter(
     batch = len(pack.run.tokens)
     owner, position, head, source, values = _entries(members, clean, pack.flat.device)
     flat = pack.slot_of[owner, position]
-    group, slot = flat // slots, flat % slots
+    index = torch.stack([flat // slots, flat % slots, head])
+    by_head = bool(head[0] >= 0)
 
     def set_vectors(activation: Tensor, hook: Any = None) -> Tensor:
         view = activation.view(groups, batch, *activation.shape[1:])
-        written = values.transpose(0, 1).to(view.dtype)
-        if head[0] < 0:
-            view[group, :, slot] = written
+        group, slot, own = index.to(view.device)  # The block may be on another device.
+        written = values.transpose(0, 1).to(view)
+        if by_head:
+            view[group, :, slot, own] = written
         else:
-            view[group, :, slot, head] = written
+            view[group, :, slot] = written
         return activation
 
     def set_patterns(activation: Tensor, hook: Any = None) -> Tensor:
         view = activation.view(groups, batch, *activation.shape[1:])
-        rows = values.transpose(0, 1).to(view.dtype)  # [entry, batch, src]
+        group, slot, _ = index
         sources = pack.layout.columns[group]  # [entry, column]
         seen = pack.layout.visible()[group, slot]
-        patched = rows.gather(2, sources[:, None].expand(-1, batch, -1))
+        patched = values.transpose(0, 1).gather(2, sources[:, None].expand(-1, batch, -1))
         replaced = seen & ((source[:, None] < 0) | (sources == source[:, None]))
-        current = view[group, :, head, slot]
-        view[group, :, head, slot] = torch.where(replaced[:, None], patched, current)
+        group, slot, own = index.to(view.device)
+        current = view[group, :, own, slot]
+        view[group, :, own, slot] = torch.where(
+            replaced[:, None].to(view.device), patched.to(view), current
+        )
         return activation
 
     return set_patterns if members[0][1].kind.name == "pattern" else set_vectors

@@ -181,7 +181,7 @@ def _gradients(
     found: dict[str, Tensor] = {}
     corrupted: dict[str, Tensor] = {}
     total: dict[str, Tensor] = {}
-    metric = task.metric.per_example
+    metric, device = task.metric.per_example, task.corrupted_tokens.device
     for share in shares:
 
         def start(embedding: Tensor, hook: Any = None, share: float = share) -> Tensor:
@@ -212,15 +212,16 @@ def _gradients(
                     f"the metric's gradient does not reach hook {name!r}: the attention is "
                     "computed elsewhere, or by quantised weights. Use sweep, or another kind"
                 )
-            total[name] = total.get(name, 0) + gradient / len(shares)
+            total[name] = total.get(name, 0) + gradient.to(device) / len(shares)
         if not share:
-            corrupted = {name: activation.detach() for name, activation in found.items()}
-            unpatched = logits.detach()
+            corrupted = {name: found[name].detach().to(device) for name in found}
+            unpatched = logits.detach().to(device)
         found.clear()
     if not corrupted:
-        corrupted = task.corrupted_cache(model, list(wanted))
+        cache = task.corrupted_cache(model, list(wanted))
+        corrupted = {name: cache[name].to(device) for name in wanted}
         with torch.no_grad():
-            unpatched = model(task.corrupted_tokens, return_type="logits")
+            unpatched = model(task.corrupted_tokens, return_type="logits").to(device)
     return corrupted, total, unpatched
 
 
@@ -253,8 +254,9 @@ def _through_softmax(
             return patched
 
         def keep(pattern: Tensor, hook: Any, layer: int) -> Tensor:
-            seen[layer] = pattern.detach().clone()
-            return corrupted[pattern_hooks[layer]].clone()
+            own = corrupted[pattern_hooks[layer]]
+            seen[layer] = pattern.detach().to(own.device, copy=True)
+            return own.to(pattern.device, copy=True)
 
         fwd_hooks: list[tuple[str, Callable[..., Tensor]]] = []
         for layer, hook in hooks.items():
@@ -265,7 +267,8 @@ def _through_softmax(
                 task.corrupted_tokens, return_type="logits", fwd_hooks=fwd_hooks
             )
         # Queries and keys act through the pattern alone, and each pattern was put back.
-        if (logits - unpatched).abs().max() > tolerance(logits.dtype) * unpatched.abs().max():
+        apart = (logits.to(unpatched.device) - unpatched).abs().max()
+        if apart > tolerance(logits.dtype) * unpatched.abs().max():
             raise ValueError(
                 f"{pattern_hooks[0]!r} can be read but not patched on this model (the attention "
                 "is computed elsewhere), which 'gradient+qk' needs: use method='gradient'"

@@ -84,7 +84,10 @@ class Question:
         clean_tokens = first.clean_tokens.to(self.tokens.device)
         checks.refuse_uncalled_hooks(self.model, self.tokens, cache, hooks)
         self.clean = {
-            hook: checks.checked_activation(self.model, cache, hook, clean_tokens) for hook in hooks
+            hook: checks.checked_activation(self.model, cache, hook, clean_tokens).to(
+                self.tokens.device
+            )
+            for hook in hooks
         }
         self.source = source if isinstance(source, str) else "given"
         if self.source != "clean":
@@ -150,7 +153,7 @@ class Question:
                     "lengths or roles at other places: a row attends to other positions. Sweep "
                     "another kind, or select pairs of equal shape"
                 )
-            moved = own[hook].clone()
+            moved = own[hook].to(clean.device, copy=True)
             for here, there in moves.values():
                 moved.select(kind.position_axis, there).copy_(
                     clean.select(kind.position_axis, here)

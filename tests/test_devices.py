@@ -1,0 +1,184 @@
+"""Models spread over several devices, on devices that are only said to be there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+import xarray as xr
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from test_weights import ESTIMATES, QUESTIONS, asked, assert_within, boot, task_of
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from patching_demo import (
+    Task,
+    attribute,
+    induction_task,
+    ioi_task,
+    patching,
+    paths,
+    prompt_task,
+    sweep,
+)
+from patching_demo.engine.bridge import CACHE_ARGUMENTS
+from patching_demo.tasks import noise_task
+
+LAST = ("ln_f", "norm", "final_layer_norm", "lm_head", "embed_out")
+CACHES = list(CACHE_ARGUMENTS)
+HOME, AWAY, CPU = torch.device("xla:0"), torch.device("xla:1"), torch.device("cpu")
+
+
+def place(tensor: Tensor) -> torch.device:
+    # A new parameter is made of a tensor without any call that a mode sees.
+    return getattr(tensor, "place", HOME if isinstance(tensor, nn.Parameter) else CPU)
+
+
+class Devices(TorchFunctionMode):
+    """Tensors say that they are where they were put, and refuse to meet one that is elsewhere.
+
+    All stand in the machine's memory, so the numbers are those of one device.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func == torch.Tensor.device.__get__:
+            return place(args[0])
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if func in (torch.Tensor.to, torch.Tensor.cpu, torch.Tensor.cuda):
+            return self._to(func, args, kwargs)
+        if func is torch.autograd.grad:
+            found = func(*args, **kwargs)
+            for gradient, of in zip(found, args[1], strict=True):
+                if gradient is not None:
+                    gradient.place = place(of)
+            return found
+        if "device" in kwargs:
+            where = torch.device(kwargs.pop("device") or CPU)
+        elif func is torch.Tensor.copy_:
+            where = place(args[0])
+        else:
+            where = self._meeting(func, args, tensors)
+        result = func(*args, **kwargs)
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                leaf.place = where
+        return result
+
+    def _to(self, func: Any, args: Any, kwargs: Any) -> Tensor:
+        where, rest, own = place(args[0]), [], dict(kwargs)
+        if func is torch.Tensor.cpu:
+            where = CPU
+        for value in (*args[1:], own.pop("device", None), own.pop("other", None)):
+            if isinstance(value, Tensor):
+                where, value = place(value), value.dtype
+            elif isinstance(value, (str, torch.device)):
+                where = torch.device(value)
+                continue
+            if value is not None:
+                rest.append(value)
+        result = args[0].to(*rest, **own) if rest or own else args[0].to(args[0].dtype)
+        if result is args[0] and where != place(args[0]):
+            result = args[0].to(args[0].dtype, copy=True)
+        result.place = where
+        return result
+
+    def _meeting(self, func: Any, args: Any, tensors: list[Tensor]) -> torch.device:
+        indexing = func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__)
+        where = {place(t) for t in tensors if t.ndim}
+        if indexing and place(args[0]) != CPU:
+            where -= {CPU}  # Indices may come from there.
+        if len(where) > 1:
+            raise RuntimeError(f"{func}: tensors on {sorted(map(str, where))}")
+        return next(iter(where), place(tensors[0]) if tensors else CPU)
+
+
+def spread(name: str, away: torch.device = AWAY) -> Any:
+    """A model with all from its second block on on another device, as device_map leaves it."""
+    places: dict[int, torch.device] = {}
+
+    def hooks(inner: Any) -> Any:
+        for name, module in inner.named_modules():
+            last = any(part in ("1", "2", *LAST) for part in name.split("."))
+            where = away if last else HOME
+            for weight in module.parameters(recurse=False):
+                where = places.setdefault(weight.data_ptr(), where)  # It may be tied.
+            hook = AlignDevicesHook(where, io_same_device=module is inner, skip_keys=CACHES)
+            add_hook_to_module(module, hook)
+        return inner
+
+    model = boot(name, hooks)
+    model.cfg.device = str(HOME)
+    for name, module in model.named_modules():
+        # What the bridge has made itself, such as parts of joint weights, stands beside the others.
+        where = away if {"1", "2"} & {*name.split(".")} else HOME
+        where = getattr(vars(module).get("_hf_hook"), "execution_device", where)
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None:
+                tensor.place = where
+    return model
+
+
+@pytest.fixture(autouse=True)
+def tensors_are_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(AlignDevicesHook, "init_hook", lambda self, module: module)
+
+
+@pytest.mark.parametrize("away", [HOME, AWAY])
+@pytest.mark.parametrize("name", ["gpt2", "llama-gqa", "neox-parallel"])
+def test_blocks_run_where_they_are(name: str, away: torch.device) -> None:
+    here, model = boot(name, lambda inner: inner), spread(name, away)
+    for question in (*QUESTIONS, *ESTIMATES, *MORE):
+        wanted, _ = asked(question, here, MORE)
+        with Devices():
+            found, why = asked(question, model, MORE)
+        assert not why, question
+        assert_within(found, wanted, 1e-5)
+
+
+def unequal(model: Any) -> Any:
+    roles = {"name": ("When Mary", "When John")}
+    return prompt_task(
+        model, "When Mary and John", "When John and", (" Mary", " John"), roles=roles
+    )
+
+
+def frame(model: Any) -> Any:
+    rows = {"clean": ["When Mary and John"], "corrupted": ["When John and John"]}
+    return Task.from_frame(model, pd.DataFrame(rows | {"right": " Mary", "wrong": " John"}))
+
+
+def noise(model: Any) -> Any:
+    return noise_task(model, "When Mary and John", (" Mary", " John"), {"name": " Mary"})
+
+
+def by_hand(model: Any) -> Any:
+    task = ioi_task(model)
+    found = patching.get_act_patch_attn_head_pattern_by_pos(
+        model, task.corrupted_tokens, task.clean_cache(model), task.metric, progress=False
+    )
+    return xr.DataArray(found.cpu(), attrs={"corrupted_baseline": task.corrupted_baseline})
+
+
+MORE = {
+    "unequal": lambda m: sweep(m, unequal(m), "out", by="role", progress=False),
+    "patterns": lambda m: sweep(m, ioi_task(m), "pattern", by="all_pos", progress=False),
+    "zero": lambda m: sweep(m, ioi_task(m), "v", source="zero", per_prompt=True, progress=False),
+    "mean": lambda m: sweep(m, ioi_task(m), "out", by="role", source="mean", progress=False),
+    "window": lambda m: sweep(m, ioi_task(m).reversed(), "mlp_out", window=2, progress=False),
+    "solved": lambda m: sweep(m, ioi_task(m).solved(m), "q", by="role", progress=False),
+    "answers": lambda m: sweep(
+        m, induction_task(m, batch=2, seq_len=5), "out", by="all_pos", progress=False
+    ),
+    "frame": lambda m: sweep(m, frame(m), "resid_pre", progress=False),
+    "noise": lambda m: sweep(m, noise(m), "resid_pre", by="role", progress=False),
+    "by hand": by_hand,
+    "integrated": lambda m: attribute(m, task_of(m), "mlp_out", method="integrated", steps=2),
+    "softmax": lambda m: attribute(m, task_of(m), ["q", "k"], method="gradient+qk"),
+    "mlps": lambda m: paths(
+        m, task_of(m), [("v", 1, 0)], senders="mlp_out", through="mlps", progress=False
+    ),
+}
