@@ -9,6 +9,8 @@ import pytest
 import torch
 import xarray as xr
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from chapters import Rehearsal
+from test_claims import RIGHT, model_of
 from test_weights import ESTIMATES, QUESTIONS, asked, assert_within, boot, task_of
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -111,6 +113,10 @@ def spread(name: str, away: torch.device = AWAY) -> Any:
         return inner
 
     model = boot(name, hooks)
+    return placed(model, away)
+
+
+def placed(model: Any, away: torch.device = HOME) -> Any:
     model.cfg.device = str(HOME)
     for name, module in model.named_modules():
         # What the bridge has made itself, such as parts of joint weights, stands beside the others.
@@ -182,3 +188,13 @@ MORE = {
         m, task_of(m), [("v", 1, 0)], senders="mlp_out", through="mlps", progress=False
     ),
 }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [f"0{n}" for n in range(1, 9)])
+def test_chapters_run_on_a_device(number: str) -> None:
+    model = placed(model_of(number))
+    with Devices():
+        cells = Rehearsal(number, model, measured=False)
+        del cells._options["sweep_metrics"]["where"]
+        assert cells.claims(RIGHT.get(number, lambda result: result))
