@@ -14,7 +14,7 @@ from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.model_bridge import TransformerBridge
 
 from patching_demo import attribute, complement, induction_task, patch, paths, prompt_task, sweep
-from patching_demo.engine import checks
+from patching_demo.engine import checks, runner
 from patching_demo.engine.kinds import KINDS
 from patching_demo.sweeps import question
 
@@ -375,8 +375,15 @@ def test_long_sweeps_are_announced(monkeypatch):
     checks._warned.clear()
     swept(bridge, task, "resid_pre")  # A warning of the package would be an error here.
     monkeypatch.setattr(question.time, "perf_counter", iter(range(0, 10**6, 1000)).__next__)
-    with pytest.warns(UserWarning, match="14 patched runs will take about"):
+    bars = []
+    bar = runner.tqdm
+    monkeypatch.setattr(runner, "tqdm", lambda **options: bars.append(options) or bar(**options))
+    with pytest.warns(UserWarning, match="14 patched runs will take about") as caught:
         swept(bridge, task, "resid_pre")
+    # The bar begins with the same time.
+    minutes = int(re.search(r"about (\d+) min", str(caught[0].message))[1])
+    seconds = int(re.fullmatch(r"about ([\d,]+) s", bars[0]["desc"])[1].replace(",", ""))
+    assert minutes == round(seconds / 60) > 1
 
 
 VERBS = {

@@ -104,11 +104,13 @@ def run_cells(
     per_example: bool,
     options: Options,
     lengths: Tensor | None = None,
+    expected: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Values ``[metric, cell, (batch)]`` of all cells and the baseline ``[metric, (batch)]``.
 
     ``differing`` are the positions at which the inputs of the two runs differ; ``lengths``
-    ``[batch]`` are those of the prompts without padding, where a mask tells.
+    ``[batch]`` are those of the prompts without padding, where a mask tells. The progress bar begins
+    with the ``expected`` seconds.
 
     The model runs on modules of the sweep's own, see :func:`isolated`.
 
@@ -142,7 +144,7 @@ def run_cells(
         plain = [cell for cell in todo if cell.patches]
         live = _live(plain, run, scorer) if run else plain
         few = 0 < len(live) == len(plain) < FEWEST_CELLS
-        with _Progress(len(cells), len(cells) - len(live), options) as bar:
+        with _Progress(len(cells), len(cells) - len(live), options, expected) as bar:
             if run and not few:
                 try:
                     slots = _run_fast(model, run, clean, live, scorer, values, store, bar, options)
@@ -336,11 +338,13 @@ def _refuse_not_finite(scorer: Scorer, values: Tensor, cells: Sequence[Cell] | N
 class _Progress:
     """A progress bar over cells that leaves nothing behind, and who else wants to know."""
 
-    def __init__(self, total: int, done: int, options: Options) -> None:
-        shown = options.progress
+    def __init__(
+        self, total: int, done: int, options: Options, expected: float | None = None
+    ) -> None:
         self.bar = tqdm(
-            total=total, initial=done, disable=not shown, leave=False, unit="cell", delay=1.0
-        )
+            total=total, initial=done, disable=not options.progress, leave=False, unit="cell",
+            delay=1.0, desc=f"about {max(1, expected):,.0f} s" if expected else None,
+        )  # fmt: skip
         self.total, self.done, self.shown = total, done, done
         self.on_progress = options.on_progress
 

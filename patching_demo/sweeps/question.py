@@ -170,7 +170,7 @@ class Question:
         Raises:
             ValueError: if the corrupted baseline of a task is another model's.
         """
-        self._announce(cells)
+        expected = self._expected(cells)
         values, base = runner.run_cells(
             self.model,
             self.tokens,
@@ -181,6 +181,7 @@ class Question:
             lengths=self.task.corrupted_lengths,
             per_example=self.per_prompt,
             options=self.options,
+            expected=expected,
         )
         for task, value in zip(self.tasks.values(), base, strict=True):
             _check_baseline(task, "corrupted", float(value.mean()), self._logits)
@@ -189,8 +190,8 @@ class Question:
         found = values.detach().float().cpu().numpy()
         return dict(zip(self.tasks, found, strict=True))
 
-    def _announce(self, cells: Sequence[Cell]) -> None:
-        """Warn that the runs take minutes, estimated from what each must compute again."""
+    def _expected(self, cells: Sequence[Cell]) -> float:
+        """Seconds that the runs will take, from what each must compute again; warns of minutes."""
         n_layers, first = self.model.cfg.n_layers, min(self.differing, default=0)
         n_pos = self.tokens.shape[1]
         end = 1 + max(int(task.metric.positions.max()) for task in self.tasks.values())
@@ -199,8 +200,14 @@ class Question:
             for cell in cells
             if max(patch.positions[-1] for patch in cell.patches) >= first
         )
+        # A patched run unembeds next to nothing.
+        blocks, rest = (
+            sum(weight.numel() for weight in part.parameters())
+            for part in (self.model.blocks, self.model.unembed)
+        )
+        share *= blocks / (blocks + rest)
         if share * self._seconds <= LONG_SECONDS:
-            return
+            return share * self._seconds
         begin = time.perf_counter()  # The first pass may have been slow for being the first.
         with torch.no_grad():
             self.model(self.tokens, return_type="logits")
@@ -211,6 +218,7 @@ class Question:
                 "minutes here: choose cells with where=, positions= or layers= (attribute "
                 "estimates all of them in a few passes)"
             )
+        return seconds
 
 
 def ask(
