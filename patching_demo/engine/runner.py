@@ -109,8 +109,8 @@ def run_cells(
     """Values ``[metric, cell, (batch)]`` of all cells and the baseline ``[metric, (batch)]``.
 
     ``differing`` are the positions at which the inputs of the two runs differ; ``lengths``
-    ``[batch]`` are those of the prompts without padding, where a mask tells. The progress bar begins
-    with the ``expected`` seconds.
+    ``[batch]`` are those of the prompts without padding, where a mask tells. ``expected`` are the
+    seconds that the progress bar begins with.
 
     The model runs on modules of the sweep's own, see :func:`isolated`.
 
