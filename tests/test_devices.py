@@ -11,7 +11,7 @@ import xarray as xr
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from chapters import Rehearsal
 from test_claims import RIGHT, model_of
-from test_weights import ESTIMATES, QUESTIONS, asked, assert_within, boot, task_of
+from test_weights import ESTIMATES, QUESTIONS, asked, assert_within, boot, plainly, task_of
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
@@ -27,6 +27,7 @@ from patching_demo import (
     sweep,
 )
 from patching_demo.engine.bridge import CACHE_ARGUMENTS
+from patching_demo.engine.scoring import tolerance
 from patching_demo.tasks import noise_task
 
 LAST = ("ln_f", "norm", "final_layer_norm", "lm_head", "embed_out")
@@ -133,8 +134,10 @@ def tensors_are_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(AlignDevicesHook, "init_hook", lambda self, module: module)
 
 
-@pytest.mark.parametrize("away", [HOME, AWAY])
-@pytest.mark.parametrize("name", ["gpt2", "llama-gqa", "neox-parallel"])
+@pytest.mark.parametrize(
+    ("name", "away"),
+    [("gpt2", HOME), ("gpt2", AWAY), ("llama-gqa", AWAY), ("neox-parallel", AWAY)],
+)
 def test_blocks_run_where_they_are(name: str, away: torch.device) -> None:
     here, model = boot(name, lambda inner: inner), spread(name, away)
     for question in (*QUESTIONS, *ESTIMATES, *MORE):
@@ -198,3 +201,16 @@ def test_chapters_run_on_a_device(number: str) -> None:
         cells = Rehearsal(number, model, measured=False)
         del cells._options["sweep_metrics"]["where"]
         assert cells.claims(RIGHT.get(number, lambda result: result))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["gpt2", "llama-gqa", "neox-parallel"])
+def test_a_gpu_finds_what_its_own_plain_loop_finds(name: str, dtype: torch.dtype) -> None:
+    model = boot(name, lambda inner: inner.to("cuda", dtype))
+    for question in QUESTIONS:
+        found, why = asked(question, model)
+        assert not why, question
+        assert_within(found, plainly(question, model), tolerance(dtype))
+    for question in MORE:
+        asked(question, model, MORE)

@@ -202,8 +202,8 @@ class Question:
         )
         # A patched run unembeds next to nothing.
         blocks, rest = (
-            sum(weight.numel() for weight in part.parameters())
-            for part in (self.model.blocks, self.model.unembed)
+            sum(weight.numel() for module in parts for weight in module.parameters())
+            for parts in (self.model.blocks, filter(None, [getattr(self.model, "unembed", None)]))
         )
         share *= blocks / (blocks + rest)
         if share * self._seconds <= LONG_SECONDS:
