@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,7 +48,8 @@ class Patch:
         """Patch a whole activation in place, as the plain loop does."""
         values = (clean if self.values is None else self.values).to(activation.device)
         if self.setter is not None:
-            return self.setter(activation, list(self.index), values)
+            written = self.setter(activation, list(self.index), values)
+            return activation if written is None else written  # It may write in place.
         at = torch.tensor(self.positions, dtype=torch.int64, device=activation.device)
         place: list[Any] = [slice(None)] * activation.ndim
         place[self.kind.position_axis] = at
@@ -111,6 +113,14 @@ def recomputed(cell: Cell, end: int) -> range:
     if all(p.enters == "hook" and p.kind is not None and not p.kind.spreads for p in first):
         return range(start, min(end, max(patch.positions[-1] for patch in first) + 1))
     return range(start, end)
+
+
+def share_of_pass(
+    layer: Any, start: Any, n_layers: int, n_pos: float, end: float | None = None
+) -> Any:
+    """What a run from a layer and position on costs, up to ``end``, in whole forward passes."""
+    length = (n_pos if end is None else end) - start
+    return (1 - layer / n_layers) * np.clip(length / n_pos, 0, 1)
 
 
 def spans(cells: Sequence[Cell], end: int) -> list[range]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -231,4 +232,98 @@ def _forward_of(module: Any, function: Callable[..., Any]) -> Iterator[None]:
             module.__dict__["forward"] = own
 
 
-__all__ = ["SENDERS", "FrozenModel", "recorded"]
+class PlainPaths:
+    """Whole forward passes of the corrupted prompts with attention, and MLPs, held by hooks.
+
+    For models whose blocks :class:`FrozenModel` does not know how to run. What is held is what the
+    output projections return, so that whatever else a block does with its input is done.
+
+    Args:
+        model: a TransformerBridge.
+        clean, corrupted: tokens ``[batch, pos]``.
+
+    Raises:
+        Unsupported: if a block has an attention or MLP without an output that can be held.
+    """
+
+    def __init__(self, model: Any, clean: Tensor, corrupted: Tensor) -> None:
+        self.model, self.tokens = model, corrupted
+        self.clean, self.corrupted = self._ends(clean), self._ends(corrupted)
+
+    def _ends(self, tokens: Tensor) -> dict[tuple[int, str], tuple[Any, Any, Any]]:
+        """Modules at whose output attention and MLPs can be held, with an input and output each."""
+        calls: dict[tuple[int, str], tuple[Any, list[Any], Any]] = {}
+        with ExitStack() as stack:
+            for layer, block in enumerate(self.model.blocks):
+                mlp = getattr(block, "mlp", None)
+                o = getattr(getattr(block, "attn", None), "o", None)
+                for name, module in (("attn", o), ("mlp", mlp), ("out", getattr(mlp, "out", None))):
+
+                    def keep(
+                        module: Any, args: Any, named: Any, output: Any, key: Any = (layer, name)
+                    ) -> None:
+                        given = [x for x in (*args, *named.values()) if isinstance(x, Tensor)]
+                        calls.setdefault(key, (module, given, output))
+
+                    if isinstance(module, torch.nn.Module):
+                        handle = module.register_forward_hook(keep, with_kwargs=True)
+                        stack.callback(handle.remove)
+            self.model(tokens)
+        ends = {}
+        for layer, block in enumerate(self.model.blocks):
+            if (layer, "attn") not in calls:
+                raise Unsupported(f"the attention of block {layer} has no output projection")
+            ends[layer, "attn"] = calls[layer, "attn"]
+            if getattr(block, "mlp", None) is not None:
+                # An MLP that is given the stream as well adds its output to it itself.
+                found = calls.get((layer, "mlp"))
+                if found is None or len(found[1]) > 1:
+                    found = calls.get((layer, "out"))
+                if found is None:
+                    raise Unsupported(f"the MLP of block {layer} has no output that can be held")
+                ends[layer, "mlp"] = found
+        return ends
+
+    def logits(
+        self, kind: str, layer: int, head: int, through: str, seen: dict[str, Any]
+    ) -> Tensor:
+        """``[batch, pos, d_vocab]`` with one clean output, the rest of the attention corrupted.
+
+        The activations named in ``seen`` are filled in.
+        """
+        sent = "mlp" if kind == "mlp_out" else "attn"
+        with ExitStack() as stack:
+            for (at, name), (module, _, output) in self.corrupted.items():
+                if at == layer and name == sent and kind == "out":
+                    hook = self._with_head(layer, head)
+                    stack.callback(module.register_forward_pre_hook(hook).remove)
+                    continue
+                if at == layer and name == sent:
+                    output = self.clean[at, name][2]
+                elif name == "mlp" and through != "direct":
+                    continue
+                hook = partial(_returned, output)
+                stack.callback(module.register_forward_hook(hook).remove)
+            for name in seen:
+                keep = partial(_kept, seen, name, self.tokens.device)
+                stack.enter_context(hooked(self.model, name, keep))
+            return self.model(self.tokens)
+
+    def _with_head(self, layer: int, head: int) -> Callable[..., Any]:
+        """A hook that gives an output projection one clean head among the corrupted ones."""
+        own, other = (ends[layer, "attn"][1][0] for ends in (self.corrupted, self.clean))
+        n_heads = self.model.cfg.n_heads
+        rows = own.flatten(2).unflatten(-1, (n_heads, -1)).clone()
+        rows[:, :, head] = other.flatten(2).unflatten(-1, (n_heads, -1))[:, :, head]
+        return lambda module, args: (rows.view(own.shape), *args[1:])
+
+
+def _returned(output: Any, *_: Any) -> Any:
+    return output
+
+
+def _kept(seen: dict[str, Any], name: str, device: Any, activation: Tensor, hook: Any) -> None:
+    seen[name] = activation.to(device, copy=True)
+
+
+__all__ = ["SENDERS", "FrozenModel", "PlainPaths", "recorded"]

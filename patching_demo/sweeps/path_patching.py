@@ -15,11 +15,12 @@ import numpy as np
 import torch
 import xarray as xr
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from patching_demo.engine import checks
 from patching_demo.engine.bridge import Unsupported
-from patching_demo.engine.cells import Cell, Patch, in_order
-from patching_demo.engine.frozen import SENDERS, FrozenModel, recorded
+from patching_demo.engine.cells import Cell, Patch, in_order, share_of_pass
+from patching_demo.engine.frozen import SENDERS, FrozenModel, PlainPaths, recorded
 from patching_demo.engine.kinds import KINDS
 from patching_demo.engine.packs import CALL_TOKENS
 from patching_demo.engine.scoring import Scorer
@@ -76,7 +77,7 @@ def paths(
         through: "direct" freezes every other attention and MLP output on the way; "mlps"
             recomputes the MLPs and freezes attention.
         per_prompt: whether to keep one value per prompt, along the dimension ``prompt``.
-        executor: as for :func:`patching_demo.sweep`; prompts are shared out, not senders.
+        executor: as for :func:`patching_demo.sweep`.
         options: of :class:`patching_demo.engine.runner.Options`, such as ``progress``.
 
     Returns:
@@ -85,8 +86,8 @@ def paths(
 
     Raises:
         TypeError: if the model is no TransformerBridge, or the task none.
-        ValueError: if a receiver, sender or ``through`` is unknown or does not exist, if hooks are
-            attached to the model, or if its blocks do more than add what attention and MLP return.
+        ValueError: if a receiver, sender or ``through`` is unknown or does not exist, or if a
+            block has no attention with an output projection.
 
     >>> from patching_demo import induction_task, load_model
     >>> model = load_model("attn-only-2l-demo")
@@ -101,9 +102,15 @@ def paths(
     check_tasks({"task": task})
     workers = Workers(model, executor)
     parts, n_layers, per_layer = workers.ask(_checked, task, receivers, senders)
+    last = max((layer for _, layer, *_ in parts), default=n_layers)
+    cells = np.arange(n_layers * per_layer, dtype=float).reshape(n_layers, per_layer)
+    cells[last:] = np.nan
+    # A sender costs a patched run from the first receiver on, and next to nothing before.
+    first = min((layer for _, layer, *_ in parts), default=n_layers)
+    passes = np.full(cells.shape, share_of_pass(first, 0, n_layers, 1) + 1 / n_layers)
     found = workers.spread(
         partial(_values, parts=parts, senders=senders, through=through),
-        {"metric": task}, np.zeros((n_layers, per_layer)), np.zeros((n_layers, per_layer)),
+        {"metric": task}, cells, passes,
         cut=any(place is not None for *_, place in parts), per_prompt=per_prompt, options=options,
     )["metric"]  # fmt: skip
     dims, coords = ["layer", "head"], {"layer": np.arange(n_layers)}
@@ -144,65 +151,124 @@ def _values(
 ) -> dict[str, np.ndarray]:
     """Values ``[(prompt), layer, sender]``, NaN from where no path leads to a receiver."""
     ((name, task),) = tasks.items()
-    asked = partial(_measured, model, parts=parts, senders=senders, through=through)
+    asked = np.isfinite(cells)
+    measured = partial(_measured, model, asked=asked, parts=parts, senders=senders, through=through)
     if any(place is not None for *_, place in parts):
         shapes, order = [], []
         for prompts, own in in_shapes(task, options):
-            shapes.append(asked(task.part(prompts), per_prompt=True, options=own))
+            shapes.append(measured(task.part(prompts), per_prompt=True, options=own))
             order += prompts
         found = np.concatenate(shapes, axis=1)[:, np.argsort(order)]
         found = found if per_prompt else found.mean(1)
     else:
-        found = asked(task, per_prompt=per_prompt, options=options)
-    values = np.full((*found.shape[1:], cells.size), np.nan, np.float32)
-    values[..., : len(found)] = found.T
-    return {name: values.reshape(*found.shape[1:], *cells.shape)}
+        found = measured(task, per_prompt=per_prompt, options=options)
+    values = np.full((*found.shape[1:], *cells.shape), np.nan, np.float32)
+    values[..., asked] = found.T
+    return {name: values}
 
 
 def _measured(
     model: Any,
     task: Task,
+    asked: np.ndarray,
     parts: Sequence[Receiver],
     senders: str,
     through: str,
     per_prompt: bool,
     options: Mapping[str, Any],
 ) -> np.ndarray:
-    """The metric ``[sender, (prompt)]`` of all senders before the receivers, layer by layer."""
+    """The metric ``[sender, (prompt)]`` of the senders asked for, layer by layer."""
     model = task.model_of(model)
     with recorded(model) as clean:
         question = Question(model, {"metric": task}, [], per_prompt=per_prompt, options=options)
+    given = (question, asked, parts, senders, through)
+    try:
+        taken, scored = _frozen(clean, *given)
+    except Unsupported as reason:
+        checks.warn_once(f"paths take the plain loop: {reason}")
+        taken, scored = _plain(*given)
+    if parts:
+        places = {name: int(there[0]) for name, (_, there) in task.roles.items()}
+        return question.run(_cells(taken, parts, task, places))["metric"]
+    if per_prompt:
+        scored = task.over_rows(scored, -1)
+    return scored.float().cpu().numpy()
+
+
+#: What receivers take in, ``[sender, batch, pos, head, d_head]`` by hook, for each layer of them;
+#: and the metric ``[sender, (batch)]``, where the receivers are the logits.
+Found = tuple[list[dict[str, Tensor]], "Tensor | None"]
+
+
+def _frozen(
+    clean: Sequence[dict[str, Any]],
+    question: Question,
+    asked: np.ndarray,
+    parts: Sequence[Receiver],
+    senders: str,
+    through: str,
+) -> Found:
+    """By what comes after each sender alone, and where prompts differ.
+
+    Raises:
+        Unsupported: as :class:`patching_demo.engine.frozen.FrozenModel`.
+    """
+    model, task = question.model, question.task
     frozen = FrozenModel(model, question.tokens)
     last = max((layer for _, layer, *_ in parts), default=model.cfg.n_layers)
-    at = torch.arange(task.agree_until, task.corrupted_tokens.shape[1])
-    at = at.to(task.corrupted_tokens.device)
+    at = torch.arange(task.agree_until, question.tokens.shape[1], device=question.tokens.device)
     if not parts:  # Nothing but the read positions matters where no attention comes after.
         at = at[torch.isin(at, task.metric.positions.to(at.device))]
     resid = frozen.run.resid
     states = resid[0].new_zeros(0, len(resid[0]), len(at), resid[0].shape[-1])
-    seen: list[dict[str, Tensor]] = []
+    taken: list[dict[str, Tensor]] = []
     for layer in range(last + bool(parts)):
         here = [part for part in parts if part[1] == layer]
         if here and len(states):
             names = sorted({f"blocks.{layer}.{KINDS[kind].hook}" for kind, *_ in here})
-            seen.append(frozen.received(layer, states, at, names))
+            taken.append(frozen.received(layer, states, at, names))
         if layer == last:
-            break
+            return taken, None
         if through == "direct":
             states = states + (resid[layer + 1] - resid[layer])[:, at]
         else:
             states = _in_calls(lambda s, at_=layer: frozen.step(at_, s, at, "mlps"), states)
-        sent = frozen.sent(clean, senders, layer, at, through)
-        states = torch.cat([states, sent])
-    if parts:
-        places = {name: int(there[0]) for name, (_, there) in task.roles.items()}
-        return question.run(_cells(seen, parts, at, places))["metric"]
-    scorer = Scorer(model, frozen.run, {"metric": question.metric(task)}, per_prompt)
+        if asked[layer].any():
+            sent = frozen.sent(clean, senders, layer, at, through)
+            states = torch.cat([states, sent[torch.as_tensor(asked[layer], device=sent.device)]])
+    scorer = Scorer(model, frozen.run, {"metric": question.metric(task)}, question.per_prompt)
     scorer.check_logits()
-    scored = _in_calls(lambda s: _scored(scorer, s, at), states)
-    if per_prompt:
-        scored = scored[:, :: task.rows_per_prompt]
-    return scored.float().cpu().numpy()
+    return [], _in_calls(lambda s: _scored(scorer, s, at), states)
+
+
+def _plain(
+    question: Question,
+    asked: np.ndarray,
+    parts: Sequence[Receiver],
+    senders: str,
+    through: str,
+) -> Found:
+    """By a whole forward pass for each sender."""
+    tokens = question.task.clean_tokens.to(question.tokens.device)
+    model = PlainPaths(question.model, tokens, question.tokens)
+    layers = sorted({layer for _, layer, *_ in parts})
+    names = {f"blocks.{layer}.{KINDS[kind].hook}": layer for kind, layer, *_ in parts}
+    taken: dict[int, dict[str, list[Tensor]]] = {layer: {} for layer in layers}
+    scored: list[Tensor] = []
+    sent = [tuple(map(int, sender)) for sender in np.argwhere(asked)]
+    for layer, head in tqdm(
+        sent, disable=not question.options.progress, leave=False, unit="sender", delay=1.0
+    ):
+        seen: dict[str, Any] = {name: None for name, at in names.items() if at > layer}
+        logits = model.logits(senders, layer, head, through, seen)
+        for name, activation in seen.items():
+            if activation is None:
+                raise Unsupported(f"the model does not call {name}")
+            taken[names[name]].setdefault(name, []).append(activation)
+        if not parts:
+            scored.append(question.metric(question.task)(logits))
+    stacked = [{name: torch.stack(v) for name, v in taken[layer].items()} for layer in layers]
+    return stacked, None if parts else torch.stack(scored)
 
 
 def _checked_receivers(model: Any, task: Task, receivers: Any) -> list[Receiver]:
@@ -238,16 +304,17 @@ def _in_calls(function: Any, states: Tensor) -> Any:
 def _cells(
     seen: Sequence[dict[str, Tensor]],
     parts: Sequence[Receiver],
-    at: Tensor,
+    task: Task,
     places: Mapping[str, int],
 ) -> list[Cell]:
     """One run for each sender: each receiver is patched with what it takes in."""
     count = max((len(value) for values in seen for value in values.values()), default=0)
+    every = tuple(range(task.agree_until, task.corrupted_tokens.shape[1]))
     cells = []
     for sender in range(count):
         patches = []
         for kind, layer, head, role in parts:
-            where = tuple(at.tolist()) if role is None else (places[role],)
+            where = every if role is None else (places[role],)
             name = f"blocks.{layer}.{KINDS[kind].hook}"
             for values in seen:
                 if name in values and sender < len(values[name]):
