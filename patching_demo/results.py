@@ -279,7 +279,14 @@ def top_head(result: xr.DataArray) -> xr.DataArray:
     Returns:
         The cell of ``result``: ``float(cell)`` is its value, and its coordinates name the head:
         ``other.sel(layer=cell["layer"], head=cell["head"])`` reads it in another result.
+
+    Raises:
+        ValueError: if no head has a value, or as :func:`share` does.
     """
+    if not bool(result.notnull().any()):
+        raise ValueError(
+            "no head of the result has a value, so there is none that brings back most"
+        )
     at = share(result).fillna(-np.inf).argmax(["layer", "head"])
     return result.isel(at)
 
@@ -310,12 +317,18 @@ def crossing_layer(result: xr.DataArray, first: int | str, then: int | str) -> i
         then: another one; of positions, -1 is the last.
 
     Returns:
-        The layer, or the number of layers where there is no such layer.
+        The layer, or the one after the last where there is no such layer.
 
     Raises:
-        ValueError: if there is no such role, or as :func:`share` does.
+        ValueError: if there is no such role, the result has other dimensions, or as :func:`share`
+            does.
     """
     shares = share(result)
+    if set(result.dims) not in ({"layer", "position"}, {"layer", "role"}):
+        raise ValueError(
+            f"curves cross along layers at two positions or roles, got dimensions "
+            f"{list(result.dims)}: select from the others, or take their mean"
+        )
     if "role" in result.dims:
         names = [str(name) for name in shares["role"].values]
         if unknown := [place for place in (first, then) if place not in names]:
@@ -324,7 +337,8 @@ def crossing_layer(result: xr.DataArray, first: int | str, then: int | str) -> i
     else:
         one, other = (shares.isel(position=place) for place in (first, then))
     ahead = (other > one).values
-    return int(ahead.argmax()) if ahead.any() else len(ahead)
+    layers = result["layer"].values  # xarray numbers a dimension without labels.
+    return int(layers[ahead.argmax()] if ahead.any() else layers[-1] + 1)
 
 
 def attention(

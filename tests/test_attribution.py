@@ -147,3 +147,61 @@ def test_unknown_choices_are_refused():
     task = prompt_task(opt, [[5, 6, 7, 8]], [[5, 8, 7, 8]], [[5, 9]])
     with pytest.raises(ValueError, match="can be read but not patched"):
         attribute(opt, task, "q", method="gradient+qk")
+
+
+@pytest.mark.parametrize("method", attribution.METHODS)
+def test_rows_of_a_prompt_count_once(method):
+    """Another prompt's long answers give this one a second row, and change none of its values."""
+    bridge = model("gpt2")
+    clean = ["When John gave the bag to", "When Amy gave the bag to"]
+    corrupted = ["When Mary gave the bag to", "When Dan gave the bag to"]
+    answers = [(" Mary", " John"), (" Dan home", " Amy home")]
+    one = prompt_task(bridge, clean[:1], corrupted[:1], answers[:1])
+    two = prompt_task(bridge, clean, corrupted, answers)
+    assert (one.rows_per_prompt, two.rows_per_prompt) == (1, 2)
+    options = {"by": "role", "per_prompt": True, "method": method}
+    alone, beside = (attribute(bridge, task, ["q", "out"], **options) for task in (one, two))
+    scale = abs(one.clean_baseline - one.corrupted_baseline)
+    assert np.allclose(alone[0], beside[0], atol=1e-5 * scale, equal_nan=True)
+
+
+def test_an_estimate_of_long_answers_is_the_derivative_of_a_patch():
+    bridge = model("gpt2")
+    answers = [(" Mary home", [" John", " Dan home"])]
+    task = prompt_task(
+        bridge, ["When John gave the bag to"], ["When Mary gave the bag to"], answers
+    )
+    found = attribute(bridge, task, "mlp_out", per_prompt=True)[0]
+    hook, small = "blocks.1.hook_mlp_out", 1e-3
+    step = task.clean_cache(bridge)[hook] - task.corrupted_cache(bridge)[hook]
+    values = []
+    for sign in (1, -1):
+
+        def nudge(activation, hook, sign=sign):
+            activation[:, 4] += sign * small * step[:, 4]
+            return activation
+
+        with torch.no_grad():
+            logits = bridge.run_with_hooks(task.corrupted_tokens, fwd_hooks=[(hook, nudge)])
+        values.append(float(task.metric(logits)))
+    slope = (values[0] - values[1]) / 2 / small
+    effect = float(found.sel(layer=1).isel(position=4)) - task.corrupted_baseline
+    assert effect == pytest.approx(slope, rel=0.03, abs=1e-3)
+
+
+def test_queries_are_corrected_by_role_where_lengths_differ():
+    bridge = model("gpt2")
+    task = prompt_task(
+        bridge, "When John gave the bag to", "When Mary and John gave the bag to",
+        (" Mary", " John"), roles={"giver": ("When John", "and John")},
+    )  # fmt: skip
+    plain, corrected = (
+        attribute(bridge, task, ["q", "out"], by="role", method=method)
+        for method in ("gradient", "gradient+qk")
+    )
+    assert corrected.notnull().all()
+    assert np.allclose(plain.sel(kind="out"), corrected.sel(kind="out"), atol=1e-6)
+    # To first order in the difference, the two agree.
+    exact = sweep(bridge, task, "q", by="role", progress=False)
+    errors = [float(abs(one.sel(kind="q") - exact).sum()) for one in (plain, corrected)]
+    assert errors[1] <= errors[0] * 1.5

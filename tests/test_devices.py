@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -146,6 +147,25 @@ def test_blocks_run_where_they_are(name: str, away: torch.device) -> None:
             found, why = asked(question, model, MORE)
         assert not why, question
         assert_within(found, wanted, 1e-5)
+
+
+@pytest.mark.parametrize("default", [HOME, AWAY])
+def test_what_is_made_without_a_device_may_be_elsewhere(
+    default: torch.device, tmp_path: Path
+) -> None:
+    """As after ``torch.set_default_device``."""
+    here, model = boot("gpt2", lambda inner: inner), placed(boot("gpt2", lambda inner: inner))
+    every = (*QUESTIONS, *ESTIMATES, *MORE)
+    if default != HOME:  # The others begin with a run on tokens of their own.
+        every = (*list(MORE)[: list(MORE).index("by hand")], "roles")
+    for question in every:
+        wanted, _ = asked(question, here, MORE)
+        with Devices(), default:
+            found, why = asked(question, model, MORE)
+        assert not why, question
+        assert_within(found, wanted, 1e-5)
+    with Devices(), default:
+        sweep(model, ioi_task(model), "out", store=tmp_path / "kept", progress=False)
 
 
 def unequal(model: Any) -> Any:

@@ -83,7 +83,7 @@ QUESTIONS = {
     "paths of layers": lambda m, **o: paths(m, ioi(), "logits", senders="mlp_out", **o),
 }
 
-SMALL = ("chosen", "paths", "paths of layers")
+SMALL = ("chosen", "paths of layers")
 
 
 def same(found: xr.DataArray, wanted: xr.DataArray) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import pickle
 import sqlite3
 import warnings
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from oracle import assert_close, expected, pair
 from torch import Tensor
 
 from patching_demo import patching
-from patching_demo.engine import packs, runner, scoring, store
+from patching_demo.engine import checks, packs, runner, scoring, store
 
 
 def sweep(kind: str = "attn_head_out_by_pos", name: str = "gpt2", **options: Any) -> Any:
@@ -337,3 +338,24 @@ def test_patches_are_copied_out_of_the_cache_and_never_into_it() -> None:
             model, data.corrupted, shared, oracle.all_logits, progress=False, check=5
         )
     assert all(torch.equal(shared[name], before[name]) for name in shared)
+
+
+def test_a_setter_may_write_in_place_and_return_nothing(tmp_path: Path) -> None:
+    data = pair("gpt2")
+
+    def put(activation: Tensor, index: Any, clean: Tensor) -> None:
+        activation[:, index[1]] = clean[:, index[1]]
+
+    inputs = oracle.model("gpt2"), data.corrupted, data.cache, data.metrics["difference"]
+    with pytest.warns(UserWarning, match="takes the plain loop: the patch setter"):
+        found = patching.generic_activation_patch(
+            *inputs, put, "resid_pre", ("layer", "pos"), progress=False, store=tmp_path / "kept"
+        )
+    wanted = patching.get_act_patch_resid_pre(*inputs, progress=False)
+    assert torch.allclose(found, wanted, atol=1e-5)
+
+
+def test_errors_reach_the_process_that_asked() -> None:
+    error = checks.HookNotLive("blocks.0.attn.hook_pattern", True)
+    copied = pickle.loads(pickle.dumps(error))
+    assert (str(copied), copied.hook) == (str(error), error.hook)

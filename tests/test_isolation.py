@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -12,9 +14,10 @@ import numpy as np
 import pytest
 import tiny
 import torch
+import xarray as xr
 
-from patching_demo import prompt_task, sweep
-from patching_demo.engine import runner
+from patching_demo import ioi_task, prompt_task, sweep
+from patching_demo.engine import isolation, runner
 from patching_demo.engine.isolation import isolated
 
 pytestmark = pytest.mark.filterwarnings("ignore:this sweep takes the plain loop")
@@ -218,3 +221,54 @@ def test_a_sweep_beside_another_use_of_the_model(name, use, monkeypatch):
             again = prompt_task(model, *PROMPTS, (" Mary", " John"))
             assert again.clean_baseline == pytest.approx(task.clean_baseline, abs=1e-5)
     assert len(calls) > 1
+
+
+def _by_default(forward):
+    return lambda *args, _forward=forward, **kwargs: _forward(*args, **kwargs)
+
+
+def _by_name(forward):
+    def wrapped(*args, _forward=forward, **kwargs):
+        return _forward(*args, **kwargs)
+
+    def named(*args, call=None, **kwargs):
+        return (call or wrapped)(*args, **kwargs)
+
+    named.__kwdefaults__ = {"call": wrapped}
+    return named
+
+
+def _twice(forward):
+    def inner(*args, **kwargs):
+        return forward(*args, **kwargs)
+
+    @functools.wraps(forward)
+    def outer(*args, **kwargs):
+        return inner(*args, **kwargs)
+
+    return outer
+
+
+def _partly(forward):
+    return functools.partial(lambda call, *args, **kwargs: call(*args, **kwargs), forward)
+
+
+@pytest.mark.parametrize("wrap", [_by_default, _by_name, _twice, _partly])
+def test_a_wrapped_forward_reaches_the_copys_own_module(wrap):
+    """However it refers to the module that it wraps."""
+    bridge, wanted = tiny.fresh("gpt2"), tiny.model("gpt2")
+    for block in bridge.blocks:
+        block.original_component.forward = wrap(block.original_component.forward)
+    copied = isolation.isolated(bridge)
+    theirs = {id(module) for module in bridge.original_model.modules()}
+    seen = []
+    for module in copied.modules():
+        module.register_forward_hook(lambda module, args, out: seen.append(id(module)))
+    copied(torch.tensor([[5, 6, 7]]))
+    assert seen and not theirs & set(seen)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # It takes the plain loop: the wrapper is the caller's.
+        found = sweep(bridge, ioi_task(bridge), "out", by="all_pos", progress=False)
+    xr.testing.assert_allclose(
+        found, sweep(wanted, ioi_task(wanted), "out", by="all_pos", progress=False), atol=1e-5
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import re
 
 import numpy as np
 import pandas as pd
@@ -12,8 +13,19 @@ import torch
 import xarray as xr
 from oracle import model
 
-from patching_demo import attribute, interval, noise_task, patch, paths, prompt_task, sweep
+from patching_demo import (
+    attribute,
+    interval,
+    ioi_task,
+    noise_task,
+    patch,
+    paths,
+    prompt_task,
+    sweep,
+)
+from patching_demo.engine import checks
 from patching_demo.engine.kinds import KINDS
+from patching_demo.sweeps import question
 from patching_demo.sweeps.question import Question
 from patching_demo.tasks import Task
 
@@ -482,3 +494,37 @@ def test_noise_on_embeddings_is_what_a_hook_would_add(name):
     assert bridge.embed.original_component.weight.shape[0] == len(table)
     with pytest.raises(ValueError, match="embeddings"):
         task.on(bridge)
+
+
+def test_a_mean_is_of_the_roles_or_of_positions():
+    bridge = model("gpt2")
+    task = ioi_task(bridge).reversed()
+    whole = {"mlp": [("mlp_out", 0)]}
+    at_role = {"head": [("out", 0, 1, "S2")]}
+    for sets in (whole | at_role, {"both": whole["mlp"] + at_role["head"]}):
+        with pytest.raises(ValueError, match="this part names no role: measure such sets"):
+            patch(bridge, task, sets, source="mean", **QUIET)
+    for sets in (whole, at_role):
+        assert patch(bridge, task, sets, source="mean", **QUIET).notnull().all()
+
+
+def test_roles_that_share_a_token_of_some_prompts_have_no_mean():
+    bridge = model("gpt2")
+    clean = [[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16]]
+    corrupted = [[5, 6, 7, 20, 9, 10], [11, 12, 13, 21, 15, 16]]
+    roles = {"a": [2, 3], "b": [3, 3]}
+    task = prompt_task(bridge, clean, corrupted, [[5, 9], [11, 6]], roles=roles)
+    with pytest.raises(ValueError, match="'a' and 'b' are the same token of some clean prompts"):
+        sweep(bridge, task, "mlp_out", by="role", source="mean", **QUIET)
+    assert sweep(bridge, task, "mlp_out", by="role", source="zero", **QUIET).notnull().all()
+
+
+def test_long_sweeps_of_many_shapes_are_announced_once(monkeypatch):
+    bridge, task = model("gpt2"), task_of("gpt2")
+    monkeypatch.setattr(question, "LONG_SECONDS", 0.0)
+    checks._warned.clear()
+    with pytest.warns(UserWarning, match="patched runs will take about") as caught:
+        found = sweep(bridge, task, "resid_pre", by="role", **QUIET)
+    (said,) = (str(w.message) for w in caught if "will take about" in str(w.message))
+    runs = int(re.match(r"([\d,]+) patched", said)[1].replace(",", ""))
+    assert len(task.groups()) > 2 and runs >= found.size * 2

@@ -264,7 +264,7 @@ def test_a_finished_cell_is_never_written_again(tmp_path: Path) -> None:
     patches = [Patch(None, "hook", 0, (0,), index=(row,)) for row in range(3000)]
     cells = [Cell(row, (patch,)) for row, patch in enumerate(patches)]
     model = SimpleNamespace(state_dict=lambda: {"weight": torch.ones(3)})
-    inputs = (model, torch.ones(1, 2), {"hook": torch.ones(2)}, cells, lambda: torch.ones(2))
+    inputs = (model, torch.ones(1, 2), {"hook": torch.ones(2)}, cells, lambda: torch.ones(2, 1))
     values, written = torch.rand(1, len(cells)), []
 
     def bytes_written() -> int:
@@ -305,3 +305,22 @@ def test_a_folder_that_cannot_be_written_is_named_before_the_work(tmp_path: Path
     with pytest.raises(OSError, match=r"cannot write '.*cells.sweep' .*ame a file elsewh"):
         sweep(folder / "cells.sweep", metric)
     assert calls[0] <= 3
+
+
+def test_each_of_several_metrics_tells_a_sweep_from_another(tmp_path: Path) -> None:
+    """A small one is not lost beside a large one."""
+    data, path = pair("gpt2"), tmp_path / "kept"
+
+    def swept(token: int) -> Any:
+        metrics = {
+            "large": lambda logits: 100 * logits[:, -1, 5].mean(),
+            "small": lambda logits: logits[:, -1].softmax(-1)[:, token].mean(),
+        }
+        return patching.get_act_patch_resid_pre(
+            tiny.model("gpt2"), data.corrupted, data.cache, metrics, store=path, progress=False
+        )
+
+    swept(7)
+    with pytest.raises(ValueError, match="belongs to a sweep of another"):
+        swept(9)
+    swept(7)

@@ -13,7 +13,16 @@ from oracle import MODELS, model
 from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.model_bridge import TransformerBridge
 
-from patching_demo import attribute, complement, induction_task, patch, paths, prompt_task, sweep
+from patching_demo import (
+    attribute,
+    complement,
+    induction_task,
+    ioi_task,
+    patch,
+    paths,
+    prompt_task,
+    sweep,
+)
 from patching_demo.engine import checks, runner
 from patching_demo.engine.kinds import KINDS
 from patching_demo.sweeps import question
@@ -301,31 +310,9 @@ def test_paths_in_bfloat16_are_those_of_float32_but_for_rounding():
         assert float(abs(found - wanted).max()) < 0.1 * (spread + float(abs(wanted).max()))
 
 
-@pytest.mark.parametrize("name", ["bloom", "opt"])
-def test_paths_refuse_blocks_that_do_more_than_add(name):
-    bridge = model(name)
-    for receivers in ("logits", [("q", 1, 0)]):
-        with pytest.raises(ValueError, match="block 0 does more with its input"):
-            paths(bridge, task_of(bridge), receivers)
-
-
-def test_paths_refuse_mlps_that_mix_positions():
-    bridge = tiny.fresh("gpt2")
-    mlp = bridge.blocks[1].mlp
-    kind = type(mlp)
-
-    def forward(self, *args, **kwargs):
-        out = kind.forward(self, *args, **kwargs)
-        return out + 0.3 * out.roll(1, dims=1)
-
-    mlp.__class__ = type(kind.__name__, (kind,), {"forward": forward})
-    with pytest.raises(ValueError, match="block 1 works on more than one position at a time"):
-        paths(bridge, task_of(bridge), "logits", through="mlps")
-
-
 @pytest.mark.parametrize("where", ["hook point", "module"])
 def test_left_over_hooks_act_in_every_verb(where):
-    """The plain loop and the gradients have them, and paths refuse by name."""
+    """The plain loop and the gradients have them, as paths do (their own test)."""
     bridge = tiny.fresh("gpt2")
     if where == "module":
         bridge.blocks[1].mlp.register_forward_hook(lambda module, args, out: 2 * out)
@@ -344,8 +331,6 @@ def test_left_over_hooks_act_in_every_verb(where):
         assert close(patch(bridge, task, several, progress=False)[1], wanted, task)
     estimate = attribute(bridge, task, "out", by="all_pos")
     assert close(estimate.attrs["corrupted_baseline"], task.corrupted_baseline, task)
-    with pytest.raises(ValueError, match="hooks attached"):
-        paths(bridge, task, "logits")
 
 
 def test_an_estimate_takes_two_forward_passes():
@@ -408,3 +393,24 @@ def test_arguments_of_another_kind_or_order_are_named(name, verb):
     ):
         with pytest.raises(TypeError, match=expected.format(f"({got})", f"({got})")):
             call(first, second)
+
+
+def test_sets_may_be_empty_or_read_once():
+    bridge = model("gpt2")
+    task = task_of(bridge)
+    sets = {"none": [], "two": zip(["out"] * 2, [0, 1], [1, 2], strict=True)}
+    found = patch(bridge, task, sets, progress=False)
+    assert float(found.sel(set="none")) == pytest.approx(task.corrupted_baseline, abs=1e-5)
+    wanted = patch(bridge, task, {"two": [("out", 0, 1), ("out", 1, 2)]}, progress=False)
+    assert close(found.sel(set="two"), wanted[0], task)
+
+
+@pytest.mark.parametrize("by", ["pos", "role"])
+def test_a_whole_cache_may_be_the_source(by):
+    bridge = model("gpt2")
+    task = ioi_task(bridge)
+    with torch.no_grad():
+        _, cache = bridge.run_with_cache(task.clean_tokens)
+    found = sweep(bridge, task, "mlp_out", by=by, source=cache, progress=False)
+    wanted = sweep(bridge, task, "mlp_out", by=by, source=dict(cache.items()), progress=False)
+    assert found.equals(wanted) and found.attrs["source"] == "given"

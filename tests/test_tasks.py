@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import io
 import math
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import tiny
 import torch
 
 from patching_demo.engine import checks
 from patching_demo.metrics import LogitDifference, reads
-from patching_demo.sweeps import sweep, sweep_metrics
+from patching_demo.sweeps import question, sweep, sweep_metrics
 from patching_demo.tasks import (
     CORRUPTIONS,
     IOI_ANSWERS,
     IOI_PROMPTS,
     METRICS,
+    Task,
     induction_task,
     ioi_task,
     prompt_task,
@@ -667,3 +670,135 @@ def test_gpt2_small_gives_the_published_numbers():
     assert task.answers.tolist() == [
         list(p) for right, wrong in pairs for p in ((right, wrong), (wrong, right))
     ]
+
+
+GIVES = "When John gave the bag to", "When Mary gave the bag to"
+
+
+@pytest.mark.parametrize(
+    ("answers", "more", "message"),
+    [
+        ((" Mary ", " John"), {}, "' Mary ', which ends in a space"),
+        ((" Mary", " John\n"), {}, "ends in a space"),
+        ((" Mary", " John"), {"roles": {"giver": ("John ", "Mary")}}, "'John ' ends in a space"),
+    ],
+)
+def test_spaces_at_the_end_are_refused(answers, more, message):
+    with pytest.raises(ValueError, match=message):
+        prompt_task(tiny.model("gpt2"), *GIVES, answers, **more)
+
+
+def test_several_answers_on_both_sides_are_one_pair_or_refused():
+    bridge, several = tiny.model("gpt2"), ([" Mary", " Amy"], [" John", " Dan"])
+    found = prompt_task(bridge, *GIVES, several)
+    wanted = prompt_task(bridge, *GIVES, [several])
+    assert found.clean_baseline == wanted.clean_baseline
+    assert found.metric.name == "log-probability difference"
+    with pytest.raises(ValueError, match="may be several right and several wrong ones"):
+        prompt_task(bridge, GIVES[:1] * 2, GIVES[1:] * 2, several)
+
+
+@pytest.mark.parametrize("metric", ["probability", "logit difference"])
+def test_an_answer_within_another_counts_once(metric):
+    """That it goes on is part of the event that it begins."""
+    bridge = tiny.model("gpt2")
+    wanted = prompt_task(bridge, *GIVES, ([" Mary", " Amy"], [" John"]), metric=metric)
+    for right in (
+        [" Mary", " Amy", " Mary"],
+        [" Mary and", " Mary", " Amy"],
+        [" Amy", " Mary", " Mary and John"],
+    ):
+        found = prompt_task(bridge, *GIVES, (right, [" John"]), metric=metric)
+        assert found.clean_baseline == pytest.approx(wanted.clean_baseline, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", [pd.Series, np.array, tuple])
+def test_prompts_may_be_a_column_or_an_array(kind):
+    bridge = tiny.model("gpt2")
+    clean, corrupted = (kind([text]) for text in GIVES)
+    found = prompt_task(bridge, clean, corrupted, (" Mary", " John"))
+    assert found.clean_baseline == prompt_task(bridge, *GIVES, (" Mary", " John")).clean_baseline
+
+
+@pytest.mark.parametrize("change", ["answers", "an index", "a year"])
+def test_numbers_in_a_table_are_no_text(change):
+    """They would be token ids and positions."""
+    text = "clean,corrupted,right,wrong\nTwo plus five is,Two plus six is, seven, eight\n"
+    if change == "answers":
+        text = text.replace("seven", "7").replace("eight", "8")
+    frame = pd.read_csv(io.StringIO(text))
+    if change == "an index":
+        frame = pd.read_csv(io.StringIO(frame.to_csv()))
+    if change == "a year":
+        frame["subject"] = 1999
+    with pytest.raises(TypeError, match=r"row 0: column '(right|Unnamed: 0|subject)' holds \d+"):
+        Task.from_frame(tiny.model("gpt2"), frame)
+
+
+def test_rows_of_a_table_may_have_the_same_name():
+    frame = pd.DataFrame(
+        {"clean": GIVES[0], "corrupted": GIVES[1], "right": [None], "wrong": " John"}
+    )
+    with pytest.raises(ValueError, match=r"row 0: \['right'\] is empty"):
+        Task.from_frame(tiny.model("gpt2"), pd.concat([frame] * 2))
+    frame["right"] = "Mary"
+    with pytest.raises(ValueError, match=r"row 0: the right answer .* leading space"):
+        Task.from_frame(tiny.model("gpt2"), pd.concat([frame] * 2))
+
+
+def test_a_named_score_does_not_follow_a_function():
+    """The positions that a function reads are its own."""
+    bridge = tiny.model("gpt2")
+    task = ioi_task(bridge)
+    earlier = reads(task.metric.positions - 1)(lambda logits: logits.amax((-2, -1)))
+    for metric in (earlier, lambda logits: logits[:, -1, 5] - logits[:, -1, 6]):
+        other = task.with_metric(bridge, metric)
+        with pytest.raises(ValueError, match="on the task as it was before"):
+            other.with_metric(bridge, "logit difference")
+        with pytest.raises(ValueError, match="does not say which answer"):
+            other.solved(bridge)
+
+
+@pytest.mark.parametrize("per_prompt", [True, False])
+def test_a_function_of_each_row_is_a_mean_over_a_prompts_rows(per_prompt):
+    bridge = tiny.model("gpt2")
+    task = prompt_task(bridge, *GIVES, (" Mary home", " John the"))
+    assert task.rows_per_prompt == 2
+    task = task.with_metric(bridge, lambda logits: logits[:, -1].logsumexp(-1))
+    found = sweep(bridge, task, "out", by="all_pos", per_prompt=per_prompt, progress=False)
+    found = found.mean("prompt") if per_prompt else found
+    clean = task.clean_cache(bridge)["blocks.0.attn.hook_z"]
+
+    def put(activation, hook):
+        activation[:, :, 1] = clean[:, :, 1]
+        return activation
+
+    with torch.no_grad():
+        logits = bridge.run_with_hooks(
+            task.corrupted_tokens, fwd_hooks=[("blocks.0.attn.hook_z", put)]
+        )
+    wanted = float(logits[:, -1].logsumexp(-1).mean())
+    assert float(found[0, 1]) == pytest.approx(wanted, abs=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:the model runs in bfloat16")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("metric", ["probability", "log-probability", "logit difference"])
+@pytest.mark.parametrize("normalised", [False, True])
+def test_a_task_of_another_model_is_refused_by_any_metric(metric, dtype, normalised):
+    one, other = (tiny.fresh("gpt2", seed=seed).to(dtype) for seed in (0, 1))
+    task = ioi_task(one, metric=metric)
+    task = task.normalised() if normalised else task
+    with pytest.raises(ValueError, match="the task belongs to another model"):
+        sweep(other, task, "resid_pre", progress=False)
+
+
+def test_too_many_prompts_at_once_are_refused_before_they_end_the_process(monkeypatch):
+    bridge = tiny.model("gpt2")
+    task = ioi_task(bridge)
+    needed = 3 * task.corrupted_tokens.numel() * bridge.cfg.d_vocab * 4
+    monkeypatch.setattr(
+        question.psutil, "virtual_memory", lambda: SimpleNamespace(available=needed - 1)
+    )
+    with pytest.raises(ValueError, match="logits of 8 prompts of .* go by='role'"):
+        sweep(bridge, task, "resid_pre", progress=False)

@@ -47,7 +47,7 @@ class HookNotLive(ValueError):
     """
 
     def __init__(self, hook: str, called: bool) -> None:
-        self.hook = hook
+        self.hook, self._called = hook, called
         super().__init__(
             f"hook {hook!r} is not live on this model: it is called, but what it returns changes "
             "nothing (the attention is computed elsewhere), so it would read as zero everywhere. "
@@ -57,6 +57,9 @@ class HookNotLive(ValueError):
             "every cell would read as zero effect (some hooks need a switch, for instance "
             "model.set_use_attn_result(True))"
         )
+
+    def __reduce__(self) -> Any:  # Workers send it to the process that asked.
+        return HookNotLive, (self.hook, self._called)
 
 
 def without_dead_kinds(kinds: Sequence[str], swept: Callable[[Sequence[str]], Any]) -> Any:

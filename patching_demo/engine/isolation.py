@@ -6,6 +6,7 @@ modules would patch whatever another thread runs meanwhile, and would itself be 
 
 from __future__ import annotations
 
+import operator
 import sys
 import threading
 import weakref
@@ -139,6 +140,7 @@ class _Copier:
     def __init__(self) -> None:
         self.seen: list[nn.Module] = []
         self._copies: dict[int, Any] = {}
+        self._functions: dict[int, Any] = {}
         self._before: list[tuple[Any, type, dict[str, Any]]] = []
 
     def of(self, value: Any) -> Any:
@@ -201,20 +203,37 @@ class _Copier:
 
     def _function(self, value: Callable[..., Any]) -> Callable[..., Any]:
         """A function that has been put in place of a module's own, with its module replaced."""
-        before = value.__closure__ or ()
-        cells = tuple(
-            CellType(self.of(inside)) if isinstance(inside, (nn.Module, MethodType)) else cell
-            for cell, inside in zip(before, map(_contents, before), strict=True)
-        )
-        if cells == before:
+        if id(value) in self._functions:
+            return self._functions[id(value)][1]
+        self._functions[id(value)] = value, value  # A function may refer to itself.
+
+        def replaced(inside: Any) -> Any:
+            return self.of(inside) if isinstance(inside, _LEADS_ON) else inside
+
+        before, named = value.__closure__ or (), value.__kwdefaults__ or {}
+        inside = list(map(_contents, before))
+        cells = [
+            cell if replaced(held) is held else CellType(replaced(held))
+            for cell, held in zip(before, inside, strict=True)
+        ]
+        defaults = tuple(map(replaced, value.__defaults__ or ()))
+        by_name = {name: replaced(entry) for name, entry in named.items()}
+        if (
+            all(map(operator.is_, cells, before))
+            and all(map(operator.is_, defaults, value.__defaults__ or ()))
+            and all(by_name[name] is named[name] for name in named)
+        ):
             return value
         copied = FunctionType(
-            value.__code__, value.__globals__, value.__name__, value.__defaults__, cells
+            value.__code__, value.__globals__, value.__name__, defaults or None, tuple(cells)
         )
-        copied.__kwdefaults__ = value.__kwdefaults__
+        copied.__kwdefaults__ = by_name or None
+        self._functions[id(value)] = value, copied
         return copied
 
 
+# What a function may reach a module by.
+_LEADS_ON = (nn.Module, MethodType, FunctionType, partial)
 _SHARED = {type(None), bool, int, float, str, bytes, type}
 # Weights are shared. The caller's hooks may count or collect.
 _KEPT = ("_parameters", "_buffers", "_hooks", "_hooks_with_kwargs", "_hooks_always_called")

@@ -113,8 +113,9 @@ KINDS: dict[str, Kind] = {
     )
 }  # fmt: skip
 
-#: Kinds with one value per layer and position, and kinds with one value per head.
+#: Kinds with one value for each layer and position.
 BLOCK_KINDS = tuple(name for name, kind in KINDS.items() if not kind.of_heads)
+#: Kinds with one value for each head.
 HEAD_KINDS = tuple(name for name, kind in KINDS.items() if kind.of_heads)
 
 

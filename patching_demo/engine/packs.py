@@ -72,14 +72,14 @@ class Pack:
             self._filled[group] += len(positions)
             self.cells.append(cell)
         device = self.run.tokens.device
-        placed = torch.tensor(self._tokens, dtype=torch.int64).T
+        placed = torch.tensor(self._tokens, dtype=torch.int64, device="cpu").T
         owner, group_of, slots, positions, start = placed
         shape = (len(self._filled), max(self._filled))
         self.flat = (group_of * shape[1] + slots).to(device)
         self.owner, self.position = owner.to(device), positions.to(device)
 
         def spread(value: Tensor, empty: int) -> Tensor:
-            grid = torch.full(shape, empty, dtype=torch.int64)
+            grid = torch.full(shape, empty, dtype=torch.int64, device="cpu")
             grid[group_of, slots] = value
             return grid.to(device)
 
@@ -89,7 +89,8 @@ class Pack:
             start=spread(start, 0),
             prefix=int(start.max()),
         )
-        slot_of = torch.full((len(self.cells), self.run.tokens.shape[1]), -1, dtype=torch.int64)
+        every = len(self.cells), self.run.tokens.shape[1]
+        slot_of = torch.full(every, -1, dtype=torch.int64, device="cpu")
         slot_of[owner, positions] = group_of * shape[1] + slots
         self.slot_of = slot_of.to(device)
 
@@ -219,7 +220,7 @@ class Front:
             for index, (cell, _) in enumerate(fits, start=first):
                 if changed:
                     positions, states = changed[cell.row]
-                    flat = open_pack.slot_of[index, torch.as_tensor(positions)]
+                    flat = open_pack.slot_of[index, torch.as_tensor(positions, device="cpu")]
                     open_pack.put(flat, states)
 
     def step(self, layer: int, read: frozenset[int] | None = None) -> None:
@@ -251,7 +252,7 @@ class Front:
             with _patch_hooks(self.model, pack, self.clean, layer):
                 pack.step(self.model, layer)
             for index, (cell, positions) in enumerate(chunk):
-                flat = pack.slot_of[index, torch.as_tensor(positions)]
+                flat = pack.slot_of[index, torch.as_tensor(positions, device="cpu")]
                 outputs[cell.row] = positions, pack.at(flat).transpose(0, 1)
         return outputs
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from patching_demo.engine.cells import Cell
 
-VERSION = 3
+VERSION = 4
 _APPLICATION = 0x70617463  # Tells a store from any other SQLite file.
 
 
@@ -42,7 +42,7 @@ class CellStore:
     ) -> Iterator[CellStore]:
         """Open or make the store, held against any other sweep while this one runs.
 
-        ``probe`` returns a few values of the metrics, by which a metric is told from another.
+        ``probe`` returns values ``[n, metric, (batch)]``, by which a metric is told from another.
 
         Raises:
             ValueError: if the file is not a store, is damaged, or belongs to other inputs.
@@ -189,7 +189,13 @@ def _identity(
     written = [
         patch.write(torch.ones_like(clean[name]), clean[name]) for name, patch in setters.items()
     ]
-    rows = [*weights.values(), *(clean[name] for name in clean_names), *own, *written, probe]
+    rows = [
+        *weights.values(),
+        *(clean[name] for name in clean_names),
+        *own,
+        *written,
+        *probe.movedim(1, 0),
+    ]
     return digest.hexdigest(), torch.stack([_summarised(row) for row in rows])
 
 
@@ -197,7 +203,7 @@ def _summarised(values: Tensor) -> Tensor:
     """Norm and two projections of (a regular sample of) the values: float64 ``[3]``."""
     flat = torch.nan_to_num(values.detach().flatten())
     flat = flat[:: max(1, len(flat) // 65536)].cpu().double()
-    place = torch.arange(len(flat), dtype=torch.float64)
+    place = torch.arange(len(flat), dtype=torch.float64, device="cpu")
     waves = torch.stack([torch.cos(place + 1), torch.cos(place * 2**0.5)])
     return torch.cat([flat.norm()[None], waves @ flat])
 

@@ -36,7 +36,9 @@ def whole_numbers(values: Any, what: str) -> Tensor:
         ids = ": pass its ['input_ids']" if "input_ids" in values else ""
         raise TypeError(f"{what} must be whole numbers, got {type(values).__name__}{ids}")
     try:
-        tensor = torch.as_tensor(values)
+        tensor = (
+            values if isinstance(values, torch.Tensor) else torch.as_tensor(values, device="cpu")
+        )
     except (TypeError, ValueError, RuntimeError, KeyError) as error:
         raise TypeError(
             f"{what} must be whole numbers in rows of equal length, got {type(values).__name__}"

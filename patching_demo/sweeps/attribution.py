@@ -108,10 +108,10 @@ def attribute(
         parts.append(_estimate(question, names, by, method, steps, hooks, sorted(wanted)))
 
     if by == "role":
-        order = by_shape(model, {"metric": task}, sorted(wanted), estimated)
+        order = by_shape(model, {"metric": task}, sorted(hooks.values()), estimated)
         values = torch.cat(parts)[order]
     else:
-        estimated(Question(model, {"metric": task}, sorted(wanted)))
+        estimated(Question(model, {"metric": task}, sorted(hooks.values())))
         (values,) = parts
     values = values if several else values[:, 0]
     found = (values if per_prompt else values.mean(0)).float().cpu().numpy()
@@ -168,7 +168,8 @@ def _estimate(
     values = torch.stack(parts, dim=1)
     baseline = task.metric.per_example(logits)
     values = values + baseline.to(values).view(-1, *[1] * (values.ndim - 1))
-    return values[:: task.rows_per_prompt]
+    # A patch goes into all rows of a prompt, and each row's value is the prompt's.
+    return task.over_rows(values)
 
 
 def _gradients(

@@ -163,7 +163,7 @@ def _unbroken() -> Iterator[None]:
         yield
     except BrokenExecutor as error:
         raise RuntimeError(
-            "a worker was killed, as a rule for want of memory: make a new executor with fewer "
+            "a worker was killed, usually because memory ran out: make a new executor with fewer "
             "workers, or give a smaller memory=. What store= keeps is not run again"
         ) from error
 

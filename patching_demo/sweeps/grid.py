@@ -11,7 +11,7 @@ import numpy as np
 import xarray as xr
 
 from patching_demo.engine import checks
-from patching_demo.engine.cells import Cell, Patch
+from patching_demo.engine.cells import Cell, Patch, share_of_pass
 from patching_demo.engine.kinds import KINDS
 from patching_demo.engine.tokens import heads_of, key_value_heads
 from patching_demo.patching import index_of, setter_of
@@ -183,6 +183,12 @@ def chosen_cells(
         if labels is not None:
             if dim not in dims:
                 raise ValueError(f"this sweep has no {dim}: its dimensions are {dims}")
+            ends = (labels.start, labels.stop) if isinstance(labels, slice) else ()
+            if any(isinstance(end, int) and end < 0 for end in ends):
+                raise ValueError(
+                    f"{dim} {labels!r}: slices go by label, as in .sel of the result, and no label "
+                    "is negative"
+                )
             try:
                 cells = cells.sel({dim: labels})
             except KeyError:
@@ -211,7 +217,7 @@ def chosen_cells(
     agree = task.agree_until if source == "clean" else 0
     moved = start >= agree
     start = start if "position" in at or "role" in at else agree
-    passes = moved * (1 - at["layer"] / model.cfg.n_layers) * np.clip(1 - start / n_pos, 0, 1)
+    passes = moved * share_of_pass(at["layer"], start, model.cfg.n_layers, n_pos)
     cells.attrs["n_key_value_heads"] = key_value_heads(model) if KINDS[names[0]].of_heads else 0
     return cells, passes
 

@@ -5,18 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import combinations
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 import xarray as xr
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from patching_demo.engine import checks, runner
-from patching_demo.engine.cells import Cell
+from patching_demo.engine.cells import Cell, share_of_pass
 from patching_demo.engine.kinds import BLOCK_KINDS, HEAD_KINDS, KINDS, kind_of_hook
-from patching_demo.engine.tokens import device_of, heads_of
+from patching_demo.engine.tokens import config_number, device_of, heads_of
 from patching_demo.metrics import Normalised
 from patching_demo.tasks import Task
 from patching_demo.tasks.prompts import aligned
@@ -39,6 +41,8 @@ class Question:
         options: of :class:`patching_demo.engine.runner.Options`.
         by_role: whether what is patched at a role's place in the corrupted prompts comes from its
             place in the clean ones; both are then the same for all prompts.
+        of_all: how many times the work of these prompts all of them are, for the warning of long
+            runs; 0 for none.
 
     Raises:
         TypeError: if the model is no TransformerBridge, a task none, or an option unknown.
@@ -55,8 +59,10 @@ class Question:
         per_prompt: bool = False,
         options: Mapping[str, Any] | None = None,
         by_role: bool = False,
+        of_all: float = 1.0,
     ) -> None:
         check_tasks(tasks)
+        self.of_all = of_all
         self.options = runner.Options.of(options or {})
         checks.checked_model(model)
         self.task = first = next(iter(tasks.values()))
@@ -65,6 +71,7 @@ class Question:
         if not by_role:
             check_positions(self.model, first)
         self.tokens = checks.checked_tokens(self.model, first.corrupted_tokens, masked=True)
+        _refuse_too_many(self.model, self.tokens)
         begin = time.perf_counter()
         with torch.no_grad():
             logits, cache = self.model.run_with_cache(
@@ -72,7 +79,10 @@ class Question:
             )
             self._seconds = time.perf_counter() - begin  # of one forward pass, at most
             for task in tasks.values():
-                measured = float(task.clean_metric(logits))
+                metric, expected = task.clean_metric, task.clean_values
+                measured = metric(logits).view(1)
+                if expected is not None:
+                    measured = torch.cat([measured, task.over_rows(metric.per_example(logits))])
                 _check_baseline(task, "clean", measured, logits)
         self._logits = logits
         n_pos, start = self.tokens.shape[1], first.agree_until
@@ -101,7 +111,7 @@ class Question:
 
     def _sourced(self, hook: str, source: Any, tokens: Tensor) -> Tensor:
         clean = self.clean[hook]
-        if isinstance(source, Mapping):
+        if isinstance(source, Mapping) or hasattr(source, "cache_dict"):
             return checks.checked_activation(self.model, source, hook, tokens, "given")
         if source == "zero":
             return torch.zeros_like(clean)
@@ -184,9 +194,9 @@ class Question:
             expected=expected,
         )
         for task, value in zip(self.tasks.values(), base, strict=True):
-            _check_baseline(task, "corrupted", float(value.mean()), self._logits)
-        if self.per_prompt:  # Every row of a prompt has its value.
-            values = values[..., :: self.task.rows_per_prompt]
+            _check_baseline(task, "corrupted", value.mean().view(1), self._logits)
+        if self.per_prompt:
+            values = self.task.over_rows(values, -1)
         found = values.detach().float().cpu().numpy()
         return dict(zip(self.tasks, found, strict=True))
 
@@ -196,9 +206,9 @@ class Question:
         n_pos = self.tokens.shape[1]
         end = 1 + max(int(task.metric.positions.max()) for task in self.tasks.values())
         share = sum(
-            (n_layers - cell.layer) * max(0, end - max(first, cell.start)) / n_layers / n_pos
+            float(share_of_pass(cell.layer, max(first, cell.start), n_layers, n_pos, end))
             for cell in cells
-            if max(patch.positions[-1] for patch in cell.patches) >= first
+            if max((patch.positions[-1] for patch in cell.patches), default=-1) >= first
         )
         # A patched run unembeds next to nothing.
         blocks, rest = (
@@ -206,16 +216,17 @@ class Question:
             for parts in (self.model.blocks, filter(None, [getattr(self.model, "unembed", None)]))
         )
         share *= blocks / (blocks + rest)
-        if share * self._seconds <= LONG_SECONDS:
+        if share * self.of_all * self._seconds <= LONG_SECONDS:
             return share * self._seconds
         begin = time.perf_counter()  # The first pass may have been slow for being the first.
         with torch.no_grad():
             self.model(self.tokens, return_type="logits")
         seconds = share * min(self._seconds, time.perf_counter() - begin)
-        if seconds > LONG_SECONDS:
+        if (whole := seconds * self.of_all) > LONG_SECONDS:
+            runs = round(len(cells) * self.of_all)
             checks.warn_once(
-                f"{len(cells):,} patched runs will take about {max(1, round(seconds / 60))} "
-                "minutes here: choose cells with where=, positions= or layers= (attribute "
+                f"{runs:,} patched runs will take about {max(1, round(whole / 60))} minutes "
+                "here: choose cells with where=, positions= or layers= (attribute "
                 "estimates all of them in a few passes)"
             )
         return seconds
@@ -290,14 +301,16 @@ def by_shape(
     for prompts, own in in_shapes(first, options or {}):
         order += prompts
         parts = {name: task.part(prompts) for name, task in tasks.items()}
-        given = source
-        if isinstance(source, Mapping):
+        given = getattr(source, "cache_dict", source)
+        if isinstance(given, Mapping):
             given = {
-                hook: _rows_of(first, source[hook], hook, prompts, parts)
+                hook: _rows_of(first, given[hook], hook, prompts, parts)
                 for hook in hooks
-                if hook in source
+                if hook in given
             }
-        answer(Question(model, parts, hooks, given, True, own, by_role=True))
+        # The first shape tells what all will take.
+        of_all = 0.0 if len(order) > len(prompts) else len(first) / len(prompts)
+        answer(Question(model, parts, hooks, given, True, own, by_role=True, of_all=of_all))
     return np.argsort(order)
 
 
@@ -347,6 +360,12 @@ def _rows_of(
 @torch.no_grad()
 def _mean_at_roles(model: Any, task: Task, hooks: Sequence[str]) -> dict[str, Tensor]:
     """Clean activations with, at each role's place, the mean over all prompts' places of it."""
+    for (one, (here, _)), (other, (there, _)) in combinations(task.roles.items(), 2):
+        if 0 < int((here == there).sum()) < len(here):
+            raise ValueError(
+                f"roles {one!r} and {other!r} are the same token of some clean prompts only, so "
+                "there is no one mean there: make tasks with one of them each"
+            )
     total: dict[str, dict[str, Tensor]] = {hook: {} for hook in hooks}
     whole: dict[str, Tensor] = {}
     for prompts in task.groups():
@@ -451,21 +470,48 @@ def check_tasks(tasks: Mapping[str, Task]) -> None:
                 )
 
 
-def _check_baseline(task: Task, which: str, measured: float, logits: Tensor) -> None:
+def _refuse_too_many(model: Any, tokens: Tensor) -> None:
+    """Refuse prompts whose logits alone do not fit into memory, before that ends the process."""
+    if tokens.device.type != "cpu":
+        return  # It raises an error there.
+    item = next(iter(model.parameters())).element_size()
+    # Those of both runs, and a copy for the metric.
+    needed = 3 * tokens.numel() * (config_number(model, "d_vocab") or 0) * item
+    free = psutil.virtual_memory().available
+    if needed > free:
+        raise ValueError(
+            f"the logits of {len(tokens):,} prompts of {tokens.shape[1]} tokens need "
+            f"{needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free: go by='role', which "
+            "takes some prompts at a time, or take fewer with task.select"
+        )
+
+
+def _check_baseline(task: Task, which: str, measured: Tensor, logits: Tensor) -> None:
     """Refuse a task whose baseline was measured on another model.
+
+    ``measured`` is the baseline, and may go on with the values of each prompt.
 
     Raises:
         ValueError: with both numbers, if they differ by more than another machine's rounding.
     """
-    expected = task.clean_baseline if which == "clean" else task.corrupted_baseline
-    scale = 1.0
-    if isinstance(task.metric, Normalised):
-        scale = abs(task.metric.clean - task.metric.corrupted)
-    share = max(1e-5, 4 * torch.finfo(logits.dtype).eps)
-    if abs(measured - expected) > share * (float(logits.abs().max()) / scale + abs(expected)):
+    found = measured.double().cpu()
+    expected = torch.tensor([getattr(task, f"{which}_baseline")], dtype=found.dtype, device="cpu")
+    if len(found) > 1:
+        expected = torch.cat([expected, getattr(task, f"{which}_values").to(expected)])
+    metric, scale, least = task.metric, 1.0, 0.0
+    if isinstance(metric, Normalised):
+        metric, scale, least = metric.metric, metric.clean - metric.corrupted, metric.corrupted
+    size = float(logits.abs().max()) * torch.ones_like(expected)
+    if metric.units == "probability":  # What its logits are off by, a probability is off by a part.
+        size *= torch.maximum(expected.abs(), found.abs()) * abs(scale) + abs(least)
+    allowed = max(1e-5, 4 * torch.finfo(logits.dtype).eps) * (size / abs(scale) + expected.abs())
+    wrong = ((found - expected).abs() > allowed).nonzero()[:, 0].tolist()
+    if wrong:
+        at = wrong[0]
+        of = f"the {which} baseline of the task" + f" on prompt {at}" * bool(at)
         raise ValueError(
-            f"the {which} baseline of the task is {expected:.6g}, measured on {task.model_name!r}, "
-            f"but this model's own is {measured:.6g} ({task.metric.name}): the task belongs to "
+            f"{of} is {float(expected[at]):.6g}, measured on {task.model_name!r}, but this "
+            f"model's own is {float(found[at]):.6g} ({task.metric.name}): the task belongs to "
             "another model, or the model was changed. Sweep task.on(model), unless its answer to "
             "one prompt depends on the others of the batch, as quantised activations let it"
         )

@@ -50,7 +50,8 @@ def patch(
         float32 ``([prompt,] set)``, in the metric's units.
 
     Raises:
-        ValueError: if there is no set, or a part does not exist.
+        ValueError: if there is no set, a part does not exist, or parts with and without roles ask
+            for means.
         TypeError: as :func:`patching_demo.sweep`.
 
     >>> from patching_demo import induction_task, load_model
@@ -62,12 +63,15 @@ def patch(
     if not isinstance(sets, Mapping) or not sets:
         raise ValueError(f"sets must be a mapping from names to parts, with at least one: {sets!r}")
     check_tasks({"metric": task})
-    by_role = not task.same_lengths or any(
-        part[3] in task.roles
-        for parts in sets.values()
-        for part in parts
-        if isinstance(part, tuple) and len(part) == 4 and isinstance(part[3], str)
-    )
+    sets = {name: list(parts) for name, parts in sets.items()}
+    every = [part for parts in sets.values() for part in parts]
+    elsewhere = [part for part in every if not _at_role(task, part)]
+    by_role = not task.same_lengths or len(elsewhere) < len(every)
+    if by_role and source == "mean" and elsewhere:
+        raise ValueError(
+            f"{elsewhere[0]!r}: with source='mean', a part at a role is the mean over all prompts' "
+            "places of it, and this part names no role: measure such sets in a call of their own"
+        )
     found = Workers(model, executor).spread(
         partial(_values, sets=list(sets.values()), source=source, by_role=by_role),
         {"metric": task}, np.arange(len(sets), dtype=float), np.ones(len(sets)),
@@ -75,6 +79,12 @@ def patch(
     )["metric"]  # fmt: skip
     coords, facts = {"set": list(sets)}, {"by": "set", "kind": ""}
     return labelled(task, found, ["set"], coords, per_prompt=per_prompt, source=source, **facts)
+
+
+def _at_role(task: Task, part: Any) -> bool:
+    """Whether a part's position is a role; other slips are named where parts are checked."""
+    place = part[3] if isinstance(part, tuple) and len(part) == 4 else None
+    return isinstance(place, str) and place in task.roles
 
 
 def _values(

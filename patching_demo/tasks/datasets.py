@@ -299,13 +299,13 @@ def induction_task(
         )
     copies = _random_sequences(choices, batch, seq_len, seed)
     device = device_of(model)
-    first = torch.full((batch, 1), bos)
+    first = torch.full((batch, 1), bos, device="cpu")
 
     def tokens(spelling: str) -> Tensor:
         return torch.cat([first, *(copies[letter] for letter in spelling)], dim=1).to(device)
 
     answers = copies["A"][:, 1:].to(device)
-    positions = torch.arange(seq_len + 1, 2 * seq_len).expand(batch, -1).to(device)
+    positions = torch.arange(seq_len + 1, 2 * seq_len, device="cpu").expand(batch, -1).to(device)
     # Rows hold different tokens, so a label names the place in the sequence, not a token.
     copy = [f"A{i}" for i in range(1, seq_len + 1)]
     clean, other = tokens("AA"), tokens(corrupted)
@@ -316,7 +316,7 @@ def induction_task(
         corrupted=other,
         metric=LogProb(answers, positions),
         answers=answers,
-        lengths=torch.full((batch,), clean.shape[1]),
+        lengths=torch.full((batch,), clean.shape[1], device="cpu"),
         names=["BOS", *copy, *copy],
     )
 
@@ -333,7 +333,7 @@ def _induction_vocabulary(model: Any) -> tuple[int, Tensor]:
     # Large vocabularies start with bytes and end with rarities; small ones are used whole.
     low, high = (100, min(size, 10_000)) if size > 1_000 else (0, size)
     allowed = [token for token in range(low, high) if token != bos and token not in special]
-    return bos, torch.tensor(allowed)
+    return bos, torch.tensor(allowed, device="cpu")
 
 
 def _random_sequences(choices: Tensor, batch: int, seq_len: int, seed: int) -> dict[str, Tensor]:
@@ -341,10 +341,13 @@ def _random_sequences(choices: Tensor, batch: int, seq_len: int, seed: int) -> d
     rows = []
     for _ in range(batch):
         if len(choices) >= 3 * seq_len:
-            picks = torch.randperm(len(choices), generator=generator)[: 3 * seq_len]
+            picks = torch.randperm(len(choices), generator=generator, device="cpu")[: 3 * seq_len]
         else:
             picks = torch.cat(
-                [torch.randperm(len(choices), generator=generator)[:seq_len] for _ in "ABC"]
+                [
+                    torch.randperm(len(choices), generator=generator, device="cpu")[:seq_len]
+                    for _ in "ABC"
+                ]
             )
         rows.append(choices[picks])
     return dict(zip("ABC", torch.stack(rows).split(seq_len, dim=1), strict=True))

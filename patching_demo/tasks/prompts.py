@@ -57,8 +57,8 @@ def prompt_task(
         corrupted: as many prompts.
         answers: (right, wrong), or a list of such pairs, one for each prompt or one for all. An
             answer is a string, with the leading space a word has inside a sentence, or a token id;
-            a list in its place holds several answers. Where one has several tokens, or there are
-            several, the metric is made of their log-probabilities, see
+            a list in its place holds several answers, of which any is right. Where one has several
+            tokens, or there are several, the metric is made of their log-probabilities, see
             :class:`patching_demo.metrics.AnswerOdds`.
         metric: one of :data:`METRICS`; the last two score right answers alone.
         name: used in figure titles.
@@ -74,6 +74,7 @@ def prompt_task(
     """
     check_bridge(model)
     checked_metric_name(metric)
+    clean, corrupted = map(_listed, (clean, corrupted))
     if isinstance(clean, str) != isinstance(corrupted, str):
         raise TypeError(
             "give clean and corrupted prompts in the same form: both str, or both lists"
@@ -135,6 +136,7 @@ def noise_task(
         raise ValueError("name a role that gets the noise, such as roles={'subject': 'France'}")
     if not scale > 0:
         raise ValueError(f"scale must be above 0, got {scale!r}")
+    prompts = _listed(prompts)
     rows = _prompt_rows(model, prompts, "clean")
     pairs = _answer_pairs(model, answers, len(rows), prompts)
     noisy: list[set[int]] = [set() for _ in rows]
@@ -147,7 +149,7 @@ def noise_task(
     corrupted, vectors = [list(row) for row in rows], []
     for row, changed, own in zip(rows, corrupted, noisy, strict=True):
         for place in sorted(own):
-            noise = torch.randn(table.shape[1], generator=generator).to(table)
+            noise = torch.randn(table.shape[1], generator=generator, device="cpu").to(table)
             changed[place] = size + len(vectors)
             vectors.append(table[row[place]] + scale * table.std() * noise)
     sides = {"clean": rows, "corrupted": corrupted}
@@ -155,6 +157,12 @@ def noise_task(
     more = torch.stack(vectors)
     metric = checked_metric_name(metric)
     return _from_rows(model, sides, places, pairs, metric, name=name, extra_embeddings=more)
+
+
+def _listed(prompts: Any) -> Any:
+    """A column of a table or an array as a list, if it holds text."""
+    own = prompts.tolist() if hasattr(prompts, "tolist") else prompts
+    return own if isinstance(own, list) and all(isinstance(p, str) for p in own) else prompts
 
 
 def _from_rows(
@@ -173,11 +181,12 @@ def _from_rows(
         whole = [[*row, *suffix] for row, own in zip(rows, suffixes, strict=True) for suffix in own]
         for row in whole:
             check_length(model, len(row), f"a {which} prompt with its answer")
-        lengths[which] = torch.tensor([len(row) for row in whole])
+        lengths[which] = torch.tensor([len(row) for row in whole], device="cpu")
         tokens[which] = right_padded(whole, 0 if pad is None else pad).to(device)
-    ends = torch.tensor([len(row) for row in sides["corrupted"] for _ in range(each)])
+    ends = [len(row) for row in sides["corrupted"] for _ in range(each)]
+    ends = torch.tensor(ends, device="cpu")
     firsts = [[side[0][0] for side in pair] for pair in pairs for _ in range(each)]
-    answers = torch.tensor(firsts).to(device)
+    answers = torch.tensor(firsts, device=device)
     return build(
         model,
         clean=tokens["clean"],
@@ -188,7 +197,8 @@ def _from_rows(
         corrupted_lengths=lengths["corrupted"],
         roles={
             role: tuple(
-                torch.tensor(places[which][role]).repeat_interleave(each) for which in sides
+                torch.tensor(places[which][role], device="cpu").repeat_interleave(each)
+                for which in sides
             )
             for role in places["clean"]
         },
@@ -231,7 +241,7 @@ def _scoring(pairs: Sequence[Any], metric: str) -> tuple[list[list[list[int]]], 
     longest = max(len(answer) for pair in pairs for side in pair for answer in side)
 
     def made(answers: Any, ends: Any, lengths: Any, device: Any) -> Metric:
-        places = (ends - 1)[:, None] + torch.arange(longest)
+        places = (ends - 1)[:, None] + torch.arange(longest, device="cpu")
         places = torch.minimum(places, (lengths - 1)[:, None])
         return AnswerOdds(right, wrong, places.to(device), metric)
 
@@ -293,6 +303,11 @@ def _tokens_of(model: Any, row: Sequence[int], what: Any, where: str) -> range:
             "text that ends with the token you mean, or give its position"
         )
     begin = whole.index(what)
+    if what[-1].isspace() and begin + len(what) not in ends:
+        raise ValueError(
+            f"{where}: {what!r} ends in a space, which belongs to the next token of "
+            f"{_shown(model, row)}: write {what.rstrip()!r}"
+        )
     first = next(i for i, end in enumerate(ends) if end > begin)
     last = next(i for i, end in enumerate(ends) if end >= begin + len(what))
     return range(first, last + 1)
@@ -424,7 +439,15 @@ def _answer_pairs(model: Any, answers: Any, count: int, prompts: Any) -> list[An
             f"one right answer each: for the first write [({pairs[0]!r}, {pairs[1]!r})], for "
             f"the second [({pairs[0]!r}, wrong), ({pairs[1]!r}, wrong)]"
         )
-    if not all(listed):
+    if isinstance(answers, tuple) and len(answers) == 2 and all(isinstance(p, list) for p in pairs):
+        if count == 2:
+            raise ValueError(
+                f"answers {answers!r} for 2 prompts may be several right and several wrong ones "
+                f"for both, or one pair each: for the first write [({pairs[0]!r}, {pairs[1]!r})], "
+                f"for the second [{tuple(pairs[0])!r}, {tuple(pairs[1])!r}]"
+            )
+        pairs = [answers]
+    elif not all(listed):
         pairs = [tuple(pairs)] if len(pairs) == 2 else [(p,) for p in pairs]
     if len(pairs) == 1:
         pairs = pairs * count
@@ -446,7 +469,7 @@ def _answer_pairs(model: Any, answers: Any, count: int, prompts: Any) -> list[An
             if not several:
                 raise ValueError(f"there is no {which} answer of prompt {number}")
             what = f"the {which} answer of prompt {number}"
-            row.append([_answer_ids(model, answer, text, what) for answer in several])
+            row.append(_apart([_answer_ids(model, answer, text, what) for answer in several]))
         for answer in row[0]:
             if answer in row[1]:
                 raise ValueError(
@@ -456,6 +479,19 @@ def _answer_pairs(model: Any, answers: Any, count: int, prompts: Any) -> list[An
                 )
         rows.append(row)
     return rows
+
+
+def _apart(answers: list[list[int]]) -> list[list[int]]:
+    """Answers without those that another one is, or begins: they are counted with that one."""
+    return [
+        answer
+        for i, answer in enumerate(answers)
+        if not any(
+            answer[: len(other)] == other and (answer != other or k < i)
+            for k, other in enumerate(answers)
+            if k != i
+        )
+    ]
 
 
 def _lacks_space(prompt: str | None, answer: str) -> bool:
@@ -471,12 +507,17 @@ def _answer_ids(model: Any, answer: Any, prompt: str | None, what: str) -> list[
     if getattr(answer, "ndim", None) == 0:  # As argmax returns it.
         answer = answer.tolist()
     if isinstance(answer, Integral) and not isinstance(answer, bool):
-        check_ids(model, torch.tensor([int(answer)]), what)
+        check_ids(model, torch.tensor([int(answer)], device="cpu"), what)
         return [int(answer)]
     if not isinstance(answer, str):
         raise TypeError(f"{what} must be a string or a token id, got {type(answer).__name__}")
     if getattr(model, "tokenizer", None) is None:
         raise ValueError(f"this model has no tokenizer: give {what} as a token id")
+    if answer[-1:].isspace() and answer.strip():
+        raise ValueError(
+            f"{what} is {answer!r}, which ends in a space, and that would be part of the answer: "
+            f"write {answer.rstrip()!r}"
+        )
     ids = _ids_of(model, answer)
     spaced = _ids_of(model, " " + answer)
     unknown = getattr(model.tokenizer, "unk_token_id", None)

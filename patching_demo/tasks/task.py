@@ -17,6 +17,7 @@ from patching_demo.engine.isolation import isolated, with_more_tokens
 from patching_demo.engine.tokens import check_ids, check_length, device_of, name_of
 from patching_demo.metrics import (
     AnswerOdds,
+    FunctionMetric,
     LogitDifference,
     LogProb,
     Metric,
@@ -122,7 +123,7 @@ class Task:
         """The metric where it reads in the clean prompts, which may have other lengths."""
         if self.same_lengths:
             return self.metric
-        rows = torch.arange(len(self.lengths))
+        rows = torch.arange(len(self.lengths), device="cpu")
         return self.metric.select(rows, self.lengths - self.corrupted_lengths)
 
     def normalised(self) -> Task:
@@ -157,6 +158,12 @@ class Task:
             own = self.metric.metric if isinstance(self.metric, Normalised) else self.metric
             if isinstance(own, AnswerOdds):
                 metric = own.scored_as(checked_metric_name(metric))
+            elif isinstance(own, FunctionMetric):
+                raise ValueError(
+                    f"the task is scored by the function {own.name!r}, which does not say where "
+                    f"its answers are: call with_metric(model, {checked_metric_name(metric)!r}) on "
+                    "the task as it was before"
+                )
             else:
                 metric = named_metric(metric, self.answers, self.metric.positions)
         elif not isinstance(metric, Metric):
@@ -165,7 +172,7 @@ class Task:
                     f"metric must be one of {', '.join(METRICS)}, or a metric, got {metric!r}: "
                     "patching_demo.metrics.reads makes one of a function that says where it reads"
                 )
-            everywhere = torch.arange(self.clean_tokens.shape[1])
+            everywhere = torch.arange(self.clean_tokens.shape[1], device="cpu")
             metric = reads(everywhere.expand(len(self.clean_tokens), -1))(metric)
         return replace(self, metric=metric)._measured(model)
 
@@ -283,7 +290,8 @@ class Task:
         if plain.name not in ("logit difference", "log-probability difference"):
             raise ValueError(
                 f"{plain.name!r} does not say which answer the model prefers: score the task by "
-                "the logit difference first, with task.with_metric(model, 'logit difference')"
+                "the logit difference, with task.with_metric(model, 'logit difference') before "
+                "any function of your own"
             )
         _refuse_training(model)
         metric = replace(self, metric=plain).clean_metric
@@ -311,7 +319,7 @@ class Task:
             model: a TransformerBridge with a tokenizer.
             frame: a pandas DataFrame with the columns clean, corrupted, right and wrong; every
                 other column is a role, and one that ends in ``_corrupted`` holds the role of that
-                name in the corrupted prompts, where it is another text.
+                name in the corrupted prompts, where it is another text. All columns hold text.
             options: of :func:`patching_demo.prompt_task`, such as ``metric`` and ``chat``.
 
         Raises:
@@ -324,10 +332,20 @@ class Task:
         for name in needed:
             if name not in frame:
                 raise ValueError(f"the table has no column {name!r}, only {list(frame)}")
-        empty = frame.isna().any(axis=1)
+        empty = frame.isna().to_numpy()
         if empty.any():
-            row = frame.index[empty][0]
-            raise ValueError(f"row {row!r}: {list(frame.columns[frame.loc[row].isna()])} is empty")
+            at = int(empty.any(axis=1).argmax())
+            columns = list(frame.columns[empty[at]])
+            raise ValueError(f"row {frame.index.tolist()[at]!r}: {columns} is empty")
+        for name in frame:
+            for row, value in zip(frame.index.tolist(), frame[name].tolist(), strict=True):
+                if not isinstance(value, str):
+                    raise TypeError(
+                        f"row {row!r}: column {name!r} holds {value!r}, which is no text. Read "
+                        "the table with dtype=str (and skipinitialspace=False, as an answer begins "
+                        "with a space); leave out a column that is no role; token ids and "
+                        "positions go to prompt_task"
+                    )
 
         def task_of(rows: Any) -> Task:
             columns = {name: rows[name].tolist() for name in rows}
@@ -344,9 +362,9 @@ class Task:
         try:
             return task_of(frame)
         except (ValueError, TypeError):
-            for row in frame.index:
+            for at, row in enumerate(frame.index.tolist()):
                 try:
-                    task_of(frame.loc[[row]])
+                    task_of(frame.iloc[[at]])
                 except (ValueError, TypeError) as error:
                     raise type(error)(f"row {row!r}: {error}") from None
             raise
@@ -372,7 +390,12 @@ class Task:
     def rows_of(self, prompts: Iterable[int]) -> Tensor:
         """The rows of the batch that belong to these prompts."""
         each = self.rows_per_prompt
-        return torch.tensor([prompt * each + i for prompt in prompts for i in range(each)])
+        rows = [prompt * each + i for prompt in prompts for i in range(each)]
+        return torch.tensor(rows, device="cpu")
+
+    def over_rows(self, values: Tensor, dim: int = 0) -> Tensor:
+        """The mean over each prompt's rows of values that have one for each row along ``dim``."""
+        return over_rows(values, self.rows_per_prompt, dim)
 
     def part(self, prompts: Sequence[int]) -> Task:
         """These prompts alone, without padding that none of them needs, on the same scale."""
@@ -487,15 +510,22 @@ def _values(
             values = metric.per_example(logits)
         except ValueError:  # It is one number for the batch.
             return None, baseline
-        return values[::rows_per_prompt].cpu(), baseline
+        return over_rows(values, rows_per_prompt).cpu(), baseline
     found = []
-    for rows in torch.arange(len(tokens)).split(size):
+    for rows in torch.arange(len(tokens), device="cpu").split(size):
         part = metric.select(rows)
         last = int(part.positions.max()) + 1  # What is behind it reaches nothing that is read.
         logits = model(tokens[rows.to(tokens.device), :last], return_type="logits")
-        found.append(part.per_example(logits)[::rows_per_prompt].cpu())
+        found.append(over_rows(part.per_example(logits), rows_per_prompt).cpu())
     values = torch.cat(found)
     return values, float(values.mean())
+
+
+def over_rows(values: Tensor, rows_per_prompt: int, dim: int = 0) -> Tensor:
+    """One value for each prompt, of values for each of its rows along ``dim``: their mean."""
+    if rows_per_prompt == 1:
+        return values
+    return values.unflatten(dim, (-1, rows_per_prompt)).mean(dim + 1 if dim >= 0 else dim)
 
 
 def checked_metric_name(name: str) -> str:
@@ -575,7 +605,8 @@ def build(
 def right_padded(rows: Sequence[Sequence[int]], pad: int) -> Tensor:
     """Rows of token ids as one tensor."""
     length = max(map(len, rows))
-    return torch.tensor([[*row, *[pad] * (length - len(row))] for row in rows])
+    padded = [[*row, *[pad] * (length - len(row))] for row in rows]
+    return torch.tensor(padded, device="cpu")
 
 
 def strings_of(model: Any, ids: Sequence[int]) -> list[str]:
