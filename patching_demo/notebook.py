@@ -127,6 +127,6 @@ def largest(result: xr.DataArray, n: int = 5) -> Html:
     metric = str(result.attrs.get("metric", "metric")).removesuffix(", normalised")
     return table(
         cells,
-        f"The {n} patches that move the {metric} furthest from its {corrupted} baseline; shares "
-        f"are of {clean} minus {corrupted}.",
+        f"The {len(cells)} patches that move the {metric} furthest from its {corrupted} baseline; "
+        f"shares are of {clean} minus {corrupted}.",
     )

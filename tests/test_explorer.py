@@ -249,8 +249,8 @@ def test_many_heads_are_trimmed_to_the_largest_and_the_chosen(model, monkeypatch
 def test_heads_that_do_not_exist_are_gaps():
     panel = finished(Panel(tiny.model("llama-gqa"), kinds=HEADS, by="all_pos"))
     missing = int(np.isnan(panel.result.values).sum())
-    assert missing and panel.picture.value.count(': no such head"') == missing
-    assert "Grey: no such head" in panel.picture.value
+    assert missing and panel.picture.value.count(': no value"') == missing
+    assert "Grey: no value. This model has no such head" in panel.picture.value
     kind, _, head = panel.places.children
     kind.value, head.value = HEADS.index("k"), 3
     assert "share keys and values" in panel.cell.value and "nan" not in panel.cell.value.lower()

@@ -1061,3 +1061,37 @@ def test_text_reads_on_white_and_on_dark_paper():
     assert _contrast(theme.MENU["font"]["color"], chosen) >= 4.5
     for colour in theme.LINES:
         assert _contrast(colour, "#ffffff") >= 3 and _contrast(colour, "#14181e") >= 3
+
+
+@pytest.mark.parametrize("dims", [("layer", "position"), ("layer", "head")])
+def test_layers_stay_in_their_order(dims):
+    """However many there are: sorted by effect, a staircase is none."""
+    result = _made(dims, layers=36)
+    figure = plots.heatmap(result)
+    shown = [word for word in figure.data[0].y]
+    assert len(shown) == 36 and not figure.layout.updatemenus
+    assert [int(re.search(r"\d+", word)[0]) for word in shown] == list(range(36))
+
+
+@pytest.mark.parametrize("draw", ["heatmap", "curves", "bars", "explore"])
+def test_figures_without_a_number_are_refused(draw):
+    result = _made(("kind", "layer", "head"), kinds=("out", "v"))
+    more = {"along": "layer"} if draw in ("curves", "bars") else {}
+    part = result if draw == "explore" else result[0]
+    part = part.isel(head=0, drop=True) if more else part
+    with pytest.raises(ValueError, match="no cell with a number in it"):
+        getattr(plots, draw)(part * np.nan, **more)
+
+
+def test_what_has_no_layer_is_drawn():
+    result = _made(("layer", "position", "head"))
+    figure = plots.heatmap(result.max("layer", keep_attrs=True))
+    assert "Baselines" in figure.layout.meta["alt"]
+
+
+def test_a_scatter_compares_what_is_on_one_scale():
+    result = _made(("layer", "head"))
+    with pytest.raises(ValueError, match="on other scales"):
+        plots.scatter(result, share(result))
+    with pytest.raises(ValueError, match="on other scales"):
+        plots.scatter(result, result.assign_attrs(clean_baseline=5.0))

@@ -38,6 +38,8 @@ from patching_demo.tasks import Task
 MOST_ROWS = 30
 #: So many effects are listed in words.
 LARGEST = 8
+#: Why a cell has no value.
+MISSING = "This model has no such head, as heads share keys and values, or its hook is dead."
 
 # Notebooks set it for light and dark pages; where nobody does, the page's own colour is inherited.
 # A widget's lines would be as high as its buttons.
@@ -131,7 +133,7 @@ def cell_table(result: xr.DataArray, task: Task, at: tuple[int, ...]) -> str:
         one, other = (row[place] for row, place in zip(strings, places, strict=True))
         where += f", where the {source} prompt has {one!r} and the {target} one {other!r}"
     if math.isnan(value):
-        where += ": no such head: heads of this model share keys and values"
+        where += f": no value. {MISSING}"
     elif "agrees" in cell.coords and bool(cell["agrees"]):
         where += ": the prompts agree up to here, so there is nothing to patch"
     equal = baselines_are_equal(result)
@@ -179,7 +181,7 @@ def heatmap_table(result: xr.DataArray, chosen: tuple[int, ...]) -> str:
     here = (at.get("kind", 0), int(np.ravel_multi_index([at[d] for d in down], sizes)), at[across])
     looks[here] += _CHOSEN
     rows, note = np.arange(values.shape[1]), ""
-    if len(rows) > MOST_ROWS:
+    if len(down) > 1 and len(rows) > MOST_ROWS:  # Layers stay in their order.
         rows = largest_rows(effect, MOST_ROWS)
         rows = rows if here[1] in rows else np.append(rows, here[1])
         note = f" Of {values.shape[1]} heads, those with the largest effects, largest first."
@@ -194,7 +196,7 @@ def heatmap_table(result: xr.DataArray, chosen: tuple[int, ...]) -> str:
     def cell(place: tuple[int, int, int]) -> str:
         value, words = float(values[place]), f"{names[place[1]]}, {across} {columns[place[2]]}: "
         if math.isnan(value):
-            text, words = "", words + "no such head"
+            text, words = "", words + "no value"
         elif agrees[place[2]]:
             text, words = "=", words + "prompts agree, nothing to patch"
         else:
@@ -212,7 +214,7 @@ def heatmap_table(result: xr.DataArray, chosen: tuple[int, ...]) -> str:
     title = f"{attrs['metric']}: {', '.join(facts)}."
     title = title[0].upper() + title[1:]
     also = " Hatched: the prompts agree, nothing to patch." if agrees.any() else ""
-    also += " Grey: no such head, as heads share keys and values." if np.isnan(values).any() else ""
+    also += f" Grey: no value. {MISSING}" * bool(np.isnan(values).any())
     return _text_block(
         f"<p style='margin:4px 0'><b>{as_html(title)}</b>"
         f"{note}</p>{_legend(result, reach, toward_clean, also)}"

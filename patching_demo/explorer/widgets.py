@@ -63,8 +63,8 @@ class Panel(widgets.VBox):
     Args:
         model: a TransformerBridge with a tokenizer, in eval mode.
         clean: what the clean prompt says at first, like the other arguments.
-        corrupted: the corrupted prompt, of as many tokens.
-        answers: (right, wrong), one token each.
+        corrupted: the corrupted prompt.
+        answers: (right, wrong).
         kinds: as for :func:`patching_demo.sweep`, one of those that the menu has.
         by: "pos", "role" for the named part and the end, or "all_pos" for whole heads.
         metric: one of :data:`patching_demo.tasks.METRICS`.

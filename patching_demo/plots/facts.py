@@ -39,7 +39,7 @@ def drawn(result: xr.DataArray) -> xr.DataArray:
 
     Raises:
         TypeError: if it has no labels.
-        ValueError: if a baseline is missing or not finite, or the result is empty.
+        ValueError: if a baseline is missing or not finite, or the result has no numbers.
     """
     if not isinstance(result, xr.DataArray):
         raise TypeError(f"a figure needs a labelled result (xarray), got {type(result).__name__}")
@@ -50,6 +50,8 @@ def drawn(result: xr.DataArray) -> xr.DataArray:
             )
     if result.size == 0:
         raise ValueError(f"the result is empty: {dict(result.sizes)}")
+    if not bool(result.notnull().any()):
+        raise ValueError("the result has no cell with a number in it: there is nothing to draw")
     if "prompt" not in result.dims and "prompt" not in result.coords:
         return single(result)
     own: dict[str, Any] = {}
@@ -232,6 +234,8 @@ def why_missing(result: xr.DataArray) -> str:
 
 def largest_effects(result: xr.DataArray, n: int = 3) -> str:
     """The cells with the largest effects, in words for a screen reader."""
+    if "layer" not in result.dims and "layer" not in result.coords:
+        return ""  # Such as the largest over all layers.
     lead = [str(d) for d in result.dims if d not in CELL_DIMS]
     said = []
     for _, cell in largest_cells(result, n).iterrows():

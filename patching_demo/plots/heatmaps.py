@@ -38,8 +38,8 @@ def heatmap(
             hover of one from :func:`patching_demo.interval` has its bounds.
         title: instead of the one made from the result's attributes.
         caption: instead of the sentence on how to read the figure.
-        top: of more rows than this, only so many with the largest effects are drawn, largest
-            first; a button shows all. None draws all.
+        top: of more heads by position than this, only so many rows with the largest effects are
+            drawn, largest first; a button shows all. None draws all. Layers stay in their order.
         collapse: draw three or more neighbouring positions that agree as one column.
 
     Raises:
@@ -48,12 +48,11 @@ def heatmap(
     """
     result = facts.drawn(result)
     clean, centre = baselines(result)
-    if not bool(result.notnull().any()):
-        raise ValueError("the result has no cell with a number in it: there is nothing to draw")
     grid = panels.Grid(*_panels(result, collapse))
     effect = np.stack([panel.values - centre for panel in grid.panels])
     every = np.arange(len(grid.rows.words))
-    trimmed = top is not None and len(every) > top
+    of_heads = len([d for d in facts.CELL_DIMS if d in result.dims]) > 2
+    trimmed = top is not None and len(every) > top and of_heads
     views = [panels.largest_rows(effect, top), every] if trimmed else [every]
     scale = panels.Scale(clean, centre, effect, facts.baseline_names(result))
     traces = [

@@ -12,6 +12,7 @@ from plotly.subplots import make_subplots
 
 from patching_demo.plots import facts, panels, theme
 from patching_demo.plots.theme import compact, escape, number
+from patching_demo.results import baselines
 
 # Panels beside each other, and pixels: of a panel's height, of its least width, between two rows.
 _ACROSS, _HEIGHT, _WIDTH, _BETWEEN = 3, 210, 190, 56
@@ -37,8 +38,8 @@ def scatter(
 
     Raises:
         TypeError: if one has no labels.
-        ValueError: if their labels differ, no cell has both values, or there are too many
-            dimensions.
+        ValueError: if their labels, units or baselines differ, no cell has both values, or there
+            are too many dimensions.
 
     >>> from patching_demo import attribute, induction_task, load_model, sweep
     >>> model = load_model("attn-only-2l-demo")
@@ -49,6 +50,12 @@ def scatter(
     True
     """
     estimate, exact = facts.drawn(estimate), facts.drawn(exact)
+    scales = [(part.attrs.get("units"), *baselines(part)) for part in (estimate, exact)]
+    if scales[0][0] != scales[1][0] or not np.allclose(scales[0][1:], scales[1][1:], rtol=1e-3):
+        raise ValueError(
+            "estimate and exact are on other scales, (units, clean, corrupted baseline) "
+            f"{scales[0]} and {scales[1]}: take the share of both, or of neither"
+        )
     lead = [str(d) for d in estimate.dims if d not in facts.CELL_DIMS]
     if len(lead) > 2:
         raise ValueError(f"panels can show two further dimensions, got {lead}: select from one")
