@@ -188,15 +188,15 @@ def test_what_rounds_its_input_to_few_bits_takes_the_plain_loop(rounds: str, whe
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("library", ["torch", "bitsandbytes", "torchao"])
+@pytest.mark.parametrize("library", ["torch", "bitsandbytes", "bitsandbytes, 8 bit", "torchao"])
 def test_quantised_by_a_library(library: str, tmp_path: Path) -> None:
-    """Its activations rounded too in torch, where it is met with NaN, and weights alone else."""
+    """Its activations too in torch, where it is met with NaN, and in 8 bit; weights alone else."""
 
     def change(inner: Any) -> Any:
         if library == "torch":
             linear = {n for n, m in inner.named_modules() if isinstance(m, nn.Linear)}
             return torch.ao.quantization.quantize_dynamic(inner, linear - {"lm_head"})
-        pytest.importorskip(library)
+        pytest.importorskip(library.split(",")[0])
         if library == "torchao":
             from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
@@ -205,17 +205,18 @@ def test_quantised_by_a_library(library: str, tmp_path: Path) -> None:
         from transformers import BitsAndBytesConfig
 
         inner.save_pretrained(tmp_path)
-        four = BitsAndBytesConfig(load_in_4bit=True)
+        eight = "8 bit" in library
+        bits = BitsAndBytesConfig(load_in_4bit=not eight, load_in_8bit=eight)
         kind = type(inner)
         return kind.from_pretrained(
-            tmp_path, quantization_config=four, device_map="cpu", attn_implementation="eager"
+            tmp_path, quantization_config=bits, device_map="cpu", attn_implementation="eager"
         )
 
     model = boot("llama-gqa", change)
     for question in ("sweep", "patch"):
         found, why = asked(question, model)
-        assert bool(why) == (library == "torch"), why
+        assert bool(why) == (library in ("torch", "bitsandbytes, 8 bit")), why
         assert_within(found, plainly(question, model), 0 if why else tolerance(torch.float32))
-    for question in ESTIMATES if library == "torch" else ():
-        with pytest.raises(ValueError, match="one position at a time|gradient does not reach"):
-            asked(question, model)
+    if library == "torch":
+        with pytest.raises(ValueError, match="gradient does not reach"):
+            asked("attribute", model)
