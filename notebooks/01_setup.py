@@ -336,7 +336,7 @@ notebook.say(
 )
 
 # %% [markdown]
-# ## Can you say it?
+# ## Can you explain it?
 #
 # <details><summary>A patch somewhere scores 0.3 on the normalised scale. What was
 # found?</summary>
@@ -362,4 +362,67 @@ notebook.say(
 #
 # </details>
 #
+# ## Exercises
+#
+# Fill in the empty cell, run it, and run the check below it. A solution is folded away under each.
+#
+# **1. The score, by hand.** Write the score of this chapter as a function of all logits, `[batch, pos,
+# d_vocab]`, and put it into `answer_1`. `task.answers` holds the right and the wrong token of each
+# prompt. Check it on the two runs that you have.
+
+# %% tags=["exercise"]
+answer_1 = None  # your code here
+
+
+# %% tags=["exercise"]
+from patching_demo.claims import Exercise
+
+
+def scores_both_runs(score):
+    return all(
+        abs(float(score(logits)) - baseline) < 1e-3
+        for logits, baseline in (
+            (clean_logits, clean),
+            (corrupted_logits, corrupted),
+        )
+    )
+
+
+exercise_1 = Exercise("Exercise 1", scores_both_runs)
+exercise_1.check(answer_1)
+
+
+# %% tags=["exercise", "hide-cell"]
+# Solution of exercise 1
+def logit_difference(logits):
+    last = logits[:, -1]
+    right, wrong = (
+        last.gather(1, task.answers[:, [i]]) for i in (0, 1)
+    )
+    return (right - wrong).mean()
+
+
+exercise_1.verify(logit_difference)
+
+# %% [markdown]
+# **2. Half of the way.** Which is the first layer at which the stream at END brings back at least half?
+# Put its number into `answer_2`. `result` holds all you need.
+
+# %% tags=["exercise"]
+answer_2 = None  # your code here
+
+# %% tags=["exercise", "hide-input"]
+exercise_2 = Exercise(
+    "Exercise 2",
+    lambda layer: (
+        result[layer, END] >= 0.5 and (result[:layer, END] < 0.5).all()
+    ),
+)
+exercise_2.check(answer_2)
+
+# %% tags=["exercise", "hide-cell"]
+# Solution of exercise 2
+exercise_2.verify(int((result[:, END] >= 0.5).argmax("layer")))
+
+# %% [markdown]
 # Next: [Patching a circuit that names people](02_ioi_patching.ipynb).

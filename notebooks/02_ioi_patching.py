@@ -49,8 +49,16 @@ if importlib.util.find_spec("patching_demo") is None:
 import numpy as np
 import xarray as xr
 from IPython.display import display
-from patching_demo import combine, ioi_task, notebook, plots, sweep
-from patching_demo.claims import Claims
+from patching_demo import (
+    combine,
+    interval,
+    ioi_task,
+    notebook,
+    patch,
+    plots,
+    sweep,
+)
+from patching_demo.claims import Claims, Exercise
 from patching_demo.results import (
     attention,
     crossing_layer,
@@ -173,16 +181,16 @@ notebook.say(
 # adds.
 #
 # First the stream in the middle of each layer, after attention and before the MLP. **Expect** the
-# same staircase, as only one part lies between the two.
+# same staircase, as only one part lies between the two. So the figure is folded away.
 
-# %%
+# %% tags=["hide-output"]
 plots.heatmap(
     blocks.sel(kind="resid_mid"),
     title="Clean residual stream after attention patched into the "
     "corrupted run",
 )
 
-# %%
+# %% tags=["hide-output"]
 notebook.largest(blocks.sel(kind="resid_mid"))
 
 # %% [markdown]
@@ -334,6 +342,34 @@ notebook.largest(heads.sel(kind="out"), 8)
 # Orange heads move the answer *away* from the clean one: with their clean output the corrupted run
 # scores lower. In GPT-2 small such heads have been described as *negative name movers*.
 #
+# Each share is a mean over eight prompts. How far might it be off? `per_prompt=True` keeps one value
+# for each prompt, and `interval` asks what the mean would be if other prompts had been drawn: it draws
+# eight of these eight, with replacement, again and again. **Expect** intervals as wide as many a
+# share. [Chapter 6](06_your_own_prompts.ipynb) asks more prompts, and says what eight cannot tell.
+
+# %%
+leading = strong_heads(heads.sel(kind="out"), part=0)[:6]
+each_prompt = sweep(
+    model,
+    scored,
+    "out",
+    by="all_pos",
+    where=heads.head_label.isin(leading.head_label.values),
+    per_prompt=True,
+)
+sure = interval(each_prompt).stack(cell=("layer", "head"))
+sure = sure.dropna("cell").reset_index("cell")
+plots.bars(
+    sure.swap_dims(cell="head_label").sel(
+        head_label=leading.head_label.values
+    ),
+    along="head_label",
+    title="The strongest heads, with intervals",
+    caption="Each bar is the share that one head's clean output brings "
+    "back; whiskers are intervals by bootstrap over the eight prompts.",
+)
+
+# %% [markdown]
 # Where the heads of this table look is shown <a href="#attention">further down</a>.
 
 # %% [markdown]
@@ -349,19 +385,18 @@ notebook.largest(heads.sel(kind="out"), 8)
 # Both prompts are the same up to S2. So a head that looks back from S2 or END to the two names
 # meets the same keys in both runs. **Expect** keys to do little. And where a pattern matters,
 # **expect** its query to matter too, as the query is what changed it.
+#
+# Choose a kind above the figure.
 
 # %%
-for kind, what in (
-    ("q", "queries"),
-    ("k", "keys"),
-    ("v", "values"),
-    ("pattern", "patterns"),
-):
-    part = heads.sel(kind=kind)
-    plots.heatmap(
-        part, title=f"Clean {what} patched into the corrupted run"
-    ).show()
-    display(notebook.largest(part, 4))
+plots.explore(
+    heads,
+    title="Clean activations of heads patched into the corrupted run",
+)
+
+# %%
+for kind in ("q", "k", "v", "pattern"):
+    display(notebook.largest(heads.sel(kind=kind), 3))
 
 # %% [markdown]
 # Every kind at once, with one colour scale. Where several query heads share one key and one value,
@@ -495,7 +530,7 @@ claims.show()
 # it to those with a part in the score: an effect of at least half a percent, at all positions at
 # once. Cells that were not run are grey.
 #
-# Such a *screen* has a price. It misses a head that helps at one position and harms as much at
+# Such a *screen* has a price. It misses a head that helps at one position and does as much harm at
 # another.
 #
 # **Expect** two columns to stand out, S2 and END. Heads that matter at S2 prepare; heads that
@@ -673,7 +708,7 @@ from patching_demo.explorer import Panel
 Panel(model)
 
 # %% [markdown]
-# ## Can you say it?
+# ## Can you explain it?
 #
 # <details><summary>A head's output has no effect. Does the model not use it here?</summary>
 #
@@ -689,4 +724,62 @@ Panel(model)
 #
 # </details>
 #
+# ## Exercises
+#
+# **1. Against the answer.** Which head's clean output moves the score furthest *away* from the clean
+# run? Put its name into `answer_1`, as in `"L1H2"`.
+
+# %% tags=["exercise"]
+answer_1 = None  # your code here
+
+# %% tags=["exercise", "hide-input"]
+outputs = heads.sel(kind="out")
+exercise_1 = Exercise(
+    "Exercise 1",
+    lambda name: (
+        outputs.where(outputs.head_label == name).min() == outputs.min()
+    ),
+)
+exercise_1.check(answer_1)
+
+# %% tags=["exercise", "hide-cell"]
+# Solution of exercise 1
+lowest = heads.sel(kind="out").argmin(["layer", "head"])
+exercise_1.verify(heads.sel(kind="out").isel(lowest).head_label.item())
+
+# %% [markdown]
+# **2. Together.** Shares of single patches need not add up. What do the three strongest heads of
+# `leading` bring back when they are patched in *one* run? `patch(model, scored, {"three": parts})`
+# does that, with parts such as `("out", 1, 2)` for the output of L1H2. Put the share into `answer_2`.
+
+# %% tags=["exercise"]
+answer_2 = None  # your code here
+
+
+# %% tags=["exercise", "hide-input"]
+def of_three(answer):
+    parts = [
+        ("out", int(head["layer"]), int(head["head"]))
+        for head in leading[:3]
+    ]
+    together = patch(model, scored, {"three": parts})
+    return abs(float(answer) - float(together[0])) < 0.01
+
+
+exercise_2 = Exercise("Exercise 2", of_three)
+exercise_2.check(answer_2)
+
+# %% tags=["exercise", "hide-cell"]
+# Solution of exercise 2
+three = [
+    ("out", int(head["layer"]), int(head["head"]))
+    for head in leading[:3]
+]
+together = float(patch(model, scored, {"three": three})[0])
+print(
+    f"Together {together:.2f}, one by one {float(leading[:3].sum()):.2f}"
+)
+exercise_2.verify(together)
+
+# %% [markdown]
 # Next: [Patching induction heads](03_induction_patching.ipynb).

@@ -52,12 +52,13 @@ if importlib.util.find_spec("patching_demo") is None:
 from patching_demo import (
     combine,
     induction_task,
+    interval,
     notebook,
     plots,
     share,
     sweep,
 )
-from patching_demo.claims import Claims
+from patching_demo.claims import Claims, Exercise
 from patching_demo.results import (
     attention,
     attention_back,
@@ -158,6 +159,21 @@ notebook.say(
 # %% [markdown]
 # Shares of different patches do not add up to 100 %. Each patch is measured by itself. Two heads
 # that do the same work may each bring back more than half.
+#
+# Would other random sequences say the same? Every row of the batch is one. `per_prompt=True` keeps a
+# value for each, and `interval` says how far their mean may be off. **Expect** narrow intervals: all
+# rows ask the same, and nothing but their tokens differs.
+
+# %%
+each_row = sweep(model, task, "out", by="all_pos", per_prompt=True)
+plots.bars(
+    interval(each_row),
+    along="head",
+    title="Clean head outputs, with intervals",
+    caption="Each bar is the log-probability with one head's clean "
+    "output; colours are layers, dashed lines the baselines, and "
+    "whiskers intervals by bootstrap over the rows.",
+)
 
 # %% [markdown]
 # ## What that head looks at
@@ -415,7 +431,7 @@ plots.explore(
 )
 
 # %% [markdown]
-# ## Can you say it?
+# ## Can you explain it?
 #
 # <details><summary>Under AB, why do keys and values of the induction head not matter?</summary>
 #
@@ -432,4 +448,52 @@ plots.explore(
 #
 # </details>
 #
+# ## Exercises
+#
+# **1. At itself.** Which head attends most to its own position, over the whole clean input? Use
+# `attention_back`, and put the name into `answer_1`, as in `"L1H2"`.
+
+# %% tags=["exercise"]
+answer_1 = None  # your code here
+
+# %% tags=["exercise", "hide-input"]
+exercise_1 = Exercise(
+    "Exercise 1",
+    lambda name: (
+        name == top_head(attention_back(looks, steps=0)).head_label
+    ),
+)
+exercise_1.check(answer_1)
+
+# %% tags=["exercise", "hide-cell"]
+# Solution of exercise 1
+itself = top_head(attention_back(looks, steps=0))
+exercise_1.verify(itself.head_label.item())
+
+# %% [markdown]
+# **2. The query is needed.** Under AB, denoising showed that the query of the head found above is
+# enough. Is it needed? Turn `task` around, so that the corrupted query goes into the clean run, and
+# put the share of the score that is then lost into `answer_2`.
+
+# %% tags=["exercise"]
+answer_2 = None  # your code here
+
+
+# %% tags=["exercise", "hide-input"]
+def is_lost(answer):
+    turned = task.reversed().normalised()
+    lost = sweep(model, turned, "q", by="all_pos")
+    found = lost.sel(layer=layer, head=head)
+    return abs(float(answer) - float(found)) < 0.01
+
+
+exercise_2 = Exercise("Exercise 2", is_lost)
+exercise_2.check(answer_2)
+
+# %% tags=["exercise", "hide-cell"]
+# Solution of exercise 2
+turned = sweep(model, task.reversed().normalised(), "q", by="all_pos")
+exercise_2.verify(float(turned.sel(layer=layer, head=head)))
+
+# %% [markdown]
 # Next: [Changing the corrupted baseline](04_changing_the_corrupted_baseline.ipynb).

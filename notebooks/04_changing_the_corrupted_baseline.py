@@ -45,11 +45,13 @@ import pandas as pd
 from patching_demo import (
     combine,
     induction_task,
+    interval,
     notebook,
     plots,
     share,
+    sweep,
 )
-from patching_demo.claims import Claims
+from patching_demo.claims import Claims, Exercise
 from patching_demo.results import top_head
 from patching_demo.sweeps import sweep_metrics
 
@@ -238,6 +240,24 @@ notebook.say(
 )
 
 # %% [markdown]
+# Each row of the batch is another draw of A, B and C. So how sure are these shares? **Expect** whiskers
+# that leave no doubt about which patches of this head help, and which do not.
+
+# %%
+by_row = {
+    name: sweep(model, task, KINDS, by="all_pos", per_prompt=True)
+    for name, task in tasks.items()
+}
+plots.bars(
+    interval(combine(by_row)).sel(layer=layer, head=head),
+    along="kind",
+    title=f"What patches of L{layer}H{head} bring back, with intervals",
+    caption="Each bar is the share of clean minus corrupted that a "
+    "patch of this head brings back; groups are kinds, colours are "
+    "corrupted inputs, whiskers intervals by bootstrap over the rows.",
+)
+
+# %% [markdown]
 # ## Numbers that need a second look
 #
 # **Queries and keys under BB.** A patch of either may raise the score. Does it bring the copying
@@ -251,9 +271,13 @@ notebook.say(
     f"{of('BB', 'q')}. That looks like a good part of the answer. But "
     f"guessing (BC) scores {guess:.2f}, which is "
     f"{'above' if guess > level else 'below'} that. A clean query "
-    "looks for A, finds none, and this head stops copying B. The "
-    "number rose because the model became less wrong, not because it "
-    "became right."
+    "looks for A, finds none, and this head stops copying B."
+    + (
+        " The number rose because the model became less wrong, not "
+        "because it became right."
+        if guess > level
+        else ""
+    )
 )
 
 # %% [markdown]
@@ -388,7 +412,7 @@ plots.explore(
 )
 
 # %% [markdown]
-# ## Can you say it?
+# ## Can you explain it?
 #
 # <details><summary>Under BB values matter and patterns do not; under AB it is the other way round.
 # Why?</summary>
@@ -422,4 +446,50 @@ plots.explore(
 #
 # </details>
 #
+# ## Exercises
+#
+# **1. The best key.** Under which corrupted input does the best clean key bring back the largest share
+# of clean minus corrupted? Put its name into `answer_1`, as in `"AB"`.
+
+# %% tags=["exercise"]
+answer_1 = None  # your code here
+
+# %% tags=["exercise", "hide-input"]
+exercise_1 = Exercise(
+    "Exercise 1",
+    lambda name: (
+        together.sel(kind="k", corrupted=name).max()
+        == together.sel(kind="k").max()
+    ),
+)
+exercise_1.check(answer_1)
+
+# %% tags=["exercise", "hide-cell"]
+# Solution of exercise 1. A share alone: is it above guessing?
+keys = together.sel(kind="k").max(["layer", "head"])
+exercise_1.verify(keys.idxmax("corrupted").item())
+
+# %% [markdown]
+# **2. Above guessing.** Which head's clean *value* takes BB furthest? And does it get above guessing?
+# Put the head's name and True or False into `answer_2`, as in `("L1H2", True)`.
+
+# %% tags=["exercise"]
+answer_2 = None  # your code here
+
+
+# %% tags=["exercise", "hide-input"]
+def is_best_value(answer):
+    best = top_head(results["BB"].sel(kind="v"))
+    return answer == (best.head_label.item(), float(best) > guess)
+
+
+exercise_2 = Exercise("Exercise 2", is_best_value)
+exercise_2.check(answer_2)
+
+# %% tags=["exercise", "hide-cell"]
+# Solution of exercise 2
+carried = top_head(results["BB"].sel(kind="v"))
+exercise_2.verify((carried.head_label.item(), float(carried) > guess))
+
+# %% [markdown]
 # Next: [Enough and needed](05_two_directions.ipynb).

@@ -164,8 +164,8 @@ notebook.say(
 )
 
 # %% [markdown]
-# So the corrupted prompt has to be of another sort. Let a **third person** give, one who was not
-# named before. Here it is one of the people of the next pair.
+# So we need a different kind of corrupted prompt. Let a **third person** give, one who was not
+# named before. Here it is one of the people of the previous pair.
 #
 # Now nothing in the corrupted prompt says which of the two names is right. Both prompts of a pair
 # even become the same sentence. **Expect** a corrupted baseline of zero: right and wrong cancel out.
@@ -595,9 +595,9 @@ claims.check(
 )
 claims.check(
     "zero is another question",
-    "Zeros move the score otherwise than the corrupted outputs, and "
-    "means move it much the same: distances over all layers, against "
-    "each other.",
+    "Zeros move the score differently from the corrupted outputs, and "
+    "means move it much as those do: the ratio of the two distances, "
+    "over all layers.",
     abs(replaced.sel({"replaced by": "zero"}) - replaced[0]).sum(),
     of=abs(replaced.sel({"replaced by": "mean"}) - replaced[0]).sum(),
     at_least=1.5,
@@ -619,6 +619,14 @@ claims.check(
     at_most=0.4,
 )
 claims.check(
+    "noise finds much the same",
+    "Noise and the third person agree on where the name is read and "
+    "used: correlation over the windows of the figure.",
+    agreement,
+    at_least=0.5,
+    units="",
+)
+claims.check(
     "windows bring back more",
     "Several MLPs share the work at END: the best window of five, "
     "against the best single one.",
@@ -630,7 +638,7 @@ claims.check(
 claims.show()
 
 # %% [markdown]
-# ## Can you say it?
+# ## Can you explain it?
 #
 # <details><summary>Noising a head changes nothing. Is it useless?</summary>
 #

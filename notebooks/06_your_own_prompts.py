@@ -166,7 +166,7 @@ opposites = Task.from_frame(model, frame)
 print(opposites)
 
 # %% [markdown]
-# A row that makes no pair is refused by its name.
+# A row that cannot form a pair raises an error that names it.
 #
 # ## Countries and capitals
 #
@@ -193,8 +193,8 @@ notebook.say(
 # %% [markdown]
 # With `per_prompt=True` a sweep keeps one value for each prompt. Then `interval` draws as many
 # prompts again and again, with replacement, and asks how far the mean moves. What it returns is the
-# mean, with a lower and an upper bound that hold nineteen draws of twenty between them. The hover
-# of each cell shows them.
+# mean, with a lower and an upper bound between which nineteen of twenty draws lie. The hover of each
+# cell shows them.
 #
 # **Expect** the same two columns as for the single pair. And **expect** less than all at END in the
 # last layers. There the patch settles the first token of the answer. The tokens after it are read
@@ -404,8 +404,8 @@ plots.bars(
 # %% [markdown]
 # ## Which of chapter 2's claims survive
 #
-# Chapter 2 made its claims on eight prompts. Here are numbers behind them once more, by role: from
-# those eight, and from the hundred.
+# Chapter 2 made its claims on eight prompts. Here are the numbers behind eight of them, by role: from
+# those eight prompts, and from the hundred.
 
 
 # %%
@@ -482,8 +482,8 @@ low, high = drawn.quantile(0.025), drawn.quantile(0.975)
 
 # %% [markdown]
 # `interval` gives the bounds of a mean. For a largest value, a ratio or a layer, the same idea works
-# by hand: draw the prompts again, compute the number again, and look at what nineteen draws of
-# twenty lie between.
+# by hand: draw the prompts again, compute the number again, and look between which bounds nineteen of
+# twenty draws lie.
 #
 # A claim *survives* if both bounds satisfy it. It is *open* if its threshold lies between them.
 #
@@ -667,7 +667,7 @@ claims.show()
 #   the other. Their interval would look surer than it is.
 # - It is made for one cell. Of many cells, some lie outside theirs by chance.
 #
-# ## Can you say it?
+# ## Can you explain it?
 #
 # <details><summary>A cell's interval is far above zero. May you conclude that the patch helps on
 # every prompt?</summary>

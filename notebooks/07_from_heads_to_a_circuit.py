@@ -127,7 +127,7 @@ plots.bars(
 # 2. Run again with nothing frozen, and patch that query in. Score the answer.
 #
 # The first run sees to it that only this one path can change the query. The second lets the
-# receiver act on it, by whatever way.
+# receiver act on it, by whatever route.
 
 # %%
 LAYERS = range(model.cfg.n_layers)
@@ -847,6 +847,13 @@ claims.check(
     left.sel(set="keep the set"),
     at_least=0.5,
 )
+random_sets = [name for name in ablated if "random" in name]
+claims.check(
+    "random heads do little",
+    "With as many random heads ablated, most of it stays (mean).",
+    left.sel(set=random_sets).mean(),
+    at_least=0.6,
+)
 claims.check(
     "the set is complete",
     "With the set ablated, most of it is gone.",
@@ -856,7 +863,7 @@ claims.check(
 claims.show()
 
 # %% [markdown]
-# ## Can you say it?
+# ## Can you explain it?
 #
 # <details><summary>A head has a large total effect and no direct one. What does it do?</summary>
 #

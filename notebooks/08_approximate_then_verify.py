@@ -523,7 +523,7 @@ beyond = float((straight - straight.clamp(0, 1)).abs().max())
 notebook.say(
     "A weight of attention lies between 0 and 1. Straight on, this "
     f"head's weights leave that range by up to {beyond:.2f}. The "
-    "estimate counts attention that no softmax would pay."
+    "estimate credits attention that no softmax can assign."
     if beyond > 0.1
     else "Straight on, the weights stay between 0 and 1 here, but end "
     "elsewhere than the softmax does."
@@ -650,8 +650,7 @@ claims.check(
 )
 claims.check(
     "attention outputs are near the line",
-    "Over all their cells, estimates go along with measurements "
-    "(correlation).",
+    "Over all their cells, estimates track measurements (correlation).",
     xr.corr(*(effects(part.sel(kind="attn_out")) for part in pair)),
     at_least=0.5,
     units="",
@@ -921,7 +920,7 @@ notebook.say(
 # - **Not** for the residual stream, and not for the first MLP. Their cells are few: sweep them.
 # - **Never as the number that you report.** Verify it with `where=`.
 #
-# ## Can you say it?
+# ## Can you explain it?
 #
 # <details><summary>An estimate is near zero. May you conclude that the patch does
 # nothing?</summary>

@@ -135,6 +135,9 @@ PUBLISHED_HEADS = {
 
 def circuit(result: xr.DataArray) -> xr.DataArray:
     """The result with other values: a staircase from S2 to END, and the published heads."""
+    if "prompt" in result.dims:
+        one = circuit(result.isel(prompt=0, drop=True))
+        return one.expand_dims(prompt=result["prompt"]).assign_coords(result.coords)
     several = "kind" in result.dims
     result = result.copy() if several else result.expand_dims(kind=[result.attrs["kind"]])
     by_all = "position" not in result.dims
@@ -219,6 +222,7 @@ def estimated(result: xr.DataArray) -> xr.DataArray:
 
 #: What sets of parts bring back, or leave; others next to nothing.
 SETS = {"q": 0.5, "v": 0.3, "all three groups": 0.9, "keep the set": 0.8, "ablate the set": 0.1}
+SETS |= {f"ablate random heads {number}": 0.9 for number in (1, 2, 3)}
 
 
 def chained(result: xr.DataArray) -> xr.DataArray:
