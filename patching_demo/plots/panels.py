@@ -132,7 +132,7 @@ def axis_of(result: xr.DataArray, dims: Sequence[str]) -> Axis:
         return Axis([f"{dim} {entry}" for entry in entries], [str(e) for e in entries], dim)
     names = [entry_name(dim, entry) for entry in entries]
     words = [f"role {name}" for name in names] if dim == "role" else names
-    return Axis(words, names, dim)
+    return Axis(words, names, dim.replace("_", " "))
 
 
 def position_axis(labels: Sequence[str], tokens: Sequence[str]) -> Axis:
