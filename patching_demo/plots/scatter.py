@@ -97,6 +97,10 @@ def scatter(
     pad = 0.06 * (float(np.ptp(shown)) or 1.0)
     ends = [float(shown.min()) - pad, float(shown.max()) + pad]
     ticks = panels.round_numbers(*ends)
+    # Beside each other, panels have room for every second of many numbers.
+    values = list(ticks)
+    step = values[1] - values[0] if across > 1 and len(values) > 5 else 0.0
+    below_panels = [value for value in values if not step or round(value / step) % 2 == 0]
     metric, units = escape(facts.metric_of(exact)), str(exact.attrs.get("units", ""))
     in_units = ", as a share of clean minus corrupted"
     if units != facts.SHARE:
@@ -155,6 +159,8 @@ def scatter(
         last = row == down - 1 or i + across >= math.prod(shape)
         layout[f"xaxis{own}"] = {
             **axis,
+            "tickvals": below_panels,
+            "ticktext": [ticks[value] for value in below_panels],
             "domain": list(grid[f"xaxis{own}"].domain),
             "anchor": f"y{own}",
             "title": panels.axis_title("measured" if last else ""),

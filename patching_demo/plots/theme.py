@@ -138,7 +138,8 @@ def title(main: str, below: str) -> tuple[dict[str, dict[str, Any]], int]:
         and the pixels that the higher of the two needs.
     """
     made = {}
-    for which, (of_main, of_below) in {"wide": (72, 96), "narrow": (42, 54)}.items():
+    # As many letters as fit in a wide font: where there is no Helvetica, many have DejaVu Sans.
+    for which, (of_main, of_below) in {"wide": (72, 96), "narrow": (38, 50)}.items():
         first, second = textwrap.wrap(main, of_main) or [""], textwrap.wrap(below, of_below)
         text = f"<b>{'<br>'.join(map(escape, first))}</b>"
         if second:
