@@ -205,3 +205,13 @@ def test_queries_are_corrected_by_role_where_lengths_differ():
     exact = sweep(bridge, task, "q", by="role", progress=False)
     errors = [float(abs(one.sel(kind="q") - exact).sum()) for one in (plain, corrected)]
     assert errors[1] <= errors[0] * 1.5
+
+
+def test_a_correction_needs_a_pattern_that_is_called():
+    bridge = tiny.fresh("gpt2")
+    task, attn = task_of("gpt2").on(bridge), bridge.blocks[1].attn
+    # The attention calls another hook point than the one that has the name.
+    attn._modules["hook_pattern"] = torch.nn.Identity().eval()
+    assert attribute(bridge, task, "q").notnull().all()
+    with pytest.raises(ValueError, match="a forward pass never calls it"):
+        attribute(bridge, task, "q", method="gradient+qk")

@@ -414,3 +414,12 @@ def test_a_whole_cache_may_be_the_source(by):
     found = sweep(bridge, task, "mlp_out", by=by, source=cache, progress=False)
     wanted = sweep(bridge, task, "mlp_out", by=by, source=dict(cache.items()), progress=False)
     assert found.equals(wanted) and found.attrs["source"] == "given"
+
+
+def test_a_slice_by_place_from_the_end_is_refused():
+    """By label it is every layer."""
+    bridge = model("gpt2")
+    for end in (-1, np.int64(-1)):
+        for chosen in (slice(end, None), slice(None, end)):
+            with pytest.raises(ValueError, match="slices go by label"):
+                sweep(bridge, task_of(bridge), "resid_pre", layers=chosen)

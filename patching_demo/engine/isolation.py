@@ -210,24 +210,19 @@ class _Copier:
         def replaced(inside: Any) -> Any:
             return self.of(inside) if isinstance(inside, _LEADS_ON) else inside
 
-        before, named = value.__closure__ or (), value.__kwdefaults__ or {}
-        inside = list(map(_contents, before))
-        cells = [
-            cell if replaced(held) is held else CellType(replaced(held))
-            for cell, held in zip(before, inside, strict=True)
-        ]
-        defaults = tuple(map(replaced, value.__defaults__ or ()))
-        by_name = {name: replaced(entry) for name, entry in named.items()}
-        if (
-            all(map(operator.is_, cells, before))
-            and all(map(operator.is_, defaults, value.__defaults__ or ()))
-            and all(by_name[name] is named[name] for name in named)
-        ):
+        cells, named = value.__closure__ or (), value.__kwdefaults__ or {}
+        before = [*map(_contents, cells), *(value.__defaults__ or ()), *named.values()]
+        after = list(map(replaced, before))
+        if all(map(operator.is_, before, after)):
             return value
+        pairs = zip(cells, before, after, strict=False)
+        closure = tuple(cell if old is new else CellType(new) for cell, old, new in pairs)
+        by_place = tuple(after[len(cells) : len(after) - len(named)])
         copied = FunctionType(
-            value.__code__, value.__globals__, value.__name__, defaults or None, tuple(cells)
+            value.__code__, value.__globals__, value.__name__, by_place or None, closure
         )
-        copied.__kwdefaults__ = by_name or None
+        by_name = after[len(after) - len(named) :]
+        copied.__kwdefaults__ = dict(zip(named, by_name, strict=True)) or None
         self._functions[id(value)] = value, copied
         return copied
 

@@ -234,8 +234,8 @@ def _compatible(name: str, boot: Callable[[], Booted]) -> Any:
 
 def _sample(model: Any, d_vocab: int) -> tuple[Tensor, Tensor]:
     """Return a few tokens `[1, pos]`, and the log-probabilities that follow them."""
-    draw = torch.Generator().manual_seed(0)
-    tokens = torch.randint(d_vocab, (1, 12), generator=draw)
+    draw = torch.Generator("cpu").manual_seed(0)
+    tokens = torch.randint(d_vocab, (1, 12), generator=draw, device="cpu")
     return tokens, _log_probs(model, tokens)
 
 

@@ -51,8 +51,7 @@ def heatmap(
     grid = panels.Grid(*_panels(result, collapse))
     effect = np.stack([panel.values - centre for panel in grid.panels])
     every = np.arange(len(grid.rows.words))
-    of_heads = len([d for d in facts.CELL_DIMS if d in result.dims]) > 2
-    trimmed = top is not None and len(every) > top and of_heads
+    trimmed = top is not None and len(every) > top and grid.rows.title == "head"
     views = [panels.largest_rows(effect, top), every] if trimmed else [every]
     scale = panels.Scale(clean, centre, effect, facts.baseline_names(result))
     traces = [

@@ -203,6 +203,8 @@ def _gradients(
                     *((name, partial(keep, name=name)) for name in wanted),
                 ],
             )
+            if missing := set(wanted) - found.keys():
+                raise checks.HookNotLive(min(missing), called=False)
             values = metric(logits)
             gradients = [None] * len(found)
             if values.requires_grad:

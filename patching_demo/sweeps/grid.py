@@ -184,7 +184,7 @@ def chosen_cells(
             if dim not in dims:
                 raise ValueError(f"this sweep has no {dim}: its dimensions are {dims}")
             ends = (labels.start, labels.stop) if isinstance(labels, slice) else ()
-            if any(isinstance(end, int) and end < 0 for end in ends):
+            if any(isinstance(end, (int, np.integer)) and end < 0 for end in ends):
                 raise ValueError(
                     f"{dim} {labels!r}: slices go by label, as in .sel of the result, and no label "
                     "is negative"

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -39,6 +39,14 @@ from patching_demo.tasks import Task
 THROUGH = ("direct", "mlps")
 
 Receiver = tuple[str, int, "int | None", "str | None"]
+
+
+class Route(NamedTuple):
+    """From which kind of senders, by what way, to which receivers; none of these: the logits."""
+
+    senders: str
+    through: str
+    receivers: list[Receiver]
 
 
 @contextmanager
@@ -109,7 +117,7 @@ def paths(
     first = min((layer for _, layer, *_ in parts), default=n_layers)
     passes = np.full(cells.shape, share_of_pass(first, 0, n_layers, 1) + 1 / n_layers)
     found = workers.spread(
-        partial(_values, parts=parts, senders=senders, through=through),
+        partial(_values, route=Route(senders, through, parts)),
         {"metric": task}, cells, passes,
         cut=any(place is not None for *_, place in parts), per_prompt=per_prompt, options=options,
     )["metric"]  # fmt: skip
@@ -145,15 +153,13 @@ def _values(
     per_prompt: bool,
     options: Mapping[str, Any],
     *,
-    parts: Sequence[Receiver],
-    senders: str,
-    through: str,
+    route: Route,
 ) -> dict[str, np.ndarray]:
     """Values ``[(prompt), layer, sender]``, NaN from where no path leads to a receiver."""
     ((name, task),) = tasks.items()
     asked = np.isfinite(cells)
-    measured = partial(_measured, model, asked=asked, parts=parts, senders=senders, through=through)
-    if any(place is not None for *_, place in parts):
+    measured = partial(_measured, model, asked=asked, route=route)
+    if any(place is not None for *_, place in route.receivers):
         shapes, order = [], []
         for prompts, own in in_shapes(task, options):
             shapes.append(measured(task.part(prompts), per_prompt=True, options=own))
@@ -171,9 +177,7 @@ def _measured(
     model: Any,
     task: Task,
     asked: np.ndarray,
-    parts: Sequence[Receiver],
-    senders: str,
-    through: str,
+    route: Route,
     per_prompt: bool,
     options: Mapping[str, Any],
 ) -> np.ndarray:
@@ -181,15 +185,13 @@ def _measured(
     model = task.model_of(model)
     with recorded(model) as clean:
         question = Question(model, {"metric": task}, [], per_prompt=per_prompt, options=options)
-    given = (question, asked, parts, senders, through)
     try:
-        taken, scored = _frozen(clean, *given)
+        taken, scored = _frozen(question, clean, asked, *route)
     except Unsupported as reason:
         checks.warn_once(f"paths take the plain loop: {reason}")
-        taken, scored = _plain(*given)
-    if parts:
-        places = {name: int(there[0]) for name, (_, there) in task.roles.items()}
-        return question.run(_cells(taken, parts, task, places))["metric"]
+        taken, scored = _plain(question, asked, *route)
+    if route.receivers:
+        return question.run(_cells(taken, route.receivers, task))["metric"]
     if per_prompt:
         scored = task.over_rows(scored, -1)
     return scored.float().cpu().numpy()
@@ -201,12 +203,12 @@ Found = tuple[list[dict[str, Tensor]], "Tensor | None"]
 
 
 def _frozen(
-    clean: Sequence[dict[str, Any]],
     question: Question,
+    clean: Sequence[Any],
     asked: np.ndarray,
-    parts: Sequence[Receiver],
     senders: str,
     through: str,
+    parts: Sequence[Receiver],
 ) -> Found:
     """By what comes after each sender alone, and where prompts differ.
 
@@ -242,11 +244,7 @@ def _frozen(
 
 
 def _plain(
-    question: Question,
-    asked: np.ndarray,
-    parts: Sequence[Receiver],
-    senders: str,
-    through: str,
+    question: Question, asked: np.ndarray, senders: str, through: str, parts: Sequence[Receiver]
 ) -> Found:
     """By a whole forward pass for each sender."""
     tokens = question.task.clean_tokens.to(question.tokens.device)
@@ -301,15 +299,11 @@ def _in_calls(function: Any, states: Tensor) -> Any:
     return torch.cat([function(part) for part in states.split(size)])
 
 
-def _cells(
-    seen: Sequence[dict[str, Tensor]],
-    parts: Sequence[Receiver],
-    task: Task,
-    places: Mapping[str, int],
-) -> list[Cell]:
+def _cells(seen: Sequence[dict[str, Tensor]], parts: Sequence[Receiver], task: Task) -> list[Cell]:
     """One run for each sender: each receiver is patched with what it takes in."""
     count = max((len(value) for values in seen for value in values.values()), default=0)
     every = tuple(range(task.agree_until, task.corrupted_tokens.shape[1]))
+    places = {name: int(there[0]) for name, (_, there) in task.roles.items()}
     cells = []
     for sender in range(count):
         patches = []

@@ -79,10 +79,12 @@ class Question:
             )
             self._seconds = time.perf_counter() - begin  # of one forward pass, at most
             for task in tasks.values():
-                metric, expected = task.clean_metric, task.clean_values
-                measured = metric(logits).view(1)
-                if expected is not None:
-                    measured = torch.cat([measured, task.over_rows(metric.per_example(logits))])
+                metric = task.clean_metric
+                if task.clean_values is None:
+                    measured = metric(logits).view(1)
+                else:
+                    each = task.over_rows(metric.per_example(logits))
+                    measured = torch.cat([each.mean().view(1), each])
                 _check_baseline(task, "clean", measured, logits)
         self._logits = logits
         n_pos, start = self.tokens.shape[1], first.agree_until

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from functools import partial
 from numbers import Integral
 from typing import Any
 
@@ -337,17 +338,13 @@ def _induction_vocabulary(model: Any) -> tuple[int, Tensor]:
 
 
 def _random_sequences(choices: Tensor, batch: int, seq_len: int, seed: int) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    drawn = partial(torch.randperm, len(choices), generator=generator, device="cpu")
     rows = []
     for _ in range(batch):
         if len(choices) >= 3 * seq_len:
-            picks = torch.randperm(len(choices), generator=generator, device="cpu")[: 3 * seq_len]
+            picks = drawn()[: 3 * seq_len]
         else:
-            picks = torch.cat(
-                [
-                    torch.randperm(len(choices), generator=generator, device="cpu")[:seq_len]
-                    for _ in "ABC"
-                ]
-            )
+            picks = torch.cat([drawn()[:seq_len] for _ in "ABC"])
         rows.append(choices[picks])
     return dict(zip("ABC", torch.stack(rows).split(seq_len, dim=1), strict=True))

@@ -144,7 +144,7 @@ def noise_task(
         for found, what in zip(noisy, _of_prompts(given, rows, role, "clean"), strict=True):
             found |= set(_tokens_of(model, *what))
     table = model.embed.original_component.weight.detach()
-    size, generator = config_number(model, "d_vocab") or len(table), torch.Generator()
+    size, generator = config_number(model, "d_vocab") or len(table), torch.Generator("cpu")
     generator.manual_seed(seed)
     corrupted, vectors = [list(row) for row in rows], []
     for row, changed, own in zip(rows, corrupted, noisy, strict=True):
