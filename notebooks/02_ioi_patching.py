@@ -699,8 +699,10 @@ plots.explore(combine(position_sweeps, dim="metric"))
 #
 # In Jupyter or Colab, the cell below opens a panel. Type a clean and a corrupted prompt, and a
 # right and a wrong answer. The panel says what does not fit as you type. **Run** starts the sweep
-# and **Stop** ends it. Click one of the largest effects, or choose a layer and a position, and the
-# numbers of that cell appear. **copy as code** shows the lines that repeat the sweep.
+# and **Stop** ends it. Click a cell of the picture, or one of the largest effects, and the numbers of
+# that cell appear; arrow keys move from cell to cell. Where heads are patched, one more click shows
+# where a head attends, or measures the paths that lead into it. **copy as code** shows the lines that
+# repeat what you see.
 
 # %%
 from patching_demo.explorer import Panel

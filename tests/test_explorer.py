@@ -15,10 +15,11 @@ import pytest
 import tiny
 import torch
 
-from patching_demo import explorer, load_model, plots, prompt_task, sweep
+from patching_demo import explorer, load_model, paths, plots, prompt_task, sweep
 from patching_demo.engine.bridge import attached_hooks
 from patching_demo.explorer import Panel, markup, widgets
 from patching_demo.plots.theme import number
+from patching_demo.results import attention
 
 PATIENCE = 60
 HEADS = ("out", "q", "k", "v", "pattern")
@@ -218,6 +219,95 @@ def test_selection_shows_the_numbers_of_the_cell(panel):
     assert "nothing to patch" in panel.cell.value
 
 
+@pytest.mark.parametrize("choice", [("resid_pre", "pos"), ("out", "pos"), (HEADS, "all_pos")])
+def test_every_cell_of_the_picture_says_where_it_is(panel, choice):
+    panel.choice.value = choice
+    finished(panel)
+    for at in np.ndindex(panel.result.shape):
+        panel.picked.value = ",".join(map(str, at))  # As a click on the cell does.
+        assert panel.picked.value == "" and panel._at() == at
+        places = re.findall(r'aria-current="true" data-at="([^"]*)"', panel.picture.value)
+        assert places == [",".join(map(str, at))]
+        if not np.isnan(panel.result.values[at]) and "nothing to patch" not in panel.cell.value:
+            assert number(float(panel.result.values[at])) in panel.cell.value
+    listed = re.findall(r'data-at="([^"]*)"', panel.picture.value)
+    assert sorted(listed) == sorted(",".join(map(str, at)) for at in np.ndindex(panel.result.shape))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama-gqa"])
+@pytest.mark.parametrize("kind", ["out", "k", "pattern"])
+def test_paths_into_a_head_are_a_click_away(name, kind):
+    model = tiny.model(name)
+    panel = Panel(model, kinds=kind, by="all_pos")
+    assert panel._head() is None
+    with pytest.raises(RuntimeError, match="no head is shown"):
+        panel.run_paths("q")
+    finished(panel)
+    shared = model.cfg.n_heads // (model.cfg.n_key_value_heads or model.cfg.n_heads)
+    own = kind == "k" and shared > 1  # Such a head belongs to several queries.
+    panel.picked.value = "0,1"
+    assert all(button.disabled for button in panel.into.values())  # No head comes before it.
+    panel.picked.value = "1,1"
+    head = 1 if own else 1 // shared
+    task = panel.task
+    assert panel.into["q"].disabled == panel.attention_button.disabled == own
+    for receiver, index in (("q", 1), ("k", head), ("v", head)):
+        if panel.into[receiver].disabled:
+            continue
+        panel.run_button.click()
+        panel.picked.value = "1,1"
+        panel.into[receiver].click()
+        assert panel.wait(PATIENCE) and panel.error is None
+        expected = paths(model, task, [(receiver, 1, index)], progress=False)
+        np.testing.assert_allclose(panel.result.values, expected.values, atol=1e-5)
+        assert panel.result.attrs == expected.attrs
+        namespace = {"model": model}
+        exec(panel.code, namespace)
+        np.testing.assert_allclose(namespace["result"].values, panel.result.values, atol=1e-5)
+        panel.picked.value = "1,1"
+        assert "No path leads" in panel.cell.value and "No path leads" in panel.picture.value
+        assert f"L1H{index}" in Markup(panel.picture.value).text
+
+
+def test_a_sweep_without_heads_offers_no_paths(panel):
+    finished(panel)
+    assert panel.about_head.layout.display == "none" and panel._head() is None
+
+
+def test_attention_of_the_chosen_head_is_a_click_away(model):
+    clean, corrupted = (
+        "When Mary went home, Mary gave the bag to",
+        "When John went, John gave it to",
+    )
+    panel = Panel(model, clean=clean, corrupted=corrupted)
+    panel.part.value = ", Mary | , John"
+    panel.choice.value = ("out", "role")
+    finished(panel)
+    panel.picked.value = "1,0,2"
+    panel.attention_button.click()
+    tables = panel.patterns.value.split("<table")[1:]
+    for table, which, text in zip(tables, ("clean", "corrupted"), (clean, corrupted), strict=True):
+        expected = attention(model, model.to_tokens(text)).sel(layer=1, head=2).values
+        shown = [int(cell) for cell in re.findall(r">(\d+)</span>", table)]
+        assert f"L1H2 in the {which} prompt" in table
+        assert shown == [round(100 * float(weight)) for weight in expected.ravel()]
+    Markup(panel.patterns.value)
+    finished(panel)
+    assert panel.patterns.value == ""
+
+
+def test_attention_that_cannot_be_read_is_said(panel, monkeypatch):
+    panel.choice.value = ("out", "all_pos")
+    finished(panel)
+
+    def refuse(*_):
+        raise ValueError("the model has no blocks.0.attn.hook_pattern")
+
+    monkeypatch.setattr(widgets, "attention", refuse)
+    panel.attention_button.click()
+    assert "no blocks.0.attn.hook_pattern" in panel.status.value and not panel.patterns.value
+
+
 def test_picture_says_where_nothing_was_patched_and_colours_by_direction(panel):
     finished(panel)
     result = panel.result
@@ -264,7 +354,9 @@ def test_html_and_latex_are_shown_as_text(model):
     shown = all_markup(panel)
     allowed = "style p b div table caption thead tbody tr th td span code mark"
     assert set(shown.tags) <= set(allowed.split())
-    assert not [name for name, _ in shown.attributes if name.startswith("on")]
+    # What runs is the package's own, on one element, and nothing of what was typed is in it.
+    runs = [what for name, what in shown.attributes if name.startswith("on")]
+    assert runs == 2 * [markup.CHOOSE]
     assert "<b>" not in panel.advice.value.replace("<b>Ready:</b>", "")
     assert "<" in shown.text and "$" in shown.text
     # A dollar stands alone in its element, so that two of them never enclose a formula.
@@ -376,6 +468,7 @@ def test_while_a_sweep_runs_the_buttons_say_so(panel, monkeypatch):
         panel.run_button.click()
         assert started.wait(PATIENCE)
         assert panel.running and panel.run_button.disabled and not panel.stop_button.disabled
+        assert all(button.disabled for button in panel.into.values())
         assert not panel.wait(0.01)
         with pytest.raises(RuntimeError, match="under way"):
             panel.run()

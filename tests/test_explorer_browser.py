@@ -21,7 +21,7 @@ import pytest
 import tiny
 import xarray as xr
 
-from patching_demo import prompt_task, sweep
+from patching_demo import paths, prompt_task, sweep
 from patching_demo.plots.theme import number
 
 # One JupyterLab serves all of them.
@@ -247,6 +247,57 @@ def test_a_click_shows_the_numbers_of_a_cell(page):
     assert marked.count() == 1
     # The numbers beside the list hold the same one.
     assert page.locator(f".jp-OutputArea td:text-is('{value}')").count() >= 1
+
+
+def test_cells_of_the_picture_are_chosen_by_mouse_and_keyboard(page):
+    expected = run_prompts(page)
+    names = expected["position"].values
+
+    def shown(layer: int, position: int) -> None:
+        place = f"layer {layer}, position {names[position]}"
+        page.wait_for_function(
+            "place => document.querySelector('td [aria-current]')?.title.startsWith(place)",
+            arg=place,
+        )
+        value = float(expected.values[layer, position])
+        page.locator(f".jp-OutputArea td:text-is('{number(value)}')").first.wait_for()
+        assert page.get_by_label("position", exact=True).input_value() == names[position]
+
+    cells = page.locator("table.patching-heatmap td")
+    for layer, position in ((0, PATCHED), (1, PATCHED - 2), (0, PATCHED)):
+        cells.nth(layer * len(names) + position).click()
+        shown(layer, position)
+    # The picture is drawn anew each time, and keeps the keyboard.
+    for key, layer, position in (
+        ("ArrowDown", 1, PATCHED), ("ArrowLeft", 1, PATCHED - 1), ("ArrowUp", 0, PATCHED - 1),
+        ("ArrowUp", 0, PATCHED - 1), ("ArrowRight", 0, PATCHED),
+    ):  # fmt: skip
+        page.wait_for_function("document.activeElement.matches('[data-picture]')")
+        page.keyboard.press(key)
+        shown(layer, position)
+
+
+def test_paths_and_attention_of_a_head_are_a_click_away(page, tmp_path):
+    run_prompts(page)
+    kinds = page.get_by_label("patch", exact=True)
+    kinds.select_option(label="head outputs, all positions at once")
+    run_button(page).click()
+    page.locator("table.patching-heatmap td [title^='layer 1, head 2:']").click()
+    page.get_by_role("button", name="Its attention").click()
+    page.get_by_text("L1H2 in the corrupted prompt").wait_for()
+    page.get_by_role("button", name="Paths into its queries").click()
+    page.get_by_text("No path leads").first.wait_for()
+    page.locator(".jp-OutputArea-output .widget-vbox").first.screenshot(path=tmp_path / "paths.png")
+    model = tiny.model("gpt2")
+    task = prompt_task(model, *PROMPTS, ANSWERS)
+    expected = paths(model, task, [("q", 1, 2)], progress=False)
+    titles = page.locator("table.patching-heatmap td span").evaluate_all(
+        "all => all.map(s => s.title)"
+    )
+    values = expected.values.ravel().tolist()
+    for title, value in zip(titles, values, strict=True):
+        assert title.endswith("no value" if value != value else number(value))
+    kinds.select_option(index=0)
 
 
 def test_code_can_be_copied(page):

@@ -38,8 +38,33 @@ from patching_demo.tasks import Task
 MOST_ROWS = 30
 #: So many effects are listed in words.
 LARGEST = 8
-#: Why a cell has no value.
-MISSING = "This model has no such head, as heads share keys and values, or its hook is dead."
+#: Chooses a cell of the picture by a click or an arrow key: its place goes into the panel's hidden
+#: text field, by which the kernel hears of it. The picture that comes back takes the focus again.
+CHOOSE = """\
+const steps = {ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1]};
+const step = steps[event.key];
+let cell = event.target.closest('td');
+if (event.key) {
+  if (!step) return;
+  event.preventDefault();
+  event.stopPropagation();
+  const now = this.querySelector('td [aria-current]').closest('td');
+  const row = now.closest('table').rows[now.parentNode.rowIndex + step[0]];
+  cell = row?.cells[now.cellIndex + step[1]];
+}
+const at = cell?.querySelector('[data-at]')?.dataset.at;
+if (!at) return;
+const host = this.closest('.widget-html');
+new MutationObserver((_, watching) => {
+  const picture = host.querySelector('[data-picture]');
+  if (!picture) return;
+  watching.disconnect();
+  picture.focus({preventScroll: true});
+  picture.querySelector('[aria-current]').scrollIntoView({block: 'nearest', inline: 'nearest'});
+}).observe(host, {childList: true, subtree: true});
+const field = this.closest('.patching-panel').querySelector('.patching-picked input');
+field.value = at;
+field.dispatchEvent(new Event('input', {bubbles: true}));"""
 
 # Notebooks set it for light and dark pages; where nobody does, the page's own colour is inherited.
 # A widget's lines would be as high as its buttons.
@@ -133,7 +158,7 @@ def cell_table(result: xr.DataArray, task: Task, at: tuple[int, ...]) -> str:
         one, other = (row[place] for row, place in zip(strings, places, strict=True))
         where += f", where the {source} prompt has {one!r} and the {target} one {other!r}"
     if math.isnan(value):
-        where += f": no value. {MISSING}"
+        where += f": no value. {why_missing(result)}"
     elif "agrees" in cell.coords and bool(cell["agrees"]):
         where += ": the prompts agree up to here, so there is nothing to patch"
     equal = baselines_are_equal(result)
@@ -147,6 +172,13 @@ def cell_table(result: xr.DataArray, task: Task, at: tuple[int, ...]) -> str:
     }
     frame = pd.DataFrame({"this cell": list(rows), "value": list(rows.values())})
     return _text_block(table(frame, f"{where[0].upper()}{where[1:]}.").markup)
+
+
+def why_missing(result: xr.DataArray) -> str:
+    """Why cells of a result may have no value."""
+    if result.attrs["by"] == "path":
+        return "No path leads from there to the receiver."
+    return "This model has no such head, as heads share keys and values, or its hook is dead."
 
 
 def _or_dash(written: Any, value: float) -> str:
@@ -202,7 +234,10 @@ def heatmap_table(result: xr.DataArray, chosen: tuple[int, ...]) -> str:
         else:
             text, words = _rounded(value, decimals), words + number(value)
         current = ' aria-current="true"' if place == here else ""
-        return f'<span title="{html.escape(words)}"{current}>{text}</span>'
+        under = dict(zip(down, np.unravel_index(place[1], sizes), strict=True))
+        under |= {"kind": place[0], across: place[2]}
+        index = ",".join(str(under[dim]) for dim in result.dims)
+        return f'<span title="{html.escape(words)}"{current} data-at="{index}">{text}</span>'
 
     tables = []
     for panel, caption in enumerate(entries(result, "kind") if lead else [""]):
@@ -214,12 +249,42 @@ def heatmap_table(result: xr.DataArray, chosen: tuple[int, ...]) -> str:
     title = f"{attrs['metric']}: {', '.join(facts)}."
     title = title[0].upper() + title[1:]
     also = " Hatched: the prompts agree, nothing to patch." if agrees.any() else ""
-    also += f" Grey: no value. {MISSING}" * bool(np.isnan(values).any())
+    choose = html.escape(CHOOSE)
+    also += f" Grey: no value. {why_missing(result)}" * bool(np.isnan(values).any())
     return _text_block(
         f"<p style='margin:4px 0'><b>{as_html(title)}</b>"
         f"{note}</p>{_legend(result, reach, toward_clean, also)}"
-        '<div role="region" aria-label="heatmap" tabindex="0" '
-        f'style="overflow-x:auto;display:flex;flex-wrap:wrap;gap:4px 20px">{"".join(tables)}</div>'
+        '<div role="region" aria-label="heatmap: a click or an arrow key chooses a cell" '
+        f'data-picture tabindex="0" onclick="{choose}" onkeydown="{choose}" style="cursor:pointer;'
+        f'overflow-x:auto;display:flex;flex-wrap:wrap;gap:4px 20px">{"".join(tables)}</div>'
+    )
+
+
+def attention_table(patterns: xr.DataArray, layer: int, head: int, which: str) -> str:
+    """Where a head attends from each token of a prompt, as a table of coloured cells.
+
+    Args:
+        patterns: as :func:`patching_demo.results.attention` returns them.
+        layer: of the head.
+        head: its number.
+        which: the prompt's name, such as "clean".
+    """
+    weights = patterns.sel(layer=layer, head=head).values
+    labels = [str(label).replace("\n", "\\n") for label in patterns["key"].values]
+    looks = _colours(weights, theme.SEQUENTIAL)
+    marked = [
+        [f'<span title="{html.escape(f"from {a} to {b}")}">{100 * weight:.0f}</span>'
+         for weight, b in zip(row, labels, strict=True)]
+        for row, a in zip(weights, labels, strict=True)
+    ]  # fmt: skip
+    hidden = ~np.tri(len(labels), dtype=bool) & (weights == 0)
+    looks[hidden] = "color:transparent"
+    heads = [_heading(label, "position") for label in labels]
+    caption = f"L{layer}H{head} in the {which} prompt: attention of each row's token, in percent"
+    return _text_block(
+        f'<div role="region" aria-label="{html.escape(caption)}" tabindex="0" '
+        f'style="overflow-x:auto">'
+        f"{_styled(pd.DataFrame(marked, index=labels), looks, heads, caption)}</div>"
     )
 
 
@@ -253,11 +318,15 @@ def _legend(result: xr.DataArray, reach: float, toward_clean: float, also: str) 
     )
 
 
-def _colours(share: np.ndarray) -> np.ndarray:
-    """CSS for each cell: background, and an ink that can be read on it."""
-    flat = np.nan_to_num(share, nan=0.0).clip(-1, 1).ravel() / 2 + 0.5
+def _colours(share: np.ndarray, scale: Any = theme.DIVERGING) -> np.ndarray:
+    """CSS for each cell: background, and an ink that can be read on it.
+
+    ``share`` is from -1 to 1 on the diverging scale, from 0 to 1 on another.
+    """
+    flat = np.nan_to_num(share, nan=0.0).clip(-1, 1).ravel()
+    flat = flat / 2 + 0.5 if scale is theme.DIVERGING else flat
     found = []
-    for red, green, blue in sample_colorscale(theme.DIVERGING, flat.tolist(), colortype="tuple"):
+    for red, green, blue in sample_colorscale(scale, flat.tolist(), colortype="tuple"):
         ink = "#1a1a1a" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.55 else "#ffffff"
         levels = (round(255 * level) for level in (red, green, blue))
         found.append("background:#{:02x}{:02x}{:02x};color:{}".format(*levels, ink))

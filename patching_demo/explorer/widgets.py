@@ -4,6 +4,9 @@
 runs the sweep without blocking the notebook, draws it, shows any cell's numbers, and writes the
 lines of code that repeat it.
 
+A click on a cell of the heatmap, or an arrow key in it, shows that cell; from a head it is one more
+click to the paths that lead into it, and to its attention.
+
 The heatmap is an HTML table, made in ``markup``. It needs nothing but ipywidgets 7.7 or later: a
 plotly figure inside an output widget stays blank in Colab, and plotly's own widget needs a package
 that is not there. :meth:`Panel.figure` returns the same result as a plotly figure.
@@ -31,8 +34,10 @@ from patching_demo.engine.bridge import hook_point
 from patching_demo.engine.checks import check_bridge
 from patching_demo.engine.kinds import BLOCK_KINDS, HEAD_KINDS, KINDS
 from patching_demo.engine.runner import SweepStopped
+from patching_demo.engine.tokens import key_value_heads
 from patching_demo.explorer.markup import (
     LARGEST,
+    attention_table,
     cell_table,
     entries,
     heatmap_table,
@@ -43,11 +48,15 @@ from patching_demo.explorer.markup import (
 from patching_demo.models import MODELS
 from patching_demo.plots import theme
 from patching_demo.plots.facts import RUNS
-from patching_demo.sweeps import sweep
+from patching_demo.results import attention
+from patching_demo.sweeps import paths, sweep
 from patching_demo.sweeps.question import check_positions
 from patching_demo.tasks import IOI_ANSWERS, IOI_PROMPTS, METRICS, Task, prompt_task
+from patching_demo.tasks.task import position_labels
 
 _TOGETHER = ("resid_pre", "attn_out", "mlp_out")
+
+_RECEIVERS = {"q": "queries", "k": "keys", "v": "values"}
 
 _Choice = tuple[Any, str]  # kinds (a name, or several in a tuple) and by
 
@@ -70,8 +79,9 @@ class Panel(widgets.VBox):
         metric: one of :data:`patching_demo.tasks.METRICS`.
 
     Attributes:
-        result: the last sweep, labelled as by :func:`patching_demo.sweep`, or None.
-        task: the prompts and metric of that sweep, or None.
+        result: what the picture shows, labelled as by :func:`patching_demo.sweep` or
+            :func:`patching_demo.paths`, or None.
+        task: its prompts and metric, or None.
         code: the lines that repeat it, or "".
         error: the exception that ended the last run, or None.
 
@@ -115,6 +125,7 @@ class Panel(widgets.VBox):
         self._outcome: Callable[[], None] | None = None
         self._selecting = self._busy = False
         self._settings_shown: tuple[Any, ...] | None = None
+        self._ran: tuple[Any, ...] | None = None
 
         def made(kind: Any, name: str = "", width: str = "98%", **options: Any) -> Any:
             layout = {"width": width, "max_width": "98%"} if width else {}
@@ -136,17 +147,28 @@ class Panel(widgets.VBox):
         self.part = made(
             widgets.Text, "named part", "460px", placeholder="of both prompts, or one | other"
         )
-        self.advice, self.status, self.picture, self.cell = (made(widgets.HTML) for _ in range(4))
+        self.advice, self.status, self.picture, self.cell, self.patterns = (
+            made(widgets.HTML) for _ in range(5)
+        )
+        self.picked = widgets.Text(layout=widgets.Layout(display="none"))
+        self.picked.add_class("patching-picked")
         self.run_button = widgets.Button(description="Run", button_style="primary", icon="play")
         self.stop_button = widgets.Button(description="Stop", icon="stop", disabled=True)
         self.progress = made(widgets.IntProgress, width="180px", min=0, max=1)
         self.largest = made(widgets.Select, "largest effects", "460px", options=[], rows=LARGEST)
         self.places = row()
+        self.into = {
+            kind: made(widgets.Button, width="auto", description=f"Paths into its {words}")
+            for kind, words in _RECEIVERS.items()
+        }
+        self.attention_button = made(widgets.Button, width="auto", description="Its attention")
+        self.about_head = row(*self.into.values(), self.attention_button)
         self.code_box = made(widgets.Textarea, "copy as code", rows=14)
         # The numbers of a cell stand above the picture, so that both fit on a screen.
-        beside = widgets.VBox([self.places, self.cell], layout=widgets.Layout(flex="1 1 320px"))
+        shown = [self.places, self.cell, self.about_head, self.picked]
+        beside = widgets.VBox(shown, layout=widgets.Layout(flex="1 1 320px"))
         self._answer = widgets.VBox(
-            [row(self.largest, beside), self.picture, self.code_box],
+            [row(self.largest, beside), self.picture, self.patterns, self.code_box],
             layout=widgets.Layout(display="none"),
         )
         super().__init__(
@@ -162,13 +184,18 @@ class Panel(widgets.VBox):
                 self._answer,
             ]
         )
+        self.add_class("patching-panel")
         for typed in (self.clean, self.corrupted, self.right, self.wrong, self.part, self.choice):
             typed.observe(lambda change: self._check(), names="value")
         for menu in (self.metric, self.direction):
             menu.observe(lambda change: self._note_change(), names="value")
         self.run_button.on_click(lambda button: self.run())
         self.stop_button.on_click(lambda button: self.stop())
-        self.largest.observe(self._jump, names="value")
+        self.largest.observe(lambda change: self._go(self.largest.value), names="value")
+        self.picked.observe(lambda change: self._pick(), names="value")
+        for kind, button in self.into.items():
+            button.on_click(lambda button, kind=kind: self.run_paths(kind))
+        self.attention_button.on_click(lambda button: self._show_attention())
         self._check()
 
     @property
@@ -188,20 +215,39 @@ class Panel(widgets.VBox):
             ValueError: if prompts or answers do not fit; the message says what to change.
             RuntimeError: if a sweep is already under way.
         """
-        if self.running:
-            raise RuntimeError("a sweep is under way: wait() for it or stop() it first")
         if self._dry is None:
             raise ValueError(self._problem)
+        self._start(self._sweep, self._dry, self._settings())
+
+    def run_paths(self, kind: str) -> None:
+        """Measure the direct paths from every head into the head that is shown, as a button does.
+
+        Args:
+            kind: what of the head receives: "q", "k" or "v".
+
+        Raises:
+            RuntimeError: if no head is shown, or a sweep is already under way.
+        """
+        chosen = self._head()
+        if chosen is None:
+            raise RuntimeError("no head is shown: run a sweep of heads, and choose one")
+        part = (kind, chosen[0], chosen[1] if kind == "q" else chosen[2])
+        self._start(self._paths, self.task, self._ran, part)
+
+    def _start(self, job: Callable[..., Any], *asked: Any) -> None:
+        """Start work that returns a task, a result, the settings and the lines that repeat it."""
+        if self.running:
+            raise RuntimeError("a sweep is under way: wait() for it or stop() it first")
         self._stop.clear()
         self._busy, self.error = True, None
         self.run_button.disabled, self.stop_button.disabled = True, False
+        self._allow_paths()
         self.progress.value = 0
         self._say("Measuring both prompts unpatched ...")
-        asked = (self._dry, self._settings())
         try:
             loop = asyncio.get_running_loop()
         except RuntimeError:
-            self._work(lambda function, *args: function(*args), *asked)
+            self._work(lambda function, *args: function(*args), job, *asked)
             return
         context = copy_context()  # By this a kernel knows the cell that the panel belongs to.
 
@@ -210,7 +256,7 @@ class Panel(widgets.VBox):
                 loop.call_soon_threadsafe(function, *args, context=context)
 
         # A daemon, so that a kernel that is shut down does not wait for it.
-        thread = threading.Thread(target=self._work, args=(later, *asked), daemon=True)
+        thread = threading.Thread(target=self._work, args=(later, job, *asked), daemon=True)
         try:
             thread.start()
         except RuntimeError as error:  # There may be too many.
@@ -307,27 +353,38 @@ class Panel(widgets.VBox):
 
     # The run ------------------------------------------------------------------------------------
 
-    def _work(self, later: Callable[..., Any], dry: Task, settings: tuple[Any, ...]) -> None:
-        """Sweep, and leave what is shown of it to ``later``, which calls a function in the loop."""
-        started, (*_, direction, (kinds, by), metric) = time.monotonic(), settings
+    def _work(self, later: Callable[..., Any], job: Callable[..., Any], *asked: Any) -> None:
+        """Do a job, and leave what is shown to ``later``, which calls a function in the loop."""
+        started = time.monotonic()
 
         def on_progress(done: int, total: int) -> bool:
             later(self._note_progress, done, total)
             return self._stop.is_set()
 
         try:
-            task = dry.with_metric(self._model, metric)
-            task = task if direction == task.direction else task.reversed()
-            names = kinds if isinstance(kinds, str) else list(kinds)
-            result = sweep(self._model, task, names, by=by, progress=False, on_progress=on_progress)
+            found = job(*asked, progress=False, on_progress=on_progress)
         except (SweepStopped, KeyboardInterrupt):
             words = "Stopped. The model is as it was; press Run to start again."
             self._outcome = partial(self._finish, words)
         except BaseException as error:
             self._outcome = partial(self._fail, error)
         else:
-            self._outcome = partial(self._succeed, task, result, settings, started)
+            self._outcome = partial(self._succeed, *found, started)
         later(self._conclude)
+
+    def _sweep(self, dry: Task, settings: tuple[Any, ...], **options: Any) -> tuple[Any, ...]:
+        *_, direction, (kinds, by), metric = settings
+        task = dry.with_metric(self._model, metric)
+        task = task if direction == task.direction else task.reversed()
+        names = kinds if isinstance(kinds, str) else list(kinds)
+        result = sweep(self._model, task, names, by=by, **options)
+        return task, result, settings, _code(settings, task.model_name)
+
+    def _paths(
+        self, task: Task, settings: tuple[Any, ...], part: tuple[str, int, int], **options: Any
+    ) -> tuple[Any, ...]:
+        result = paths(self._model, task, [part], **options)
+        return task, result, settings, _code(settings, task.model_name, part)
 
     def _note_progress(self, done: int, total: int) -> None:
         if self._busy:
@@ -347,11 +404,16 @@ class Panel(widgets.VBox):
                     raise
 
     def _succeed(
-        self, task: Task, result: xr.DataArray, settings: tuple[Any, ...], started: float
+        self,
+        task: Task,
+        result: xr.DataArray,
+        settings: tuple[Any, ...],
+        code: str,
+        started: float,
     ) -> None:
         self.task, self.result, self._settings_shown = task, result, None
-        self._show(settings)
-        self._settings_shown = settings
+        self._show(code)
+        self._settings_shown = self._ran = settings
         self.progress.value = self.progress.max
         self._finish(f"Done in {time.monotonic() - started:.1f} s.")
 
@@ -363,6 +425,7 @@ class Panel(widgets.VBox):
         self._busy = False
         self.stop_button.disabled = True
         self.run_button.disabled = self._dry is None
+        self._allow_paths()
         self._say(words, head)
         if self.result is not None and self._settings() != self._settings_shown:
             self._say(f"{words} The picture below is of your earlier settings.", head)
@@ -372,7 +435,7 @@ class Panel(widgets.VBox):
 
     # The result ---------------------------------------------------------------------------------
 
-    def _show(self, settings: tuple[Any, ...]) -> None:
+    def _show(self, code: str) -> None:
         result = self.result
         self._selecting = True
         self.places.children = [
@@ -388,18 +451,24 @@ class Panel(widgets.VBox):
         for menu in self.places.children:
             menu.observe(lambda change: self._show_cell(), names="value")
         self.largest.options = largest_effects(result)
-        self.code_box.value = _code(settings, self.task.model_name)
-        self.largest.index = 0
+        self.code_box.value, self.patterns.value = code, ""
+        self.largest.index = 0 if self.largest.options else None
         self._selecting = False
-        self._jump()
+        self._go(self.largest.value or (0,) * result.ndim)
         self._answer.layout.display = ""
 
-    def _jump(self, change: Any = None) -> None:
-        """Go to the cell that was clicked in the list of the largest effects."""
-        if self._selecting or self.largest.value is None:
+    def _pick(self) -> None:
+        """Go to the cell of the picture that was clicked."""
+        picked, self.picked.value = self.picked.value, ""  # So that a second click is heard, too.
+        if picked:
+            self._go(tuple(int(index) for index in picked.split(",")))
+
+    def _go(self, at: tuple[int, ...] | None) -> None:
+        """Show a cell, by its place along the result's dimensions."""
+        if self._selecting or at is None:
             return
         self._selecting = True
-        for menu, index in zip(self.places.children, self.largest.value, strict=True):
+        for menu, index in zip(self.places.children, at, strict=True):
             menu.value = index
         self._selecting = False
         self._show_cell()
@@ -407,9 +476,53 @@ class Panel(widgets.VBox):
     def _show_cell(self) -> None:
         if self._selecting:
             return
-        at = tuple(menu.value for menu in self.places.children)
+        at = self._at()
         self.cell.value = cell_table(self.result, self.task, at)
         self.picture.value = heatmap_table(self.result, at)
+        self.about_head.layout.display = "" if self._head() else "none"
+        self._allow_paths()
+
+    def _at(self) -> tuple[int, ...]:
+        return tuple(menu.value for menu in self.places.children)
+
+    def _head(self) -> tuple[int, int | None, int] | None:
+        """Layer, head (None where several share what is shown) and key-value head of the cell."""
+        if self.result is None or "head" not in self.result.dims:
+            return None
+        cell = self.result.isel(dict(zip(self.result.dims, self._at(), strict=True)))
+        kind = str(cell["kind"].item()) if "kind" in cell.coords else self.result.attrs["kind"]
+        layer, head, shared = int(cell["layer"]), int(cell["head"]), key_value_heads(self._model)
+        each = self._model.cfg.n_heads // shared
+        if "kv_head" in KINDS[kind].axes and each > 1:
+            return layer, None, head
+        return layer, head, head // each
+
+    def _allow_paths(self) -> None:
+        """Paths lead from earlier layers only, and a query belongs to one head."""
+        chosen = self._head()
+        for kind, button in self.into.items():
+            lead = chosen is not None and chosen[0] > 0 and (kind != "q" or chosen[1] is not None)
+            button.disabled = self._busy or not lead
+        self.attention_button.disabled = chosen is None or chosen[1] is None
+
+    def _show_attention(self) -> None:
+        """Show where the head that is chosen attends in both prompts."""
+        layer, head, _ = self._head()
+        both = {"clean": self.task.clean_tokens, "corrupted": self.task.corrupted_tokens}
+        strings = (self.task.clean_strings[0], self.task.corrupted_strings[0])
+        ends = [int(end[0]) + 1 for end in self.task.roles["END"]]
+        try:
+            tables = [
+                attention_table(
+                    attention(self._model, tokens[:1, :end], position_labels(words[:end])),
+                    layer, head, which,
+                )
+                for (which, tokens), words, end in zip(both.items(), strings, ends, strict=True)
+            ]  # fmt: skip
+        except Exception as error:
+            self._say(_first_line(error), "There is no attention to show")
+        else:
+            self.patterns.value = "".join(tables)
 
 
 class _Dry:
@@ -454,7 +567,9 @@ def _first_line(error: BaseException) -> str:
     return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
 
 
-def _code(settings: tuple[Any, ...], model_name: str) -> str:
+def _code(
+    settings: tuple[Any, ...], model_name: str, into: tuple[str, int, int] | None = None
+) -> str:
     clean, corrupted, right, wrong, part, direction, (kinds, by), metric = settings
     load = (
         f"model = load_model({model_name!r})"
@@ -463,8 +578,12 @@ def _code(settings: tuple[Any, ...], model_name: str) -> str:
     )
     loader = "load_model, " if model_name in MODELS else ""
     kinds = kinds if isinstance(kinds, str) else list(kinds)
+    measured = f"sweep(model, task, {kinds!r}, by={by!r})"
+    names = "plots, prompt_task, sweep"
+    if into:
+        measured, names = f"paths(model, task, [{into!r}])", "paths, plots, prompt_task"
     return (
-        f"from patching_demo import {loader}plots, prompt_task, sweep\n\n"
+        f"from patching_demo import {loader}{names}\n\n"
         f"{load}\n"
         "task = prompt_task(\n"
         "    model,\n"
@@ -474,6 +593,6 @@ def _code(settings: tuple[Any, ...], model_name: str) -> str:
         f"    metric={metric!r},\n"
         + (f"    roles={_roles(part)!r},\n" if part.strip() else "")
         + f"){'.reversed()' * (direction == 'noising')}\n"
-        f"result = sweep(model, task, {kinds!r}, by={by!r})\n"
+        f"result = {measured}\n"
         "plots.heatmap(result)\n"
     )
