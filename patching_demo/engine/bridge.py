@@ -671,8 +671,9 @@ def attached_hooks(model: Any) -> list[str]:
     everywhere = torch.nn.modules.module
     if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
         found.append("on every module")
+    walked: set[torch.nn.Module] = set()
     for root in (model, getattr(model, "original_model", None)):
-        for name, module in root.named_modules() if root is not None else ():
+        for name, module in root.named_modules(walked) if root is not None else ():
             hooks = {**module._forward_hooks, **module._forward_pre_hooks}
             functions = [function for key, function in hooks.items() if key not in listed]
             functions += [

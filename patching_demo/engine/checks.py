@@ -107,11 +107,12 @@ def checked_model(model: Any) -> None:
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError("encoder-decoder models are not supported: patch a decoder-only model")
     check_bridge(model, "cfg", "blocks", "run_with_hooks")
+    walked: set[torch.nn.Module] = set()
     training = [
         name or "the model"
         for root in (model, original)
         if isinstance(root, torch.nn.Module)
-        for name, module in root.named_modules()
+        for name, module in root.named_modules(walked)
         if module.training
     ]
     if training:
