@@ -45,9 +45,9 @@ def pytest_collection_finish() -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    """Coverage is measured on the first model of a test; others run the same lines."""
+    """Coverage is measured on the first model of a test; other models run the same lines."""
     indices = item.callspec.indices if hasattr(item, "callspec") else {}
-    first = not indices.get("name")
+    first = not any(indices.get(over) for over in ("name", "architecture", "dtype"))
     with nullcontext() if first else untraced():
         return (yield)
 

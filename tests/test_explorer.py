@@ -239,8 +239,7 @@ def test_every_cell_of_the_picture_says_where_it_is(panel, choice):
 def test_paths_into_a_head_are_a_click_away(name, kind):
     model = tiny.model(name)
     panel = Panel(model, kinds=kind, by="all_pos")
-    assert panel._head() is None
-    with pytest.raises(RuntimeError, match="no head is shown"):
+    with pytest.raises(RuntimeError, match="no such head is shown"):
         panel.run_paths("q")
     finished(panel)
     shared = model.cfg.n_heads // (model.cfg.n_key_value_heads or model.cfg.n_heads)
@@ -253,6 +252,8 @@ def test_paths_into_a_head_are_a_click_away(name, kind):
     assert panel.into["q"].disabled == panel.attention_button.disabled == own
     for receiver, index in (("q", 1), ("k", head), ("v", head)):
         if panel.into[receiver].disabled:
+            with pytest.raises(RuntimeError, match="no such head is shown"):
+                panel.run_paths(receiver)
             continue
         panel.run_button.click()
         panel.picked.value = "1,1"
@@ -271,22 +272,27 @@ def test_paths_into_a_head_are_a_click_away(name, kind):
 
 def test_a_sweep_without_heads_offers_no_paths(panel):
     finished(panel)
-    assert panel.about_head.layout.display == "none" and panel._head() is None
+    assert panel.about_head.layout.display == "none"
+    with pytest.raises(RuntimeError, match="no such head is shown"):
+        panel.run_paths("k")
 
 
-def test_attention_of_the_chosen_head_is_a_click_away(model):
+@pytest.mark.parametrize("direction", ["denoising", "noising"])
+def test_attention_of_the_chosen_head_is_a_click_away(model, direction):
     clean, corrupted = (
         "When Mary went home, Mary gave the bag to",
         "When John went, John gave it to",
     )
     panel = Panel(model, clean=clean, corrupted=corrupted)
     panel.part.value = ", Mary | , John"
-    panel.choice.value = ("out", "role")
+    panel.choice.value, panel.direction.value = ("out", "role"), direction
     finished(panel)
     panel.picked.value = "1,0,2"
     panel.attention_button.click()
     tables = panel.patterns.value.split("<table")[1:]
-    for table, which, text in zip(tables, ("clean", "corrupted"), (clean, corrupted), strict=True):
+    prompts = [("clean", clean), ("corrupted", corrupted)]
+    prompts = prompts if direction == "denoising" else prompts[::-1]
+    for table, (which, text) in zip(tables, prompts, strict=True):
         expected = attention(model, model.to_tokens(text)).sel(layer=1, head=2).values
         shown = [int(cell) for cell in re.findall(r">(\d+)</span>", table)]
         assert f"L1H2 in the {which} prompt" in table
@@ -496,8 +502,11 @@ def test_a_cell_may_wait_for_the_result(panel):
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+@pytest.mark.parametrize("choice", [("resid_pre", "pos"), ("out", "all_pos")])
 @pytest.mark.parametrize("where", ["heatmap_table", "sweep"])
-def test_what_fails_leaves_the_panel_free(panel, monkeypatch, where, error):
+def test_what_fails_leaves_the_panel_free(panel, monkeypatch, choice, where, error):
+    panel.choice.value = choice
+
     def fail(*_, **__):
         raise error
 

@@ -47,7 +47,7 @@ from patching_demo.explorer.markup import (
 )
 from patching_demo.models import MODELS
 from patching_demo.plots import theme
-from patching_demo.plots.facts import RUNS
+from patching_demo.plots.facts import RUNS, baseline_names
 from patching_demo.results import attention
 from patching_demo.sweeps import paths, sweep
 from patching_demo.sweeps.question import check_positions
@@ -59,6 +59,7 @@ _TOGETHER = ("resid_pre", "attn_out", "mlp_out")
 _RECEIVERS = {"q": "queries", "k": "keys", "v": "values"}
 
 _Choice = tuple[Any, str]  # kinds (a name, or several in a tuple) and by
+_Head = tuple[int, int | None, int]  # layer, head (None where several share it), key-value head
 
 
 class Panel(widgets.VBox):
@@ -126,6 +127,7 @@ class Panel(widgets.VBox):
         self._selecting = self._busy = False
         self._settings_shown: tuple[Any, ...] | None = None
         self._ran: tuple[Any, ...] | None = None
+        self._head: _Head | None = None
 
         def made(kind: Any, name: str = "", width: str = "98%", **options: Any) -> Any:
             layout = {"width": width, "max_width": "98%"} if width else {}
@@ -226,12 +228,14 @@ class Panel(widgets.VBox):
             kind: what of the head receives: "q", "k" or "v".
 
         Raises:
-            RuntimeError: if no head is shown, or a sweep is already under way.
+            RuntimeError: if no head is shown, or, for "q", one that several heads share, or if a
+                sweep is already under way.
         """
-        chosen = self._head()
-        if chosen is None:
-            raise RuntimeError("no head is shown: run a sweep of heads, and choose one")
-        part = (kind, chosen[0], chosen[1] if kind == "q" else chosen[2])
+        layer, *heads = self._head or (None, None, None)
+        head = heads[0 if kind == "q" else 1]
+        if head is None:
+            raise RuntimeError("no such head is shown: run a sweep of heads, and choose one")
+        part = (kind, layer, head)
         self._start(self._paths, self.task, self._ran, part)
 
     def _start(self, job: Callable[..., Any], *asked: Any) -> None:
@@ -412,6 +416,7 @@ class Panel(widgets.VBox):
         started: float,
     ) -> None:
         self.task, self.result, self._settings_shown = task, result, None
+        self._head = None
         self._show(code)
         self._settings_shown = self._ran = settings
         self.progress.value = self.progress.max
@@ -479,36 +484,37 @@ class Panel(widgets.VBox):
         at = self._at()
         self.cell.value = cell_table(self.result, self.task, at)
         self.picture.value = heatmap_table(self.result, at)
-        self.about_head.layout.display = "" if self._head() else "none"
+        self._head = self._head_at(at)
+        self.about_head.layout.display = "" if self._head else "none"
         self._allow_paths()
 
     def _at(self) -> tuple[int, ...]:
         return tuple(menu.value for menu in self.places.children)
 
-    def _head(self) -> tuple[int, int | None, int] | None:
-        """Layer, head (None where several share what is shown) and key-value head of the cell."""
-        if self.result is None or "head" not in self.result.dims:
+    def _head_at(self, at: tuple[int, ...]) -> _Head | None:
+        """The head that a cell is about, None if the cell is about no head."""
+        if "head" not in self.result.dims:
             return None
-        cell = self.result.isel(dict(zip(self.result.dims, self._at(), strict=True)))
+        cell = self.result.isel(dict(zip(self.result.dims, at, strict=True)))
         kind = str(cell["kind"].item()) if "kind" in cell.coords else self.result.attrs["kind"]
-        layer, head, shared = int(cell["layer"]), int(cell["head"]), key_value_heads(self._model)
-        each = self._model.cfg.n_heads // shared
-        if "kv_head" in KINDS[kind].axes and each > 1:
+        layer, head = int(cell["layer"]), int(cell["head"])
+        sharing = self._model.cfg.n_heads // key_value_heads(self._model)
+        if "kv_head" in KINDS[kind].axes and sharing > 1:
             return layer, None, head
-        return layer, head, head // each
+        return layer, head, head // sharing
 
     def _allow_paths(self) -> None:
         """Paths lead from earlier layers only, and a query belongs to one head."""
-        chosen = self._head()
+        layer, head, _ = self._head or (0, None, None)
         for kind, button in self.into.items():
-            lead = chosen is not None and chosen[0] > 0 and (kind != "q" or chosen[1] is not None)
-            button.disabled = self._busy or not lead
-        self.attention_button.disabled = chosen is None or chosen[1] is None
+            button.disabled = self._busy or layer == 0 or (kind == "q" and head is None)
+        self.attention_button.disabled = head is None
 
     def _show_attention(self) -> None:
         """Show where the head that is chosen attends in both prompts."""
-        layer, head, _ = self._head()
-        both = {"clean": self.task.clean_tokens, "corrupted": self.task.corrupted_tokens}
+        layer, head, _ = self._head
+        source, target = baseline_names(self.result)
+        both = {source: self.task.clean_tokens, target: self.task.corrupted_tokens}
         strings = (self.task.clean_strings[0], self.task.corrupted_strings[0])
         ends = [int(end[0]) + 1 for end in self.task.roles["END"]]
         try:
