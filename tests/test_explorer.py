@@ -225,7 +225,8 @@ def test_every_cell_of_the_picture_says_where_it_is(panel, choice):
     finished(panel)
     for at in np.ndindex(panel.result.shape):
         panel.picked.value = ",".join(map(str, at))  # As a click on the cell does.
-        assert panel.picked.value == "" and panel._at() == at
+        assert panel.picked.value == ""
+        assert tuple(menu.value for menu in panel.places.children) == at
         places = re.findall(r'aria-current="true" data-at="([^"]*)"', panel.picture.value)
         assert places == [",".join(map(str, at))]
         if not np.isnan(panel.result.values[at]) and "nothing to patch" not in panel.cell.value:
@@ -350,6 +351,11 @@ def test_heads_that_do_not_exist_are_gaps():
     kind, _, head = panel.places.children
     kind.value, head.value = HEADS.index("k"), 3
     assert "share keys and values" in panel.cell.value and "nan" not in panel.cell.value.lower()
+    assert panel.about_head.layout.display == "none"
+    with pytest.raises(RuntimeError, match="no such head is shown"):
+        panel.run_paths("k")
+    head.value = 1
+    assert panel.about_head.layout.display == ""
 
 
 def test_html_and_latex_are_shown_as_text(model):

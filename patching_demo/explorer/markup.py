@@ -270,7 +270,7 @@ def attention_table(patterns: xr.DataArray, layer: int, head: int, which: str) -
         which: the prompt's name, such as "clean".
     """
     weights = patterns.sel(layer=layer, head=head).values
-    labels = [str(label).replace("\n", "\\n") for label in patterns["key"].values]
+    labels = entries(patterns, "key")
     looks = _colours(weights, theme.SEQUENTIAL)
     marked = [
         [f'<span title="{html.escape(f"from {a} to {b}")}">{100 * weight:.0f}</span>'

@@ -34,7 +34,7 @@ from patching_demo.engine.bridge import hook_point
 from patching_demo.engine.checks import check_bridge
 from patching_demo.engine.kinds import BLOCK_KINDS, HEAD_KINDS, KINDS
 from patching_demo.engine.runner import SweepStopped
-from patching_demo.engine.tokens import key_value_heads
+from patching_demo.engine.tokens import heads_of, key_value_heads
 from patching_demo.explorer.markup import (
     LARGEST,
     attention_table,
@@ -47,7 +47,7 @@ from patching_demo.explorer.markup import (
 )
 from patching_demo.models import MODELS
 from patching_demo.plots import theme
-from patching_demo.plots.facts import RUNS, baseline_names
+from patching_demo.plots.facts import RUNS, baseline_names, kinds_of
 from patching_demo.results import attention
 from patching_demo.sweeps import paths, sweep
 from patching_demo.sweeps.question import check_positions
@@ -481,27 +481,25 @@ class Panel(widgets.VBox):
     def _show_cell(self) -> None:
         if self._selecting:
             return
-        at = self._at()
+        at = tuple(menu.value for menu in self.places.children)
         self.cell.value = cell_table(self.result, self.task, at)
         self.picture.value = heatmap_table(self.result, at)
         self._head = self._head_at(at)
         self.about_head.layout.display = "" if self._head else "none"
         self._allow_paths()
 
-    def _at(self) -> tuple[int, ...]:
-        return tuple(menu.value for menu in self.places.children)
-
     def _head_at(self, at: tuple[int, ...]) -> _Head | None:
         """The head that a cell is about, None if the cell is about no head."""
         if "head" not in self.result.dims:
             return None
         cell = self.result.isel(dict(zip(self.result.dims, at, strict=True)))
-        kind = str(cell["kind"].item()) if "kind" in cell.coords else self.result.attrs["kind"]
         layer, head = int(cell["layer"]), int(cell["head"])
-        sharing = self._model.cfg.n_heads // key_value_heads(self._model)
-        if "kv_head" in KINDS[kind].axes and sharing > 1:
+        n_heads, there = self._model.cfg.n_heads, heads_of(self._model, KINDS[kinds_of(cell)[0]])
+        if head >= there:  # A gap in a picture of several kinds.
+            return None
+        if there < n_heads:
             return layer, None, head
-        return layer, head, head // sharing
+        return layer, head, head * key_value_heads(self._model) // n_heads
 
     def _allow_paths(self) -> None:
         """Paths lead from earlier layers only, and a query belongs to one head."""
