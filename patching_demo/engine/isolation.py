@@ -125,8 +125,10 @@ def _idle_copy(idle: _Idle) -> tuple[Any, _Copier | None]:
 def _hooks_of_calls_elsewhere(model: Any) -> list[tuple[HookPoint, Any]]:
     """The hooks, with their points, that calls under way in other threads will take off again."""
     found = []
-    for thread, frame in sys._current_frames().items():
-        while frame is not None and thread != threading.get_ident():
+    frames = sys._current_frames()
+    del frames[threading.get_ident()]  # A function that holds its own frame is never freed at once.
+    for frame in frames.values():
+        while frame is not None:
             if frame.f_code in _CALLS and frame.f_locals.get("self") is model:
                 added = list(frame.f_locals.get("added_hooks") or ())
                 found += [(point, handle) for point, _, handle in added]

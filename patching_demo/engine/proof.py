@@ -15,6 +15,7 @@ from patching_demo.engine.cells import Cell, spans
 from patching_demo.engine.packs import SLOTS, Pack
 from patching_demo.engine.scoring import Scorer, shaken, stranger, tolerance
 
+BLOCKS_AGAIN = 8  # Blocks, evenly from first to last, of which what was proved is proved again.
 SPANS_TRIED = 12  # Distinct (start, stop) of runs that control runs take; more find no more.
 
 
@@ -23,8 +24,9 @@ def prove(model: Any, run: Run, cells: Sequence[Cell], scorer: Scorer) -> Tensor
 
     Returns how far rounding alone moves each metric over a pass: ``[metric, (batch)]``. It is
     measured on the control runs in types of few bits, and 0 elsewhere. What was proved of a model
-    is proved again on one group of runs only, for prompts and runs that are no longer, as long as
-    its weights and modules are the same: what its code reads elsewhere may have changed.
+    is proved again on one group of runs and some of the blocks only, for prompts and runs that are
+    no longer, as long as its weights and modules are the same: what its code reads elsewhere may
+    have changed.
 
     Raises:
         Unsupported: if a block computes anything for them that it does not in the corrupted run,
@@ -40,7 +42,7 @@ def _proved(model: Any, run: Run, cells: Sequence[Cell], scorer: Scorer) -> Tens
     for layer, arguments in enumerate(run.arguments):
         if misfit := _misfit(arguments.get("attention_mask")):
             raise Unsupported(f"block {layer} {misfit}")
-    rising = _some(spans(cells, scorer.last_read + 1))
+    rising = _evenly(spans(cells, scorer.last_read + 1), SPANS_TRIED)
     groups = _crowded(rising)
     first, n_layers = min(cell.layer for cell in cells), len(run.resid) - 1
     few_bits = run.resid[0].element_size() <= 2
@@ -56,7 +58,7 @@ def _proved(model: Any, run: Run, cells: Sequence[Cell], scorer: Scorer) -> Tens
     # For blocks that go by the length of their input.
     alone = [] if again else [Pack(pack.run, _members([rising[:1]]))]
     read = torch.isin(pack.position, torch.tensor(sorted(scorer.read), device=pack.flat.device))
-    for layer in range(first, n_layers):
+    for layer in _evenly(range(first, n_layers), BLOCKS_AGAIN if again else n_layers):
         for control in (pack, *alone):
             own = _start(control, layer)
             control.step(model, layer)
@@ -86,10 +88,10 @@ def _start(pack: Pack, layer: int) -> Tensor:
     return ~strange
 
 
-def _some(every: Sequence[range]) -> list[range]:
-    """Evenly chosen from the shortest to the longest, both ends included."""
+def _evenly(every: Sequence[Any], most: int) -> list[Any]:
+    """As many as allowed, evenly chosen, both ends included."""
     last = len(every) - 1
-    chosen = {round(last * i / (SPANS_TRIED - 1)) for i in range(SPANS_TRIED)}
+    chosen = {round(last * i / max(1, most - 1)) for i in range(most)}
     return [every[i] for i in sorted(chosen)]
 
 

@@ -311,7 +311,9 @@ def by_shape(
                 if hook in given
             }
         # The first shape tells what all will take.
-        of_all = 0.0 if len(order) > len(prompts) else len(first) / len(prompts)
+        of_all = 0.0
+        if len(order) == len(prompts):
+            of_all = _n_tokens(first) / _n_tokens(next(iter(parts.values())))
         answer(Question(model, parts, hooks, given, True, own, by_role=True, of_all=of_all))
     return np.argsort(order)
 
@@ -319,7 +321,8 @@ def by_shape(
 def in_shapes(task: Task, options: Mapping[str, Any]) -> Iterator[tuple[list[int], dict[str, Any]]]:
     """The prompts of each shape, and the options of a sweep over them alone.
 
-    Progress is told over all shapes, and each has a store of its own.
+    Progress is told over all shapes, and each has a store of its own. Unless more is asked for,
+    cells are rechecked in as many shapes as a sweep rechecks cells.
     """
     options, groups = dict(options), task.groups()
     store, progress = options.pop("store", None), options.pop("progress", True)
@@ -330,12 +333,18 @@ def in_shapes(task: Task, options: Mapping[str, Any]) -> Iterator[tuple[list[int
     ) as bar:  # fmt: skip
         for number, prompts in enumerate(groups):
             own = dict(options, progress=progress and len(groups) == 1)
+            if options.get("check") is None and number % -(-len(groups) // runner.MOST_RECHECKS):
+                own["check"] = 0  # A few cells are rechecked of all shapes together.
             if store is not None:
                 own["store"] = store if len(groups) == 1 else f"{store}-{number}"
             if listener is not None:
                 own["on_progress"] = partial(_overall, listener, number, len(groups))
             yield prompts, own
             bar.update(1)
+
+
+def _n_tokens(task: Task) -> int:
+    return int(task.corrupted_lengths.sum())
 
 
 def _overall(

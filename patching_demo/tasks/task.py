@@ -295,7 +295,9 @@ class Task:
             )
         _refuse_training(model)
         metric = replace(self, metric=plain).clean_metric
-        values, _ = _values(self.model_of(model), self.clean_tokens, metric, self.rows_per_prompt)
+        use = _Use()
+        own = self.model_of(model, use)
+        values, _ = _values(own, self.clean_tokens, metric, self.rows_per_prompt)
         if values is None:
             raise ValueError("the metric has no values for single prompts")
         right = (values > 0).numpy(force=True)
@@ -372,18 +374,19 @@ class Task:
     def groups(self) -> list[list[int]]:
         """The prompts that have the same lengths and roles at the same places, so many at a time.
 
-        Memory is bounded by that, as activations are kept of one such group only.
+        Memory is bounded by that, as activations are kept of one such group only. The longest come
+        first: what holds for them is soon seen to hold for shorter ones.
         """
         places = [self.lengths, self.corrupted_lengths, *chain(*self.roles.values())]
         rows = torch.stack([place.cpu() for place in places], dim=1)
         shapes: dict[bytes, list[int]] = {}
         for prompt, key in enumerate(rows.unflatten(0, (len(self), -1)).flatten(1).numpy()):
             shapes.setdefault(key.tobytes(), []).append(prompt)
+        each = [own.view(len(self), -1).sum(dim=1) for own in places[:2]]
+        tokens = torch.maximum(*each).tolist()  # that a prompt takes
         found = []
-        for prompts in shapes.values():
-            own = slice(prompts[0] * self.rows_per_prompt, (prompts[0] + 1) * self.rows_per_prompt)
-            tokens = max(int(self.lengths[own].sum()), int(self.corrupted_lengths[own].sum()))
-            size = max(1, GROUP_TOKENS // tokens)
+        for prompts in sorted(shapes.values(), key=lambda own: -tokens[own[0]]):
+            size = max(1, GROUP_TOKENS // tokens[prompts[0]])
             found += [prompts[i : i + size] for i in range(0, len(prompts), size)]
         return found
 
@@ -467,7 +470,8 @@ class Task:
         """The task with its baselines measured on a model."""
         _refuse_training(model)
         found: dict[str, Any] = {"model_name": name_of(model)}
-        model, metric = self.model_of(model), self.metric
+        use = _Use()
+        model, metric = self.model_of(model, use), self.metric
         for which, tokens in (("clean", self.clean_tokens), ("corrupted", self.corrupted_tokens)):
             own = self.clean_metric if which == "clean" else metric
             values, baseline = _values(model, tokens, own, self.rows_per_prompt)
@@ -487,6 +491,10 @@ class Task:
             f"{self.metric.name}: clean {self.clean_baseline:.4f}, "
             f"corrupted {self.corrupted_baseline:.4f}>"
         )
+
+
+class _Use:
+    """Of a model on modules of its own: they serve others once it is gone."""
 
 
 def _refuse_training(model: Any) -> None:
@@ -512,12 +520,17 @@ def _values(
             return None, baseline
         return over_rows(values, rows_per_prompt).cpu(), baseline
     found = []
-    for rows in torch.arange(len(tokens), device="cpu").split(size):
+    own = torch.arange(rows_per_prompt, device="cpu")
+    # The shortest together: what is behind the last position that is read reaches nothing.
+    lasts = metric.positions.cpu().amax(dim=1).view(-1, rows_per_prompt).amax(dim=1)
+    order = lasts.argsort(stable=True)
+    for prompts in order.split(size // rows_per_prompt):
+        rows = (prompts[:, None] * rows_per_prompt + own).flatten()
         part = metric.select(rows)
-        last = int(part.positions.max()) + 1  # What is behind it reaches nothing that is read.
+        last = int(lasts[prompts].max()) + 1
         logits = model(tokens[rows.to(tokens.device), :last], return_type="logits")
         found.append(over_rows(part.per_example(logits), rows_per_prompt).cpu())
-    values = torch.cat(found)
+    values = torch.cat(found)[order.argsort()]
     return values, float(values.mean())
 
 
