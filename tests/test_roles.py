@@ -254,6 +254,9 @@ def test_values_of_prompts_depend_on_no_order_grouping_or_splitting(monkeypatch)
     monkeypatch.setattr("patching_demo.tasks.task.GROUP_TOKENS", 1)  # Each prompt alone.
     split = sweep(bridge, task, "resid_pre", by="role", per_prompt=True, **QUIET)
     np.testing.assert_allclose(split, whole, atol=1e-5)
+    apart = task.with_metric(bridge, "logit difference")
+    for which in ("clean_values", "corrupted_values"):
+        torch.testing.assert_close(getattr(apart, which), getattr(task, which))
 
 
 def test_many_shapes_are_swept_in_the_memory_of_the_largest(monkeypatch):

@@ -20,9 +20,10 @@ None is an approximation, as long as a block computes the same for a token where
 its input. That is proved on the model before any number is given (:func:`~.proof.prove`):
 unpatched control runs stand where patched ones would, behind others, last in a full group, from
 early and late positions; every block that the sweep uses, and the last one's shorter call, must
-turn them into what the corrupted run has there, within rounding. Cells from the same places are
-then rechecked by plain hooked forward passes. A model that fails either, or raises anything on
-the way, takes the plain loop, and a warning says why.
+turn them into what the corrupted run has there, within rounding. (Before its next sweep, the same
+model is proved again on some of its blocks.) Cells from the same places are then rechecked by plain
+hooked forward passes. A model that fails either, or raises anything on the way, takes the plain
+loop, and a warning says why.
 
 Related work: the field's plain loop is ``transformer_lens.patching``; tree
 masks over a shared prefix are known from speculative decoding (SpecInfer, Miao et al., 2024).

@@ -313,7 +313,8 @@ def by_shape(
         # The first shape tells what all will take.
         of_all = 0.0
         if len(order) == len(prompts):
-            of_all = _n_tokens(first) / _n_tokens(next(iter(parts.values())))
+            tokens = first.corrupted_lengths
+            of_all = float(tokens.sum() / tokens[first.rows_of(prompts)].sum())
         answer(Question(model, parts, hooks, given, True, own, by_role=True, of_all=of_all))
     return np.argsort(order)
 
@@ -341,10 +342,6 @@ def in_shapes(task: Task, options: Mapping[str, Any]) -> Iterator[tuple[list[int
                 own["on_progress"] = partial(_overall, listener, number, len(groups))
             yield prompts, own
             bar.update(1)
-
-
-def _n_tokens(task: Task) -> int:
-    return int(task.corrupted_lengths.sum())
 
 
 def _overall(

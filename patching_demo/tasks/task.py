@@ -463,7 +463,7 @@ class Task:
         return with_more_tokens(model, self.extra_embeddings)
 
     def _cache(self, model: Any, tokens: Tensor, names_filter: Any) -> Any:
-        with torch.no_grad():
+        with torch.no_grad():  # The cache refers to its model, which so serves nobody else.
             return self.model_of(model).run_with_cache(tokens, names_filter=names_filter)[1]
 
     def _measured(self, model: Any) -> Task:
@@ -530,6 +530,7 @@ def _values(
         last = int(lasts[prompts].max()) + 1
         logits = model(tokens[rows.to(tokens.device), :last], return_type="logits")
         found.append(over_rows(part.per_example(logits), rows_per_prompt).cpu())
+        del logits  # Else two batches of them are held at once.
     values = torch.cat(found)[order.argsort()]
     return values, float(values.mean())
 
