@@ -276,8 +276,7 @@ def _plain_value(
     model: Any, tokens: Tensor, clean: Mapping[str, Tensor], cell: Cell, scorer: Scorer
 ) -> Tensor:
     """A cell by a whole hooked forward pass: ``[metric, (batch)]``."""
-    logits = run_plain(model, tokens, cell.patches, clean)
-    return torch.stack([scorer.full(name, logits.clone()) for name in scorer.metrics])
+    return scorer.all(run_plain(model, tokens, cell.patches, clean))
 
 
 def _recheck(

@@ -71,7 +71,7 @@ class Scorer:
     ) -> None:
         self.model, self.run, self.per_example = model, run, per_example
         self.metrics = dict(metrics)
-        self.baseline = self._on_copies(run.logits)
+        self.baseline = self.all(run.logits.clone())
         n_pos = run.tokens.shape[1]
         self.plain = [name for name in self.metrics if not self._declares(name)]
         read = set(range(n_pos)) if self.plain else set()
@@ -88,12 +88,22 @@ class Scorer:
         """One metric on full logits ``[batch, pos, d_vocab]``, see :func:`measured`."""
         return measured(name, self.metrics[name], logits, self.per_example)
 
+    def all(self, logits: Tensor) -> Tensor:
+        """All metrics, each on logits of its own, on logits that nothing else needs.
+
+        Returns:
+            ``[metric, (batch)]``
+        """
+        *others, last = self.metrics
+        each = [self.full(name, logits.clone()) for name in others]
+        return torch.stack([*each, self.full(last, logits)])
+
     def probe(self) -> Tensor:
         """Metrics on the corrupted logits and on those with the vocabulary reversed.
 
         Tells one metric from another, also where both are 0 on the corrupted run.
         """
-        return torch.stack([self.baseline, self._on_copies(self.run.logits.flip(-1))])
+        return torch.stack([self.baseline, self.all(self.run.logits.flip(-1))])
 
     def rounding(self) -> Tensor:
         """How far each metric moves when the corrupted logits change in their last bits.
@@ -106,7 +116,7 @@ class Scorer:
         _, n_pos, d_vocab = logits.shape
         place = torch.arange(max(n_pos, d_vocab), device=logits.device, dtype=torch.float32)
         signs = torch.cos(place[:n_pos, None] ** 2) * torch.cos(1 + place[:d_vocab] % 1009 * 37)
-        return (self._on_copies(logits * (1 + eps * signs).to(logits.dtype)) - self.baseline).abs()
+        return (self.all(logits * (1 + eps * signs).to(logits.dtype)) - self.baseline).abs()
 
     def check_logits(self) -> None:
         """Hold the step from stream to logits to the run's own logits, where they are read.
@@ -141,10 +151,6 @@ class Scorer:
                     self.by_token.add(name)
             except (AttributeError, TypeError, ValueError, RuntimeError, IndexError):
                 continue
-
-    def _on_copies(self, logits: Tensor) -> Tensor:
-        """All metrics, each on logits of its own: ``[metric, (batch)]``."""
-        return torch.stack([self.full(name, logits.clone()) for name in self.metrics])
 
     def _declares(self, name: str) -> bool:
         """Whether what the metric says it reads gives what it computes, on the corrupted run."""

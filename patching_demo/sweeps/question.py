@@ -78,6 +78,8 @@ class Question:
                 first.clean_tokens.to(device_of(model)), names_filter=list(hooks)
             )
             self._seconds = time.perf_counter() - begin  # of one forward pass, at most
+            #: How large logits are. They are not kept, as they may be most of what a sweep holds.
+            self._size = _size_of(logits)
             for task in tasks.values():
                 metric = task.clean_metric
                 if task.clean_values is None:
@@ -85,8 +87,8 @@ class Question:
                 else:
                     each = task.over_rows(metric.per_example(logits))
                     measured = torch.cat([each.mean().view(1), each])
-                _check_baseline(task, "clean", measured, logits)
-        self._logits = logits
+                _check_baseline(task, "clean", measured, self._size)
+        del logits
         n_pos, start = self.tokens.shape[1], first.agree_until
         if first.same_lengths:
             differing = (first.clean_tokens != first.corrupted_tokens).any(0)
@@ -196,7 +198,7 @@ class Question:
             expected=expected,
         )
         for task, value in zip(self.tasks.values(), base, strict=True):
-            _check_baseline(task, "corrupted", value.mean().view(1), self._logits)
+            _check_baseline(task, "corrupted", value.mean().view(1), self._size)
         if self.per_prompt:
             values = self.task.over_rows(values, -1)
         found = values.detach().float().cpu().numpy()
@@ -494,10 +496,16 @@ def _refuse_too_many(model: Any, tokens: Tensor) -> None:
         )
 
 
-def _check_baseline(task: Task, which: str, measured: Tensor, logits: Tensor) -> None:
+def _size_of(logits: Tensor) -> Tensor:
+    """The largest logit by size, of their dtype; no copy of them is made for it."""
+    return torch.stack(torch.aminmax(logits)).abs().max()
+
+
+def _check_baseline(task: Task, which: str, measured: Tensor, largest: Tensor) -> None:
     """Refuse a task whose baseline was measured on another model.
 
-    ``measured`` is the baseline, and may go on with the values of each prompt.
+    ``measured`` is the baseline, and may go on with the values of each prompt; ``largest`` is the
+    logits' size, in their dtype.
 
     Raises:
         ValueError: with both numbers, if they differ by more than another machine's rounding.
@@ -509,10 +517,10 @@ def _check_baseline(task: Task, which: str, measured: Tensor, logits: Tensor) ->
     metric, scale, least = task.metric, 1.0, 0.0
     if isinstance(metric, Normalised):
         metric, scale, least = metric.metric, metric.clean - metric.corrupted, metric.corrupted
-    size = float(logits.abs().max()) * torch.ones_like(expected)
+    size = float(largest) * torch.ones_like(expected)
     if metric.units == "probability":  # What its logits are off by, a probability is off by a part.
         size *= torch.maximum(expected.abs(), found.abs()) * abs(scale) + abs(least)
-    allowed = max(1e-5, 4 * torch.finfo(logits.dtype).eps) * (size / abs(scale) + expected.abs())
+    allowed = max(1e-5, 4 * torch.finfo(largest.dtype).eps) * (size / abs(scale) + expected.abs())
     wrong = ((found - expected).abs() > allowed).nonzero()[:, 0].tolist()
     if wrong:
         at = wrong[0]

@@ -30,7 +30,7 @@ from patching_demo.metrics import (
 METRICS = ("logit difference", "log-probability", "probability")
 
 #: Tokens of prompts of one shape that are run together, so that memory does not grow with prompts.
-GROUP_TOKENS = 512
+GROUP_TOKENS = 256
 
 
 @dataclass(frozen=True, eq=False)
