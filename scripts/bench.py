@@ -9,7 +9,7 @@ before, between and after them, so that a row can be judged on a noisy machine. 
 to five times and its median taken. Where the plain loop would take more than two minutes, a random
 sample of its cells is timed instead and the row says so. A plain loop that stacks several cells of
 a layer in the batch of one forward pass is timed on such a sample too, and held to the other's
-numbers. Writes benchmark/results.json and benchmark/table.md.
+numbers. A run of everything writes benchmark/results.json and benchmark/table.md.
 """
 
 from __future__ import annotations
@@ -548,10 +548,13 @@ def write(rows: list[Row], about: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--models", nargs="+", default=["attn-only-2l-demo", "smollm2-135m"])
-    parser.add_argument("--sweeps", nargs="+", default=[*SWEEPS, *COMBINED, *QUESTIONS])
+    parser.add_argument("--models", nargs="+")
+    parser.add_argument("--sweeps", nargs="+")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
+    whole = not (arguments.models or arguments.sweeps)  # A few rows don't take the table's place.
+    models = arguments.models or ["attn-only-2l-demo", "smollm2-135m"]
+    sweeps = arguments.sweeps or [*SWEEPS, *COMBINED, *QUESTIONS]
     device = torch.device(arguments.device)
     about = {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor()
@@ -563,7 +566,7 @@ def main() -> None:
     }  # fmt: skip
     rows: list[Row] = []
     plain.tqdm = lambda cells, **_: cells  # The plain loop's own bar cannot be turned off.
-    for name in arguments.models:
+    for name in models:
         for dtype in (torch.float32, torch.bfloat16) if device.type == "cuda" else (torch.float32,):
             model = load_model(name, device=device).to(dtype)
             build = induction_task if name.startswith("attn-only") else ioi_task
@@ -571,7 +574,7 @@ def main() -> None:
             with torch.no_grad():
                 _, cache = model.run_with_cache(task.clean_tokens)
             own: list[Row] = []
-            for sweep in arguments.sweeps:
+            for sweep in sweeps:
                 for bare in (False, True) if sweep in PLAIN_METRIC else (False,):
                     try:
                         if sweep in QUESTIONS:
@@ -582,11 +585,13 @@ def main() -> None:
                         print(f"{name} {sweep}: not on this model ({error})", flush=True)
                         continue
                     own.append(row)
-                    write([*rows, *own], about)
+                    if whole:
+                        write([*rows, *own], about)
                     print(table([row], about).splitlines()[-1], flush=True)
             total = total_row(own, "all of notebook 2", NOTEBOOK_2)
             rows += own + ([total] if total else [])
-    write(rows, about)
+    if whole:
+        write(rows, about)
     print("\n" + table(rows, about))
     missed = [row.sweep for row in rows if row.passed is False]
     print("every mark reached" if not missed else f"below their mark: {', '.join(missed)}")
