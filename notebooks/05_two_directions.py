@@ -579,6 +579,14 @@ claims.check(
     at_most=0.001,
 )
 claims.check(
+    "a third person says neither",
+    "With a third person in the prompt, right and wrong cancel out: the "
+    "corrupted logit difference, as a part of the clean one.",
+    abs(nothing),
+    of=task.clean_baseline,
+    at_most=0.001,
+)
+claims.check(
     "both directions find the same heads",
     "Few heads are a pure OR or AND: correlation of what heads bring "
     "back and of what is lost with them.",

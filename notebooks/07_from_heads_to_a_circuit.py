@@ -832,6 +832,18 @@ claims.check(
     together,
     at_least=0.5,
 )
+senders_alone = sum(
+    float(total.sel(layer=layer, head=head))
+    for layer, head in circuit[len(groups[0]) :]
+)
+claims.check(
+    "early heads add less than their own effects",
+    "What the earlier groups add to the writers, as a part of what "
+    "their heads bring back one by one, added up.",
+    together - float(patched.sel(set="writers")),
+    of=senders_alone,
+    at_most=0.75,
+)
 equal = np.interp(len(circuit), SIZES, drawn.max(0))
 claims.check(
     "and better than chance",
@@ -859,6 +871,19 @@ claims.check(
     "With the set ablated, most of it is gone.",
     left.sel(set="ablate the set"),
     at_most=0.5,
+)
+claims.check(
+    "self-repair",
+    "With the strongest writer ablated, some head makes up for a part of "
+    "what it no longer writes.",
+    repair.max(),
+    at_least=0.02,
+)
+claims.check(
+    "and its opposite",
+    "Some other head adds to the loss.",
+    repair.min(),
+    at_most=-0.02,
 )
 claims.show()
 

@@ -88,8 +88,11 @@ class Rehearsal:
     def claims(
         self, change: Callable[[xr.DataArray], xr.DataArray], **overrides: Any
     ) -> list[Claims]:
-        """The tables of claims that the chapter shows on changed results."""
-        return self._run(self.rest, {**self.start, **overrides}, change)
+        """The tables of claims that the chapter shows on changed results.
+
+        Names in ``overrides`` keep their values, whatever the chapter sets them to.
+        """
+        return self._run(self.rest, {**self.start, **overrides}, change, overrides)
 
     def _measure(self, verb, *arguments, **options):
         call = next(self._calls)
@@ -105,7 +108,13 @@ class Rehearsal:
     def _sweep(self, model, task, kinds, **options):
         return self._measure("sweep_metrics", model, {"only": task}, kinds, **options)["only"]
 
-    def _run(self, sources: list[str], namespace: dict[str, Any], change: Callable) -> list[Claims]:
+    def _run(
+        self,
+        sources: list[str],
+        namespace: dict[str, Any],
+        change: Callable,
+        overrides: dict[str, Any] | None = None,
+    ) -> list[Claims]:
         self._calls, self._change, shown = itertools.count(), change, []
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sweeps, "sweep_metrics", partial(self._measure, "sweep_metrics"))
@@ -128,6 +137,7 @@ class Rehearsal:
                     patch.setattr(module, name, MagicMock())
             for source in sources:
                 exec(compile(source, "<cell>", "exec"), namespace)
+                namespace.update(overrides or {})
         return shown
 
 
