@@ -186,8 +186,9 @@ plots.tokens_table(task, rows=2)
 
 # %%
 print(f"Logit difference, clean:     {task.clean_baseline:.4f}")
-nothing = round(task.corrupted_baseline, 4) + 0.0  # no minus sign
-print(f"Logit difference, corrupted: {nothing:.4f}")
+nothing = task.corrupted_baseline
+rounded = round(nothing, 4) + 0.0  # no minus sign
+print(f"Logit difference, corrupted: {rounded:.4f}")
 
 # %% [markdown]
 # ## Both directions on the same sweep

@@ -92,7 +92,7 @@ class Rehearsal:
 
         Names in ``overrides`` keep their values, whatever the chapter sets them to.
         """
-        return self._run(self.rest, {**self.start, **overrides}, change, overrides)
+        return self._run(self.rest, dict(self.start), change, overrides)
 
     def _measure(self, verb, *arguments, **options):
         call = next(self._calls)
@@ -136,8 +136,8 @@ class Rehearsal:
                 for name in module.__all__:
                     patch.setattr(module, name, MagicMock())
             for source in sources:
-                exec(compile(source, "<cell>", "exec"), namespace)
                 namespace.update(overrides or {})
+                exec(compile(source, "<cell>", "exec"), namespace)
         return shown
 
 
