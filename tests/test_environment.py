@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 import textwrap
@@ -144,3 +145,30 @@ def test_offline_leaves_the_loopback_and_nothing_else():
 def test_offline_says_where_it_cannot_cut_the_network(tmp_path):
     done = offline("true", PATH=str(tmp_path))
     assert "the network cannot be cut on this machine (" in done.stderr and done.returncode == 1
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries decide otherwise")
+def test_a_sweep_has_memory_kept_for_its_next_block_call():
+    code = """
+        import resource
+        import torch
+        from oracle import model
+        from patching_demo import induction_task, sweep
+
+        def waited_for():
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            for _ in range(20):  # As much as a block call needs at once.
+                buffers = [torch.zeros(12 * 2**18) for _ in range(4)]
+                del buffers
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+        bridge = model("llama-gqa")
+        before = waited_for()
+        sweep(bridge, induction_task(bridge, batch=2, seq_len=4), "resid_pre", progress=False)
+        print(before, waited_for())
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "tests")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    before, after = map(int, done.stdout.split())
+    assert after < before / 5

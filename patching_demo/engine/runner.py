@@ -23,7 +23,7 @@ from patching_demo.engine.cells import Cell
 from patching_demo.engine.checks import refuse_dead_hooks, refuse_reading_pads, warn_once
 from patching_demo.engine.isolation import isolated
 from patching_demo.engine.kinds import KINDS
-from patching_demo.engine.packs import CALL_TOKENS, unforeseen
+from patching_demo.engine.packs import CALL_TOKENS, keep_freed_memory, unforeseen
 from patching_demo.engine.proof import prove
 from patching_demo.engine.scoring import Scorer, tolerance
 from patching_demo.engine.skipping import Survey, reaching
@@ -210,6 +210,7 @@ def _run_fast(
         Unsupported: if the model does not stand the proof, or cannot be run on packs.
     """
     device = run.tokens.device
+    keep_freed_memory()
     call_tokens = CALL_TOKENS["cpu" if device.type == "cpu" else "accelerator"]
     budget, scorer.logits_held = _budgets(run, options)
     left = sorted(cells, key=lambda cell: cell.layer)
