@@ -261,3 +261,20 @@ def test_address_is_set_in_every_file(tmp_path):
     assert "colab.research.google.com/github/some-lab/patching.book/blob" in text
     wrong = subprocess.run([*command, "patching"], cwd=tmp_path, capture_output=True, text=True)
     assert wrong.returncode == 2 and "'patching' is no address" in wrong.stderr
+
+
+TABLE = """clean,corrupted,right,wrong,word,word_corrupted
+The opposite of hot is,The opposite of high is, cold, low,hot,high
+It is no longer dry but,It is no longer full but, wet, empty,dry,full
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", ["README.md", "book/index.md", "book/how-far-it-goes.md"])
+def test_the_pages_examples_run_one_after_the_other(page: str, tmp_path: Path) -> None:
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text("utf-8"), re.DOTALL)
+    (tmp_path / "prompts.csv").write_text(TABLE, encoding="utf-8")
+    script = tmp_path / "examples.py"
+    script.write_text("\n".join(examples), encoding="utf-8")
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True)
+    assert examples and done.returncode == 0, done.stderr
