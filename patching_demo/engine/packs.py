@@ -49,7 +49,7 @@ def keep_freed_memory() -> None:
     are several, as the first may fit into memory freed before.
     """
     with suppress(RuntimeError):  # A limit on addresses.
-        _ = [torch.empty(2**25 - 2**16, dtype=torch.uint8, device="cpu") for _ in range(16)]
+        [torch.empty(2**25 - 2**16, dtype=torch.uint8, device="cpu") for _ in range(16)]
 
 
 class Pack:

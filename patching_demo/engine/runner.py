@@ -210,7 +210,8 @@ def _run_fast(
         Unsupported: if the model does not stand the proof, or cannot be run on packs.
     """
     device = run.tokens.device
-    keep_freed_memory()
+    if device.type == "cpu":
+        keep_freed_memory()
     call_tokens = CALL_TOKENS["cpu" if device.type == "cpu" else "accelerator"]
     budget, scorer.logits_held = _budgets(run, options)
     left = sorted(cells, key=lambda cell: cell.layer)
