@@ -308,14 +308,26 @@ notebook.say(
 )
 
 # %% [markdown]
+# Two questions at once, about the stream and about what attention and MLPs add to it at END. A mask
+# for `where` says which cells are asked for, and one sweep of three kinds runs the prompts once. The
+# mask needs labels: those of chapter 2's eight prompts, swept by role, will do, and we come back to
+# their numbers below. Values of the hundred stay logit differences, and become shares afterwards: so
+# any part of the prompts can have baselines of its own.
+#
 # **Expect** chapter 2's staircase with S2 and END for its two columns. IO and S1 come before the
-# first difference, so there is nothing to patch. Values stay logit differences here, and become
-# shares afterwards: so any part of the prompts can have baselines of its own.
+# first difference, so there is nothing to patch.
 
 # %%
-stream = sweep(
-    model, kept, "resid_pre", by="role", layers=LAYERS, per_prompt=True
+KINDS = ["resid_pre", "attn_out", "mlp_out"]
+eight = ioi_task(model).normalised()
+few = sweep(model, eight, KINDS, by="role")
+wanted = xr.where(
+    few.kind == "resid_pre", few.layer.isin(LAYERS), few.role == "END"
 )
+many = sweep(
+    model, kept, KINDS, by="role", where=wanted, per_prompt=True
+)
+stream = many.sel(kind="resid_pre", layer=LAYERS)
 sure = interval(share(stream))
 plots.heatmap(
     sure,
@@ -326,14 +338,11 @@ plots.heatmap(
 notebook.largest(sure)
 
 # %% [markdown]
-# What do attention and MLPs add at END? `positions` keeps a sweep to some of the roles. **Expect**
-# attention to stand out in some layers near the step, and MLPs to do less.
+# What do attention and MLPs add at END? **Expect** attention to stand out in some layers near the
+# step, and MLPs to do less.
 
 # %%
-KINDS = ["attn_out", "mlp_out"]
-outputs = sweep(
-    model, kept, KINDS, by="role", positions=["END"], per_prompt=True
-).sel(role="END")
+outputs = many.sel(kind=KINDS[1:], role="END")
 plots.curves(
     interval(share(outputs)),
     along="layer",
@@ -344,14 +353,14 @@ plots.curves(
 )
 
 # %% [markdown]
-# Now heads. The eight prompts of chapter 2 screen them all at END, and the hundred measure the 24
-# that look largest. A head that eight prompts have missed stays missed: that is the price.
+# Now heads. `positions` keeps a sweep to some of the roles. The eight prompts of chapter 2 screen all
+# heads at END, and the hundred measure the 24 that look largest. A head that eight prompts have
+# missed stays missed: that is the price.
 
 # %%
-eight = ioi_task(model)
-screened = sweep(
-    model, eight.normalised(), "out", by="role", positions=["END"]
-).sel(role="END")
+screened = sweep(model, eight, "out", by="role", positions=["END"]).sel(
+    role="END"
+)
 least = np.sort(abs(screened), axis=None)[-24]
 heads = sweep(
     model,
@@ -457,11 +466,9 @@ AT_MOST = {
 }
 
 # %%
-few = eight.normalised()
-few_outputs = sweep(model, few, KINDS, by="role", positions=["END"])
 of_eight = numbers(
-    sweep(model, few, "resid_pre", by="role", layers=LAYERS).values,
-    few_outputs.sel(role="END").values,
+    few.sel(kind="resid_pre", layer=LAYERS).values,
+    few.sel(kind=KINDS[1:], role="END").values,
     screened.values,
 )
 

@@ -825,6 +825,13 @@ claims.check(
     of=total.sel(layer=layer, head=head),
     at_most=0.5,
 )
+claims.check(
+    "some inputs are the word itself",
+    "Into the keys, queries or values of some group, the token alone "
+    "brings back a good part (largest share).",
+    np.nanmax(from_token),
+    at_least=0.1,
+)
 together = float(patched.sel(set="all three groups"))
 claims.check(
     "the set is enough",

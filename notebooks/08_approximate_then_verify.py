@@ -664,6 +664,21 @@ claims.check(
     at_most=0.6,
 )
 claims.check(
+    "patched in steps, it starts late",
+    "A quarter of the way, the worst outputs of an MLP and of attention "
+    "have done less than the quarter that a line would (larger part of "
+    "the two).",
+    max(lines[kind][1] / lines[kind][-1] for kind in ends),
+    at_most=0.2,
+)
+claims.check(
+    "and ends where the sweep does",
+    "All the way, those two have the values of the sweep (largest "
+    "disagreement).",
+    max(abs(lines[kind][-1] - ends[kind][0]) for kind in ends),
+    at_most=0.001,
+)
+claims.check(
     "the stream is furthest off",
     "The mean error in the residual stream is a multiple of that of "
     "attention outputs.",
@@ -818,6 +833,25 @@ claims.check(
     "tenth of the gradient's list.",
     recall(*outputs, outputs[1].size // 10),
     at_least=0.6,
+)
+claims.check(
+    "a short list will do",
+    "With the best of the three methods, so much of the whole list has "
+    "the ten largest effects of outputs and queries.",
+    min(ranks(part, exact_heads).max() for part in three_ways.values()),
+    of=count(exact_heads),
+    at_most=0.2,
+)
+# Of the ten, in how many of the three lists each is among the first twenty.
+lists = sum(
+    ranks(part, exact_heads) <= 20 for part in three_ways.values()
+)
+claims.check(
+    "each method misses other cells",
+    "Of the ten, some are among the first twenty of one method's list "
+    "and not of another's.",
+    np.isin(lists, [1, 2]).mean(),
+    at_least=0.1,
 )
 claims.check(
     "what was verified is exact",

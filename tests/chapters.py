@@ -60,18 +60,19 @@ class Rehearsal:
 
     What stands before the first run of the model's runs once, and so does each sweep, set, path
     and estimate. A task is made once. Nothing is drawn. Where all values will be replaced, sweeps
-    need not be ``measured``: then they have labels and NaN.
+    need not be ``measured``: then they have labels and NaN. What the chapter measures by runs of
+    its own can be given by ``own``, under the names that it has there.
     """
 
     VERBS = ("sweep_metrics", "patch", "paths", "attribute")
     TASKS = ("ioi_task", "capital_task")
 
-    def __init__(self, chapter: str, model: Any, measured: bool = True) -> None:
+    def __init__(self, chapter: str, model: Any, measured: bool = True, **own: Any) -> None:
         # Exercises are checked where they run, against what was really measured.
         sources = code(script_of(chapter), without="exercise")
         begins = re.compile(r"\b(sweep\w*|patch|paths|attribute)\(\s*model")
         first = next(i for i, source in enumerate(sources) if begins.search(source))
-        self.model, self.swept, self.said, self.start = model, [], [], {}
+        self.model, self.own, self.swept, self.said, self.start = model, own, [], [], {}
         self._real = {verb: getattr(sweeps, verb) for verb in self.VERBS}
         self._makers = {name: lru_cache(None)(getattr(patching_demo, name)) for name in self.TASKS}
         self._solved = lru_cache(None)(Task.solved)
@@ -92,7 +93,7 @@ class Rehearsal:
 
         Names in ``overrides`` keep their values, whatever the chapter sets them to.
         """
-        return self._run(self.rest, dict(self.start), change, overrides)
+        return self._run(self.rest, dict(self.start), change, {**self.own, **overrides})
 
     def _measure(self, verb, *arguments, **options):
         call = next(self._calls)
