@@ -62,6 +62,7 @@ class Metric(ABC):
     units: str
     positions: Tensor
     tokens: Tensor | None
+    _by_row = ("positions", "tokens")
 
     def read(self, logits: Tensor) -> Tensor:
         """Gather what the metric needs: ``[batch, n_positions, n_tokens or d_vocab]``.
@@ -119,12 +120,12 @@ class Metric(ABC):
             shift: int64 ``[n]``; 0 where None.
         """
         chosen = copy.copy(self)
-        rows = rows.to(self.positions.device)
-        chosen.positions = self.positions[rows]
+        for name in self._by_row:
+            values = getattr(self, name)
+            if values is not None:
+                setattr(chosen, name, values[rows.to(values.device)])
         if shift is not None:
             chosen.positions = chosen.positions + shift.to(chosen.positions)[:, None]
-        if self.tokens is not None:
-            chosen.tokens = self.tokens[rows.to(self.tokens.device)]
         return chosen
 
     def __repr__(self) -> str:
@@ -180,8 +181,9 @@ class LogitDifference(Metric):
         TypeError: if ids or positions are not integers.
     """
 
+    name, units = "logit difference", "logits"
+
     def __init__(self, answer_tokens: Any, positions: Any) -> None:
-        self.name, self.units = "logit difference", "logits"
         self.tokens = _indices(answer_tokens, "answer_tokens")
         if self.tokens.ndim != 2 or self.tokens.shape[1] != 2:
             raise ValueError(
@@ -197,6 +199,8 @@ class LogitDifference(Metric):
 
 class _AnswerLogProb(Metric):
     """Shared by the metrics that need a softmax over the vocabulary."""
+
+    _by_row = ("positions", "tokens", "answers")
 
     def __init__(self, answers: Any, positions: Any) -> None:
         answers = _indices(answers, "answers")
@@ -220,12 +224,6 @@ class _AnswerLogProb(Metric):
         answers = self.answers.to(read.device).expand(log_probs.shape[:-1])
         return log_probs.gather(-1, answers[..., None])[..., 0]
 
-    def select(self, rows: Tensor, shift: Tensor | None = None) -> Metric:
-        chosen = super().select(rows, shift)
-        assert isinstance(chosen, _AnswerLogProb)
-        chosen.answers = self.answers[rows.to(self.answers.device)]
-        return chosen
-
     def _highest_token(self) -> int:
         return int(self.answers.max())
 
@@ -245,9 +243,7 @@ class LogProb(_AnswerLogProb):
         TypeError: if ids or positions are not integers.
     """
 
-    def __init__(self, answers: Any, positions: Any) -> None:
-        super().__init__(answers, positions)
-        self.name, self.units = "log-probability", "nats"
+    name, units = "log-probability", "nats"
 
     def from_read(self, read: Tensor) -> Tensor:
         return self._log_probs(read).mean(-1)
@@ -262,9 +258,7 @@ class Probability(_AnswerLogProb):
     Args and errors are those of :class:`LogProb`.
     """
 
-    def __init__(self, answers: Any, positions: Any) -> None:
-        super().__init__(answers, positions)
-        self.name, self.units = "probability", "probability"
+    name, units = "probability", "probability"
 
     def from_read(self, read: Tensor) -> Tensor:
         return self._log_probs(read).exp().mean(-1)
@@ -319,7 +313,6 @@ class AnswerOdds(Metric):
 
     def select(self, rows: Tensor, shift: Tensor | None = None) -> Metric:
         chosen = super().select(rows, shift)
-        assert isinstance(chosen, AnswerOdds)
         prompts = (rows[:: self.rows_per_prompt] // self.rows_per_prompt).tolist()
         chosen.right = [self.right[i] for i in prompts]
         chosen.wrong = [self.wrong[i] for i in prompts]
@@ -458,7 +451,7 @@ class FunctionMetric(Metric):
     ) -> None:
         self.function, self.name, self.units = function, name, units
         self.positions = _positions(positions, batch=None)
-        self.tokens = None
+        self.tokens, self._each = None, False
 
     def from_read(self, read: Tensor) -> Tensor:
         lead = read.shape[:-3]
@@ -474,7 +467,9 @@ class FunctionMetric(Metric):
 
     @property
     def per_example(self) -> PerExample:
-        return PerExample(_RowsOnly(self))
+        own = copy.copy(self)
+        own._each = True  # It insists on one value for each example.
+        return PerExample(own)
 
     def _one(self, read: Tensor) -> Tensor:
         value = self.function(read)
@@ -489,23 +484,12 @@ class FunctionMetric(Metric):
                 f"the metric '{self.name}' returned shape {tuple(value.shape)}: return one number "
                 f"for each of the {read.shape[0]} examples, or one for the batch"
             )
-        return value.to(read.device)
-
-
-class _RowsOnly(FunctionMetric):
-    """A function metric that insists on one value for each example."""
-
-    def __init__(self, metric: FunctionMetric) -> None:
-        super().__init__(metric.function, metric.positions, name=metric.name, units=metric.units)
-
-    def _one(self, read: Tensor) -> Tensor:
-        value = super()._one(read)
-        if value.ndim == 0 or value.shape[0] != read.shape[0]:
+        if self._each and value.shape != read.shape[:1]:
             raise ValueError(
                 f"the metric '{self.name}' returns one number for the whole batch: per-example "
                 f"values need one for each of the {read.shape[0]} examples (drop the mean)"
             )
-        return value
+        return value.to(read.device)
 
 
 def reads(

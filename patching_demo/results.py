@@ -159,8 +159,7 @@ def interval(result: xr.DataArray, level: float = 0.95, seed: int = 0) -> xr.Dat
         )
     if not 0 < level < 1:
         raise ValueError(f"level must be between 0 and 1, got {level!r}")
-    result = result.astype(float)
-    mean = result.mean("prompt", skipna=False, keep_attrs=True)
+    result, mean = result.astype(float), over_prompts(result)
     one = xr.ones_like(result["prompt"], float)
     start, spread = 0 * one, one
     measured = {
@@ -226,12 +225,9 @@ def largest_cells(result: xr.DataArray, n: int = 5) -> pd.DataFrame:
         raise ValueError(f"n must be at least 1, got {n}")
     if "layer" not in result.dims and "layer" not in result.coords:
         raise ValueError(f"the result has no layer, only {list(result.dims)}")
-    if "prompt" in result.dims:
-        result = result.astype(float).mean("prompt", skipna=False, keep_attrs=True)
+    result = over_prompts(result)
     clean, corrupted = baselines(result)
-    values = result.values.astype(float)
-    if "agrees" in result.coords:
-        values = result.where(~result["agrees"]).transpose(*result.dims).values.astype(float)
+    values = result.where(~agreement(result)).values.astype(float)
     effect = np.nan_to_num(np.abs(values - corrupted), nan=-1.0)
     order = np.argsort(-effect, axis=None, kind="stable")[:n]
     spread = math.nan if baselines_are_equal(result) else clean - corrupted
@@ -268,7 +264,7 @@ def effect_sizes(result: xr.DataArray) -> xr.DataArray:
     shares = share(result)
     sizes = abs(shares).fillna(0.0).assign_attrs(shares.attrs)
     sizes = sizes.drop_vars(["low", "high"], errors="ignore")
-    return sizes.where(~sizes["agrees"], 0.0) if "agrees" in sizes.coords else sizes
+    return sizes.where(~agreement(sizes), 0.0)
 
 
 def top_head(result: xr.DataArray) -> xr.DataArray:
@@ -497,6 +493,21 @@ def baselines(result: xr.DataArray) -> tuple[float, float]:
             f"the result has no attribute {error}: arithmetic on it may have dropped the "
             "attributes (xarray.set_options(keep_attrs=True) keeps them)"
         ) from None
+
+
+def agreement(result: xr.DataArray) -> xr.DataArray:
+    """Where both inputs agree, so that there is nothing to patch: bool, as large as the result."""
+    everywhere = xr.ones_like(result, dtype=bool)
+    if "agrees" not in result.coords:
+        return ~everywhere
+    return (everywhere & result.coords["agrees"]).transpose(*result.dims)
+
+
+def over_prompts(result: xr.DataArray) -> xr.DataArray:
+    """The mean over prompts, if there are any; what one of them does not have, it has not."""
+    if "prompt" not in result.dims:
+        return result
+    return result.astype(float).mean("prompt", skipna=False, keep_attrs=True)
 
 
 def single(values: xr.DataArray) -> xr.DataArray:

@@ -10,12 +10,10 @@ import html
 import math
 import re
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 import xarray as xr
 from plotly.colors import sample_colorscale
 
@@ -29,7 +27,7 @@ from patching_demo.plots.facts import (
     what_was_patched,
 )
 from patching_demo.plots.panels import largest_rows
-from patching_demo.plots.tables import scoped, table, tokens_table
+from patching_demo.plots.tables import pairs_table, scoped, table
 from patching_demo.plots.theme import as_html, number, percent
 from patching_demo.results import baselines_are_equal, largest_cells
 from patching_demo.tasks import Task
@@ -104,21 +102,8 @@ def prompts_table(prompts: Sequence[Sequence[int]], strings: Sequence[Sequence[s
         prompts: the tokens of both.
         strings: what each token says.
     """
-    one, other = prompts
-    shown = SimpleNamespace(
-        name="your prompts",
-        clean_tokens=torch.tensor([one]),
-        corrupted_tokens=torch.tensor([other]),
-        clean_strings=strings[:1],
-        corrupted_strings=strings[1:],
-        lengths=[len(one)],
-        corrupted_lengths=[len(other)],
-        rows_per_prompt=1,
-        direction="denoising",
-        roles={},
-    )
     caption = "Your prompts, token by token; where they differ is marked."
-    return _text_block(tokens_table(shown, caption=caption).markup)
+    return _text_block(pairs_table([(strings, prompts)], ("clean", "corrupted"), caption).markup)
 
 
 def entries(result: xr.DataArray, dim: str) -> list[str]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from patching_demo.models import hub
-from patching_demo.models.cache import ModelUnavailable, sha256_of
+from patching_demo.models.cache import ModelUnavailable, in_a_line, sha256_of
 from patching_demo.models.package_index import smollm2_folder
 
 MODEL_ENV = "PATCHING_DEMO_MODEL"
@@ -215,7 +215,7 @@ def _compatible(name: str, boot: Callable[[], Booted]) -> Any:
             bridge.enable_compatibility_mode(**options)
             found = _log_probs(bridge, tokens)
         except Exception as error:  # what TransformerLens did not foresee, or refuses with a reason
-            problem = f"{type(error).__name__}: {_first_line(error)}"
+            problem = in_a_line(error)
             continue
         # Where both are minus infinity, their difference is no number.
         change = (found - expected).masked_fill(found == expected, 0).abs().max().item()
@@ -256,12 +256,8 @@ def _boot(name: str, folder: Path, device: Any) -> Booted:
     except ModelUnavailable:
         raise
     except Exception as error:  # whatever a stranger's files lead to is said in one line
-        reason = f"{type(error).__name__}: {_first_line(error)}"
+        reason = in_a_line(error)
         raise ModelUnavailable(f"its files, in {folder}, can't be used ({reason})") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [""])[0].rstrip(".")
 
 
 def _fetch(name: str) -> Path:

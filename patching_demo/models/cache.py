@@ -45,6 +45,12 @@ def cache_dir() -> Path:
     return Path(tempfile.gettempdir()) / f"patching_demo-{owner}"
 
 
+def in_a_line(error: Exception) -> str:
+    """Return an error's type and the first line of what it says, to stand in a sentence."""
+    said = (str(error).strip().splitlines() or [""])[0].rstrip(".")
+    return f"{type(error).__name__}: {said}"
+
+
 def sha256_of(path: Path) -> str:
     """Return the hexadecimal sha256 of a file, read in blocks."""
     digest = hashlib.sha256()

@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from patching_demo.models.cache import ModelUnavailable, sha256_of
+from patching_demo.models.cache import ModelUnavailable, in_a_line, sha256_of
 
 #: Seconds within which the hub has to answer a first question.
 ANSWER_S = 4.0
@@ -132,8 +132,7 @@ def _fetched(repo: str, patterns: tuple[str, ...]) -> Path:
     except HfHubHTTPError as error:
         reason = f"the model hub answered {error.response.status_code} for {patterns[0]}"
     except Exception as error:  # whatever the HTTP library or the disk leads to
-        said = (str(error).strip().splitlines() or [""])[0]
-        reason = f"the model hub did not deliver it ({type(error).__name__}: {said})"
+        reason = f"the model hub did not deliver it ({in_a_line(error)})"
     raise ModelUnavailable(f"{repo} is not all in the cache, and {reason}")
 
 

@@ -10,7 +10,7 @@ import xarray as xr
 
 from patching_demo.engine.kinds import KINDS, kind_label
 from patching_demo.plots.theme import number
-from patching_demo.results import baselines, largest_cells, single
+from patching_demo.results import baselines, largest_cells, over_prompts, single
 
 #: Dimensions whose entries are numbers, and all that say where a cell is.
 NUMBERED = ("layer", "head", "position")
@@ -63,8 +63,7 @@ def drawn(result: xr.DataArray) -> xr.DataArray:
     if "prompt" in result.dims:
         count = result.sizes["prompt"]
         own["prompts"] = f"mean over {count} prompt{'s' * (count > 1)}"
-        # A cell that some prompts do not have is no mean of the others.
-        result = result.astype(float).mean("prompt", skipna=False, keep_attrs=True)
+        result = over_prompts(result)
     else:
         own["prompts"] = f"prompt {result['prompt'].item()}"
     return single(result).assign_attrs(own)
@@ -222,23 +221,25 @@ def where_intervals_are(result: xr.DataArray, shown_by: str) -> str:
     """What shows the intervals of a result, empty if it has none."""
     if bounds_of(result) is None:
         return ""
-    return f"; {shown_by} {interval_name(result)}s by bootstrap over prompts"
+    return f"{shown_by} {interval_name(result)}s by bootstrap over prompts"
 
 
-def why_missing(result: xr.DataArray) -> str:
-    """Why cells of a figure are grey."""
+def what_is_odd(result: xr.DataArray, values: np.ndarray, agrees: np.ndarray) -> list[str]:
+    """Why cells of a figure are grey, and where infinite ones stand, as far as there are any."""
+    missing = "grey cells do not exist in this model or were not measured"
     if result.attrs.get("by") == "path":
-        return "from grey cells no path leads to the receivers"
-    return "grey cells do not exist in this model or were not measured"
+        missing = "from grey cells no path leads to the receivers"
+    found = [missing] if (np.isnan(values) & ~agrees).any() else []
+    return found + [INFINITE] * bool(np.isinf(values).any())
 
 
-def largest_effects(result: xr.DataArray, n: int = 3) -> str:
-    """The cells with the largest effects, in words for a screen reader."""
+def largest_effects(result: xr.DataArray) -> str:
+    """The three cells with the largest effects, in words for a screen reader."""
     if "layer" not in result.dims and "layer" not in result.coords:
         return ""  # Such as the largest over all layers.
     lead = [str(d) for d in result.dims if d not in CELL_DIMS]
     said = []
-    for _, cell in largest_cells(result, n).iterrows():
+    for _, cell in largest_cells(result, 3).iterrows():
         place = [entry_name(d, cell[d]) for d in lead] + [str(cell["label"])]
         place += [f"{d} '{cell[d]}'" for d in ("position", "role") if d in cell]
         said.append(f"{' '.join(place)}: {number(cell['value'])}")

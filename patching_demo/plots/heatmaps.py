@@ -13,7 +13,7 @@ import xarray as xr
 
 from patching_demo.plots import facts, panels, theme
 from patching_demo.plots.theme import compact, escape, percent
-from patching_demo.results import baselines, baselines_are_equal
+from patching_demo.results import agreement, baselines, baselines_are_equal
 
 
 def heatmap(
@@ -88,8 +88,8 @@ def heatmap(
             total = figure.layout.height - heights[0] + heights[i]
             layout |= {"height": total, "coloraxis": {"colorbar": {"y": 1 - bar_top / total}}}
             visible = [k == i for k, view in enumerate(traces) for _ in view]
-            args = [{"visible": visible}, panels.flattened(layout)]
-            buttons.append({"label": label, "method": "update", "args": args})
+            changes = {"visible": visible}, panels.flattened(layout)
+            buttons.append(panels.button(label, "update", *changes))
         menus.insert(0, panels.menu_above(buttons, bar + 8))
     figure.layout.updatemenus = menus
     return figure
@@ -112,8 +112,8 @@ def _panels(
     *row_dims, column_dim = cell_dims
     rows, columns = panels.axis_of(result, row_dims), panels.axis_of(result, [column_dim])
     order = [*lead, *row_dims, column_dim]
-    agrees = panels.agreement(result).transpose(*order)
-    values = result.where(~panels.agreement(result)).transpose(*order)
+    agrees = agreement(result).transpose(*order)
+    values = result.transpose(*order).where(~agrees)
     kept, bounds = list(range(len(columns.words))), facts.bounds_of(result)
     if collapse:
         kept, columns = panels.collapsed(agrees.values, columns)
@@ -148,33 +148,33 @@ def _panel_traces(
     *,
     visible: bool,
 ) -> list[Any]:
-    """The measured cells, the infinite ones, and those at which there is nothing to patch."""
-    words = grid.columns.words, [grid.rows.words[i] for i in view]
-    shared = {"xaxis": f"x{axis}", "yaxis": f"y{axis}", "visible": visible}
+    """What :func:`panels.traces` draws of the rows in view."""
     clean, centre = baselines(result)
-    name, metric = panel.name, escape(facts.metric_of(result))
+    values, name, own = panel.values[view], panel.name, {"name": panel.name}
     template = f"{name}<br>" * bool(name) + f"%{{y}}, %{{x}}{_grouped_heads(result, panel)}"
-    template += f"<br>{metric}: "
-    values = panel.values[view]
-    beyond = panels.infinite(
-        values, *words, scale,
-        texttemplate="%{text}", hovertemplate=f"{template}%{{text}}<extra></extra>", **shared,
-    )  # fmt: skip
-    template += "%{z:.3~g}"
+    template += f"<br>{escape(facts.metric_of(result))}: "
+    near = template + "%{z:.3~g}"
     span = escape(" minus ".join(facts.baseline_names(result)))
     if (clean, centre) == (1.0, 0.0):
-        template += f" (%{{z:.0%}} of {span})"
+        near += f" (%{{z:.0%}} of {span})"
     elif not baselines_are_equal(result):
-        template += f" (%{{customdata:.0%}} of {span})"
-        shared["customdata"] = compact((values - centre) / (clean - centre))
+        near += f" (%{{customdata:.0%}} of {span})"
+        own["customdata"] = compact((values - centre) / (clean - centre))
     if panel.intervals is not None:
-        template += f"<br>{facts.interval_name(result)}: %{{hovertext}}"
-        shared["hovertext"] = panel.intervals[view]
-    measured = panels.cells(
-        values, *words, hovertemplate=f"{template}<extra></extra>", name=name, **shared
+        near += f"<br>{facts.interval_name(result)}: %{{hovertext}}"
+        own["hovertext"] = panel.intervals[view]
+    return panels.traces(
+        values,
+        panel.agrees[view],
+        grid.columns.words,
+        [grid.rows.words[i] for i in view],
+        scale,
+        hover=(near, template + "%{text}"),
+        own=own,
+        xaxis=f"x{axis}",
+        yaxis=f"y{axis}",
+        visible=visible,
     )
-    shared = {"xaxis": measured.xaxis, "yaxis": measured.yaxis, "visible": visible}
-    return [measured, *beyond, *panels.nothing_to_patch(panel.agrees[view], *words, **shared)]
 
 
 def _grouped_heads(result: xr.DataArray, panel: panels.Panel) -> str:
@@ -187,26 +187,18 @@ def _grouped_heads(result: xr.DataArray, panel: panels.Panel) -> str:
 
 def _caption(result: xr.DataArray, grid: panels.Grid, top: int, note: str) -> str:
     source, target = facts.baseline_names(result)
-    parts = [
-        f"Each cell is the metric ({facts.metric_of(result)}) of the {target} run "
-        f"after one patch: white means no change, blue a move towards the {source} run, orange a "
-        f"move away{facts.where_intervals_are(result, 'hover texts have')}"
-    ]
-    if any(panel.agrees.any() for panel in grid.panels):
-        parts.append(
-            f"at {grid.columns.title}s marked = both inputs agree up to there: nothing to patch"
-        )
-    if any((np.isnan(panel.values) & ~panel.agrees).any() for panel in grid.panels):
-        parts.append(facts.why_missing(result))
-    if any(np.isinf(panel.values).any() for panel in grid.panels):
-        parts.append(facts.INFINITE)
-    if "window" in result.attrs:
-        parts.append("a row is named by the middle one of its layers")
-    if note:
-        parts.append(note)
-    if top:
-        parts.append(f"rows are sorted by their largest effect, the first {top} shown")
-    return "; ".join(parts) + "."
+    values, agrees = (np.stack([getattr(p, n) for p in grid.panels]) for n in ("values", "agrees"))
+    return theme.sentence(
+        f"Each cell is the metric ({facts.metric_of(result)}) of the {target} run after one "
+        f"patch: white means no change, blue a move towards the {source} run, orange a move away",
+        facts.where_intervals_are(result, "hover texts have"),
+        f"at {grid.columns.title}s marked = both inputs agree up to there: nothing to patch"
+        * bool(agrees.any()),
+        *facts.what_is_odd(result, values, agrees),
+        "a row is named by the middle one of its layers" * ("window" in result.attrs),
+        note,
+        f"rows are sorted by their largest effect, the first {top} shown" * bool(top),
+    )
 
 
 def _alt(result: xr.DataArray, title: str, grid: panels.Grid) -> str:
@@ -286,7 +278,7 @@ def attention_patterns(
     menus, bar = [], 46
     if several:
         buttons = [
-            {"label": name, "method": "restyle", "args": [{"visible": [n == name for n in shown]}]}
+            panels.button(name, "restyle", {"visible": [n == name for n in shown]})
             for name in shown
         ]
         menus.append(panels.menu_above(buttons, bar + 6, type="dropdown"))

@@ -19,7 +19,7 @@ import xarray as xr
 
 from patching_demo.plots import facts, panels, theme
 from patching_demo.plots.theme import escape, number, percent
-from patching_demo.results import baselines, combine
+from patching_demo.results import agreement, baselines, combine
 from patching_demo.results import share as to_share
 
 #: Pixels for a menu with its name above it.
@@ -72,7 +72,7 @@ def explore(
     entries = facts.entries_of(shares, across) if across else [None]
     states = [*itertools.product(*(facts.entries_of(shares, d) for d in rest))]
     order = [*rest, *(["layer"] * (len(here) == 3)), row_dim, *filter(None, [across]), column_dim]
-    agrees = panels.agreement(shares).transpose(*order).values
+    agrees = agreement(shares).transpose(*order).values
     kept, columns = panels.collapsed(agrees, panels.axis_of(shares, [column_dim]))
     columns = columns.upright() if column_dim == "role" else columns
     rows = panels.axis_of(shares, [row_dim])
@@ -112,16 +112,18 @@ def explore(
         tail = f" of {escape(' minus '.join(names))}{estimated}<br>"
         if bounds is not None:
             tail += f"{facts.interval_name(shares)}: %{{hovertext}}<br>"
-        tail += f"{levels}<extra></extra>"
-        near, far = (template + value + tail for value in ("%{z:.0%}", "%{text}"))
-        words = x.words, y.words
-        drawn = [
-            panels.cells(
-                all_values[i], *words, name=name, hovertemplate=near, hovertext=said[i], **shown
-            ),
-            *panels.infinite(all_values[i], *words, scale, hovertemplate=far, **shown),
-            *panels.nothing_to_patch(all_agrees[i], *words, signed=False, **shown),
-        ]
+        tail += levels
+        drawn = panels.traces(
+            all_values[i],
+            all_agrees[i],
+            x.words,
+            y.words,
+            scale,
+            hover=(f"{template}%{{z:.0%}}{tail}", f"{template}%{{text}}{tail}"),
+            signed=False,
+            own={"name": name, "hovertext": said[i]},
+            **shown,
+        )
         traces += drawn
         owners += [state] * len(drawn)
 
@@ -129,10 +131,12 @@ def explore(
         return [index * (size + 1) - 0.5, index * (size + 1) + size - 0.5]
 
     height, width = len(rows.words), len(columns.words)
-    choices: dict[str, list[tuple[Any, str, dict[str, Any]]]] = {}
+    choices: dict[str, list[dict[str, Any]]] = {}
     if across:
         choices[across] = [
-            (facts.entry_name(across, entry), "relayout", {"xaxis.range": window(i, width)})
+            panels.button(
+                facts.entry_name(across, entry), "relayout", {"xaxis.range": window(i, width)}
+            )
             for i, entry in enumerate(entries)
         ]
     for place, dim in enumerate(rest):
@@ -143,7 +147,7 @@ def explore(
             if place:
                 hover = ["all" if shown else "skip" for shown in on]
                 change = {"opacity": [float(shown) for shown in on], "hoverinfo": hover}
-            choices[dim].append((facts.entry_name(dim, entry), "restyle", change))
+            choices[dim].append(panels.button(facts.entry_name(dim, entry), "restyle", change))
     choices = {dim: buttons for dim, buttons in choices.items() if len(buttons) > 1}
 
     # Two menus in a row, as more would not fit a telephone.
@@ -152,8 +156,7 @@ def explore(
     menus, notes = [], []
     for i, (dim, buttons) in enumerate(choices.items()):
         at, above = 0.5 * (i % 2), over + _CHOICE_HEIGHT * (menu_rows - 1 - i // 2)
-        made = [{"label": escape(b), "method": how, "args": [args]} for b, how, args in buttons]
-        menus.append(panels.menu_above(made, above, type="dropdown", x=at, active=0))
+        menus.append(panels.menu_above(buttons, above, type="dropdown", x=at, active=0))
         place = {"xref": "paper", "yref": "paper", "x": at, "xanchor": "left"}
         notes.append(panels.note_above(_MENU_NAMES.get(dim, dim), above + 32, **place))
     if scale.small:
@@ -164,14 +167,23 @@ def explore(
         size = np.nan_to_num(np.abs(values[0, :, :, 0]))
         start = int(size.reshape(len(layers), -1).max(axis=1).argmax())
         steps = [
-            {
-                "label": str(layer),
-                "method": "relayout",
-                "args": [{"yaxis.range": window(i, height)[::-1]}],
-            }
+            panels.button(str(layer), "relayout", {"yaxis.range": window(i, height)[::-1]})
             for i, layer in enumerate(layers)
         ]
-        sliders = [_slider("layer ", steps, start, below)]
+        sliders.append(
+            {
+                "active": start,
+                "currentvalue": {"prefix": "layer ", "font": {"size": 13}},
+                "pad": {"t": below - 4, "b": 6},
+                "len": 1,
+                "steps": steps,
+                "bgcolor": "#c9c9c9",
+                "activebgcolor": "#8c8c8c",
+                "bordercolor": "#8c8c8c",
+                "ticklen": 3,
+                "font": {"size": 10},
+            }
+        )
     grid = panels.Grid(rows, columns)
     y_step = math.ceil(height / (20 if row_dim == "layer" else 40))
     sources = " · ".join(filter(None, [facts.what_is_one_patch(measured), *facts.origin(measured)]))
@@ -179,11 +191,17 @@ def explore(
     alt = f"Interactive heatmap. {main} ({sources})."
     if choices:
         alt += f" Menus: {theme.listed([_MENU_NAMES.get(dim, dim) for dim in choices])}."
-    remarks = [
-        facts.why_missing(measured) * bool((np.isnan(values) & ~agrees).any()),
-        facts.INFINITE * bool(np.isinf(values).any()),
-        facts.where_intervals_are(shares, "hover texts have").removeprefix("; "),
-    ]
+    source, target = names
+    how = theme.sentence(
+        f"Choose above what to patch; each cell is the share of {source} minus {target} that one "
+        f"patch covers: 0 (white) changes nothing, 1{' (dark blue)' * (not scale.tiny)} makes the "
+        f"{target} run as good as the {source} one",
+        scale.note,
+        "the slider chooses the layer" * bool(sliders),
+        *facts.what_is_odd(measured, values, agrees),
+        facts.where_intervals_are(shares, "hover texts have"),
+        "on plain light grey both inputs agree: nothing to patch" * bool(agrees.any()),
+    )
     return panels.composed(
         traces,
         (main, sources),
@@ -193,10 +211,7 @@ def explore(
         left=grid.left + 12,
         bar=panels.BAR_HEIGHT,
         alt=alt + facts.largest_effects(shares),
-        caption=caption
-        or _caption(
-            names, scale, bool(sliders), "; ".join(filter(None, remarks)), bool(agrees.any())
-        ),
+        caption=caption or how,
         coloraxis={"colorscale": theme.DIVERGING, **scale.opening},
         updatemenus=menus,
         sliders=sliders,
@@ -242,38 +257,3 @@ def _baselines_in(part: xr.DataArray) -> list[float]:
     given = [part.coords.get(f"{which}_baseline") for which in ("clean", "corrupted")]
     known = [float(value) for value in given if value is not None and value.size == 1]
     return known if len(known) == 2 else list(baselines(part))
-
-
-def _slider(prefix: str, steps: list[dict[str, Any]], start: int, below: int) -> dict[str, Any]:
-    return {
-        "active": start,
-        "currentvalue": {"prefix": prefix, "font": {"size": 13}},
-        "pad": {"t": below - 4, "b": 6},
-        "len": 1,
-        "steps": steps,
-        "bgcolor": "#c9c9c9",
-        "activebgcolor": "#8c8c8c",
-        "bordercolor": "#8c8c8c",
-        "ticklen": 3,
-        "font": {"size": 10},
-    }
-
-
-def _caption(
-    names: tuple[str, str], scale: panels.Scale, sliding: bool, remarks: str, agreeing: bool
-) -> str:
-    source, target = names
-    text = (
-        f"Choose above what to patch; each cell is the share of {source} minus {target} that one "
-        f"patch covers: 0 (white) changes nothing, 1{' (dark blue)' * (not scale.tiny)} makes the "
-        f"{target} run as good as the {source} one"
-    )
-    if scale.tiny:
-        text += f"; {scale.note}"
-    if sliding:
-        text += "; the slider chooses the layer"
-    if remarks:
-        text += f"; {remarks}"
-    if agreeing:
-        text += "; on plain light grey both inputs agree: nothing to patch"
-    return text + "."

@@ -144,14 +144,6 @@ def position_axis(labels: Sequence[str], tokens: Sequence[str]) -> Axis:
     return Axis(words, [theme.short_label(label) for label in labels], "position", places, True)
 
 
-def agreement(result: xr.DataArray) -> xr.DataArray:
-    """Where both inputs agree, so that there is nothing to patch: bool, as large as the result."""
-    everywhere = xr.ones_like(result, dtype=bool)
-    if "agrees" not in result.coords:
-        return ~everywhere
-    return (everywhere & result.coords["agrees"]).transpose(*result.dims)
-
-
 def collapsed(agrees: np.ndarray, columns: Axis) -> tuple[list[int], Axis]:
     """The columns to draw, one for each run of three or more positions that agree everywhere.
 
@@ -202,50 +194,61 @@ def cells(values: np.ndarray, x: Sequence[str], y: Sequence[str], **more: Any) -
     )
 
 
-def infinite(
-    values: np.ndarray, x: Sequence[str], y: Sequence[str], scale: Scale, **more: Any
+def traces(
+    values: np.ndarray,
+    agrees: np.ndarray,
+    x: Sequence[str],
+    y: Sequence[str],
+    scale: Scale,
+    *,
+    hover: tuple[str, str],
+    signed: bool = True,
+    own: Mapping[str, Any],
+    **shared: Any,
 ) -> list[go.Heatmap]:
-    """The infinite cells, which plotly leaves out: one trace at the ends of the colours, or none.
+    """The measured cells, the infinite ones, and those at which both inputs agree.
 
-    ``texttemplate="%{text}"`` puts the sign of each into it.
+    Args:
+        values: ``[row, column]``.
+        agrees: bool ``[row, column]``.
+        x, y: what columns and rows are called.
+        scale: infinite cells, which plotly leaves out, stand at its ends.
+        hover: templates of measured cells and of infinite ones, whose sign is ``%{text}``.
+        signed: put a sign into cells that are not measured ones; a figure of many thousands would
+            grow too large by it.
+        own, shared: properties of the measured cells alone, and of all.
     """
-    far = np.isinf(values)
-    if not far.any():
-        return []
-    signs = np.where(values > 0, "∞", "−∞")
-    ends = np.where(values > 0, scale.wide["cmax"], scale.wide["cmin"])
-    text = np.where(far, signs, "").tolist()
-    return [cells(np.where(far, ends, np.nan), x, y, text=text, **more)]
-
-
-def nothing_to_patch(
-    agrees: np.ndarray, x: Sequence[str], y: Sequence[str], *, signed: bool = True, **more: Any
-) -> list[go.Heatmap]:
-    """The cells of bool ``[row, column]`` at which both inputs agree, as one trace or none.
-
-    ``signed`` puts a "=" into each; a figure of many thousands would grow too large by it.
-    """
+    sign = {"texttemplate": "%{text}"} if signed else {}
+    near, far = (f"{template}<extra></extra>" for template in hover)
+    drawn = [cells(values, x, y, hovertemplate=near, **own, **shared)]
+    beyond = np.isinf(values)
+    if beyond.any():
+        ends = np.where(values > 0, scale.wide["cmax"], scale.wide["cmin"])
+        text = np.where(beyond, np.where(values > 0, "∞", "−∞"), "").tolist()
+        ends = np.where(beyond, ends, np.nan)
+        drawn.append(cells(ends, x, y, hovertemplate=far, text=text, **sign, **shared))
     some = np.flatnonzero(agrees.any(axis=0))
-    if not len(some):
-        return []
-    if signed:
-        # Plotly finds a sign's place by counting from the first column.
-        some = np.arange(some[-1] + 1)
-        more["text"] = np.where(agrees[:, some], "=", "").tolist()
-        more["texttemplate"], more["textfont"] = "%{text}", {"color": "#6e6e6e"}
-    return [
-        go.Heatmap(
-            z=np.where(agrees[:, some], 0, np.nan).astype(np.float32),
-            x=[escape(x[i]) for i in some],
-            y=[escape(word) for word in y],
-            colorscale=[[0, theme.BAND], [1, theme.BAND]],
-            showscale=False,
-            hoverongaps=False,
-            hovertemplate=f"%{{x}}<br>{AGREE}<extra></extra>",
-            name="nothing to patch",
-            **more,
+    if len(some):
+        if signed:
+            # Plotly finds a sign's place by counting from the first column.
+            some = np.arange(some[-1] + 1)
+            sign["text"] = np.where(agrees[:, some], "=", "").tolist()
+            sign["textfont"] = {"color": "#6e6e6e"}
+        drawn.append(
+            go.Heatmap(
+                z=np.where(agrees[:, some], 0, np.nan).astype(np.float32),
+                x=[escape(x[i]) for i in some],
+                y=[escape(word) for word in y],
+                colorscale=[[0, theme.BAND], [1, theme.BAND]],
+                showscale=False,
+                hoverongaps=False,
+                hovertemplate=f"%{{x}}<br>{AGREE}<extra></extra>",
+                name="nothing to patch",
+                **sign,
+                **shared,
+            )
         )
-    ]
+    return drawn
 
 
 @dataclass(frozen=True)
@@ -370,7 +373,7 @@ class Scale:
         clean: float,
         centre: float,
         effects: np.ndarray,
-        names: tuple[str, str] = ("clean", "corrupted"),
+        names: tuple[str, str],
     ) -> None:
         self.clean, self.centre, self.names = clean, centre, names
         span = abs(clean - centre)
@@ -388,13 +391,10 @@ class Scale:
 
     def menu(self, bottom: int) -> dict[str, Any]:
         """Buttons that choose how far the colours reach, ``bottom`` pixels above the plot."""
-        choices = {
-            f"colours up to {escape(self.names[0])}": self.wide,
-            "up to the largest effect": self.narrow,
-        }
+        wide, narrow = (flattened({"coloraxis": part}) for part in (self.wide, self.narrow))
         buttons = [
-            {"label": name, "method": "relayout", "args": [flattened({"coloraxis": part})]}
-            for name, part in choices.items()
+            button(f"colours up to {self.names[0]}", "relayout", wide),
+            button("up to the largest effect", "relayout", narrow),
         ]
         return menu_above(buttons, bottom, active=int(self.tiny))
 
@@ -432,6 +432,11 @@ def round_numbers(low: float, high: float) -> dict[float, str]:
     multiples = range(math.ceil(low / step), math.floor(high / step) + 1)
     values = [round(i * step, max(0, 1 - power)) for i in multiples]
     return {value: f"{value:.12g}".replace("-", "−") for value in values}
+
+
+def button(label: str, method: str, *changes: dict[str, Any]) -> dict[str, Any]:
+    """An entry of a menu or a slider, with what it sets."""
+    return {"label": escape(label), "method": method, "args": list(changes)}
 
 
 def menu_above(buttons: list[dict[str, Any]], bottom: int, **more: Any) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from plotly.subplots import make_subplots
 
 from patching_demo.plots import facts, panels, theme
 from patching_demo.plots.theme import compact, escape, number
-from patching_demo.results import baselines
+from patching_demo.results import agreement, baselines
 
 # Panels beside each other, and pixels: of a panel's height, of its least width, between two rows.
 _ACROSS, _HEIGHT, _WIDTH, _BETWEEN = 3, 210, 190, 56
@@ -65,7 +65,7 @@ def scatter(
         )
     except ValueError as error:
         raise ValueError(f"estimate and exact are not about the same cells: {error}") from None
-    measured = measured.where(~panels.agreement(exact).reset_coords(drop=True))
+    measured = measured.where(~agreement(exact).reset_coords(drop=True))
     found, measured = xr.broadcast(found, measured)
     cell_dims = [d for d in facts.CELL_DIMS if d in found.dims]
     if set(found.dims) - {*lead, *cell_dims}:
@@ -184,12 +184,13 @@ def scatter(
         left=58,
         alt=f"Scatter plots. {main} ({below}). Furthest from the diagonal: {'; '.join(said)}.",
         caption=caption
-        or "Each point is one cell, at its measured value to the right and its estimate upwards"
-        + in_units
-        + "; on the dashed diagonal the two are equal"
-        + "; cells with an infinite value are left out"
-        * bool(np.isinf(found.values).any() or np.isinf(measured.values).any())
-        + ".",
+        or theme.sentence(
+            "Each point is one cell, at its measured value to the right and its estimate upwards"
+            + in_units,
+            "on the dashed diagonal the two are equal",
+            "cells with an infinite value are left out"
+            * bool(np.isinf(found.values).any() or np.isinf(measured.values).any()),
+        ),
         min_width=84 + across * _WIDTH if across > 1 else None,
         plot_bgcolor="rgba(0,0,0,0)",
         showlegend=False,

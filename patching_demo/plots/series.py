@@ -13,7 +13,7 @@ import xarray as xr
 
 from patching_demo.plots import facts, panels, theme
 from patching_demo.plots.theme import compact, escape, number
-from patching_demo.results import baselines
+from patching_demo.results import agreement, baselines
 
 
 def curves(
@@ -131,7 +131,7 @@ def _figure(
             f"{lead}{facts.entry_name(other, entry)}" for entry in facts.entries_of(result, other)
         ]
     axis = panels.axis_of(result, [along])
-    agrees = panels.agreement(result).transpose(..., along).values.reshape(len(names), -1)
+    agrees = agreement(result).transpose(..., along).values.reshape(len(names), -1)
     values = result.transpose(..., along).values.astype(float).reshape(agrees.shape)
     values = np.where(agrees, np.nan, values)
     kept, axis = panels.collapsed(agrees, axis)
@@ -149,14 +149,23 @@ def _figure(
     traces, bands, furthest = [], [], []
     for i, (name, row) in enumerate(zip(names, values, strict=True)):
         lead = "" if name == metric else f"{escape(name)}<br>"
-        trace = draw(i, np.clip(row, bottom, top))  # Plotly would leave infinite ones out.
+        drawn = np.clip(row, bottom, top)  # Plotly would leave infinite ones out.
+        trace = draw(i, drawn)
         if bounds is not None:
             trace.hovertext = facts.intervals(bounds[:, i])
             if along == "layer" and trace.type == "scatter":
                 bands.append(_band(axis.words, *bounds[:, i], trace.line.color, str(i)))
                 trace.legendgroup = str(i)
             else:
-                _add_whiskers(trace, np.clip(row, bottom, top), *bounds[:, i])
+                low, high = bounds[:, i]
+                trace.error_y = {
+                    "array": compact(high - drawn),
+                    "arrayminus": compact(drawn - low),
+                    "symmetric": False,
+                    "color": theme.INK,
+                    "thickness": 2,
+                    "width": 3,
+                }
         trace.update(
             x=[escape(word) for word in axis.words],
             name=escape(name),
@@ -176,11 +185,11 @@ def _figure(
         axis = axis.upright()
     everywhere = agrees.all(axis=0)
     if caption is None:
-        caption = f"{how}; dashed lines mark the {source} and the {target} baseline"
-        caption += facts.where_intervals_are(result, "bands are" if bands else "whiskers are")
-        caption += f"; {facts.INFINITE}" * bool(np.isinf(values).any())
-        caption += (
-            "; in grey bands both inputs agree: nothing to patch." if everywhere.any() else "."
+        caption = theme.sentence(
+            f"{how}; dashed lines mark the {source} and the {target} baseline",
+            facts.where_intervals_are(result, "bands are" if bands else "whiskers are"),
+            facts.INFINITE * bool(np.isinf(values).any()),
+            "in grey bands both inputs agree: nothing to patch" * bool(everywhere.any()),
         )
     # Of short names, two stand beside each other on a telephone, and five in a window.
     each = 45 + 6.6 * max(map(len, names))
@@ -265,14 +274,3 @@ def _band(
         legendgroup=group,
         name="interval",
     )
-
-
-def _add_whiskers(trace: Any, values: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
-    trace.error_y = {
-        "array": compact(high - values),
-        "arrayminus": compact(values - low),
-        "symmetric": False,
-        "color": theme.INK,
-        "thickness": 2,
-        "width": 3,
-    }

@@ -91,11 +91,19 @@ def tokens_table(task: Task, rows: int | None = None, caption: str | None = None
         f"Tokens of {task.name}: each {source} prompt above its {target} one, "
         "tokens that differ are marked."
     )
-    each = task.rows_per_prompt  # A prompt's rows differ in what follows it alone.
-    batch = len(task.clean_strings) // each
-    count = batch if rows is None else min(rows, batch)
+    # A prompt's rows differ in what follows it alone.
+    shown = range(0, len(task.clean_strings), task.rows_per_prompt)[:rows]
+    return pairs_table([_pair(task, row) for row in shown], (source, target), caption)
+
+
+def pairs_table(
+    prompts: Sequence[tuple[Sequence[Sequence[str]], Sequence[Sequence[int]]]],
+    sides: tuple[str, str],
+    caption: str,
+) -> Html:
+    """What :func:`tokens_table` shows, of the texts and ids of both prompts of each pair."""
     body, index, lines = [], [], [caption]
-    pairs = [_pair(task, pair * each) for pair in range(count)]
+    pairs = [(strings, _marks(*ids)) for strings, ids in prompts]
     places = max(len(tokens) for strings, _ in pairs for tokens in strings)
     # Token ids decide: two different tokens may print alike.
     shared = min(
@@ -105,7 +113,7 @@ def tokens_table(task: Task, rows: int | None = None, caption: str | None = None
     head = {f"0–{shared - 1}": range(shared)} if shared else {}
     head |= {str(place): range(place, place + 1) for place in range(shared, places)}
     for pair, (strings, marks) in enumerate(pairs, 1):
-        for side, tokens, differs in zip((source, target), strings, marks, strict=True):
+        for side, tokens, differs in zip(sides, strings, marks, strict=True):
             cells = ([i for i in run if i < len(tokens)] for run in head.values())
             body.append([_tokens(tokens, differs, cell) for cell in cells])
             index.append((str(pair), side))
@@ -118,8 +126,8 @@ def tokens_table(task: Task, rows: int | None = None, caption: str | None = None
     return Html(framed(frame.style, caption, wraps), "\n".join(lines))
 
 
-def _pair(task: Task, row: int) -> tuple[list[list[str]], list[list[bool]]]:
-    """The tokens of a clean and a corrupted prompt as text, and which of each differ."""
+def _pair(task: Task, row: int) -> tuple[list[list[str]], list[list[int]]]:
+    """The tokens of a clean and a corrupted prompt, as text and as ids."""
     ends, lengths = task.roles.get("END"), (task.lengths, task.corrupted_lengths)
     found, ids = [], []
     for side, tokens in enumerate((task.clean_tokens, task.corrupted_tokens)):
@@ -127,15 +135,19 @@ def _pair(task: Task, row: int) -> tuple[list[list[str]], list[list[bool]]]:
         strings = (task.clean_strings, task.corrupted_strings)[side][row]
         found.append(list(strings[:length]))
         ids.append(tokens[row, :length].tolist())
-    one, other = ids
+    return found, ids
+
+
+def _marks(one: Sequence[int], other: Sequence[int]) -> list[list[bool]]:
+    """Which tokens of a clean and a corrupted prompt differ."""
     if len(one) == len(other):
-        return found, 2 * [[a != b for a, b in zip(*ids, strict=True)]]
+        return 2 * [[a != b for a, b in zip(one, other, strict=True)]]
     # Places do not correspond: what stands in both in the same order is the same.
-    marks = [[True] * len(side) for side in ids]
+    marks = [[True] * len(one), [True] * len(other)]
     for *starts, size in SequenceMatcher(None, one, other, autojunk=False).get_matching_blocks():
         for mark, start in zip(marks, starts, strict=True):
             mark[start : start + size] = [False] * size
-    return found, marks
+    return marks
 
 
 def _tokens(tokens: Sequence[str], differs: Sequence[bool], places: Sequence[int]) -> str:

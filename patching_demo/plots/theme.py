@@ -85,16 +85,16 @@ def _one_line(text: Any) -> str:
     return str(text).replace("\n", "\\n").replace("\r", "\\r").replace("\t", "\\t")
 
 
-def short_label(text: str, limit: int = 11) -> str:
+def short_label(text: str) -> str:
     """A position label short enough for an axis, with its number kept.
 
     >>> short_label("<|im_start|> 0"), short_label("John 10")
     ('<|im_sta… 0', 'John 10')
     """
-    if len(text) <= limit:
+    if len(text) <= 11:
         return text
     name, space, place = text.rpartition(" ")
-    keep = max(1, limit - len(space + place) - 1)
+    keep = max(1, 10 - len(space + place))
     return f"{name[:keep]}…{space}{place}"
 
 
@@ -163,6 +163,11 @@ def compact(values: Any) -> np.ndarray:
         with np.errstate(over="ignore"):
             return values.astype(np.float32)
     return np.array([float(f"{value:.4g}") for value in values.flat]).reshape(values.shape)
+
+
+def sentence(*parts: str) -> str:
+    """Parts with semicolons between them; empty ones are left out."""
+    return "; ".join(filter(None, parts)) + "."
 
 
 def listed(words: Sequence[str]) -> str:

@@ -20,28 +20,24 @@ from patching_demo.tasks.task import Task, build
 #: What the two halves of the corrupted induction input are; the clean input is always AA.
 CORRUPTIONS = ("AB", "BA", "BB", "BC")
 
-# (template, the two names). Each gives two prompts, one for each name as the repeated subject,
-# so that swapping within a pair corrupts only who is repeated.
-_IOI_PAIRS = (
-    ("When{0} and{1} went to the shops,{s} gave the bag to", (" John", " Mary"), (0, 1)),
-    ("When{0} and{1} went to the park,{s} gave the ball to", (" Tom", " James"), (1, 0)),
-    ("When{0} and{1} went to the shops,{s} gave an apple to", (" Dan", " Sid"), (1, 0)),
-    ("After{0} and{1} went to the park,{s} gave a drink to", (" Martin", " Amy"), (1, 0)),
-)
+# (template, the two names, which of them is the subject). Two after each other differ in who is
+# repeated alone, so that swapping within such a pair corrupts only that.
+_IOI = [
+    (template, names, subject)
+    for template, names, subjects in (
+        ("When{0} and{1} went to the shops,{s} gave the bag to", (" John", " Mary"), (0, 1)),
+        ("When{0} and{1} went to the park,{s} gave the ball to", (" Tom", " James"), (1, 0)),
+        ("When{0} and{1} went to the shops,{s} gave an apple to", (" Dan", " Sid"), (1, 0)),
+        ("After{0} and{1} went to the park,{s} gave a drink to", (" Martin", " Amy"), (1, 0)),
+    )
+    for subject in subjects
+]
 
 #: Eight indirect-object prompts, in pairs that differ in one name.
-IOI_PROMPTS = tuple(
-    template.format(*names, s=names[subject])
-    for template, names, subjects in _IOI_PAIRS
-    for subject in subjects
-)
+IOI_PROMPTS = tuple(template.format(*names, s=names[at]) for template, names, at in _IOI)
 
 #: The indirect object and the subject of each of :data:`IOI_PROMPTS`, so the right and wrong name.
-IOI_ANSWERS = tuple(
-    (names[1 - subject], names[subject])
-    for _, names, subjects in _IOI_PAIRS
-    for subject in subjects
-)
+IOI_ANSWERS = tuple((names[1 - subject], names[subject]) for _, names, subject in _IOI)
 
 
 # What other prompts are drawn from. Things begin with a consonant, as "a" stands before them.
@@ -121,13 +117,7 @@ def ioi_task(model: Any, *, n: int = 8, seed: int = 0, metric: str = "logit diff
     check_bridge(model)
     _check_whole("n", n, 1)
     _check_whole("seed", seed, 0)
-    drawn: list[tuple[str, tuple[str, str], int, dict[str, str]]] = [
-        (template, names, subject, {})
-        for template, names, subjects in _IOI_PAIRS
-        for subject in subjects
-    ]
-    if n != len(drawn):
-        drawn = _drawn_ioi(model, n, seed)
+    drawn = [(*fixed, {}) for fixed in _IOI] if n == len(_IOI) else _drawn_ioi(model, n, seed)
     clean, corrupted, answers = [], [], []
     roles: dict[str, tuple[list[str], list[str]]] = {"IO": ([], []), "S1": ([], []), "S2": ([], [])}
     for template, names, subject, words in drawn:
