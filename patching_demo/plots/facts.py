@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -92,6 +92,11 @@ def entry_name(dim: str, value: Any) -> str:
 def entries_of(result: xr.DataArray, dim: str) -> list[Any]:
     """The labels along a dimension, or their numbers where it has none."""
     return result[dim].values.tolist() if dim in result.coords else list(range(result.sizes[dim]))
+
+
+def names_at(result: xr.DataArray, dims: Sequence[str], at: Sequence[int]) -> tuple[str, ...]:
+    """What the entries at these places along further dimensions are called in a figure."""
+    return tuple(entry_name(d, entries_of(result, d)[i]) for d, i in zip(dims, at, strict=True))
 
 
 def kinds_of(result: xr.DataArray) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ import xarray as xr
 
 from patching_demo.plots import facts, panels, theme
 from patching_demo.plots.theme import compact, escape, percent
-from patching_demo.results import agreement, baselines, baselines_are_equal
+from patching_demo.results import baselines, baselines_are_equal
 
 
 def heatmap(
@@ -110,31 +109,18 @@ def _panels(
     if len(lead) > 2:
         raise ValueError(f"panels can show two further dimensions, got {lead}: select from one")
     *row_dims, column_dim = cell_dims
-    rows, columns = panels.axis_of(result, row_dims), panels.axis_of(result, [column_dim])
-    order = [*lead, *row_dims, column_dim]
-    agrees = agreement(result).transpose(*order)
-    values = result.transpose(*order).where(~agrees)
-    kept, bounds = list(range(len(columns.words))), facts.bounds_of(result)
-    if collapse:
-        kept, columns = panels.collapsed(agrees.values, columns)
-    made = []
-    for where in itertools.product(*(range(result.sizes[d]) for d in lead)):
-        at = dict(zip(lead, where, strict=True))
-        part = values.isel(at)
-        names = tuple(
-            facts.entry_name(d, part[d].item() if d in part.coords else i) for d, i in at.items()
-        )
-        kind = str(part["kind"].item()) if "kind" in part.coords else result.attrs.get("kind", "")
+    rows, order = panels.axis_of(result, row_dims), [*lead, *row_dims, column_dim]
+    columns, *arrays, bounds = panels.arrays(result, order, collapse=collapse)
+    size, made = (len(rows.words), len(columns.words)), []
+    for where in np.ndindex(*(result.sizes[d] for d in lead)):
+        kinds = facts.kinds_of(result.isel(dict(zip(lead, where, strict=True))))
+        names = facts.names_at(result, lead, where)
         spot = where if len(lead) == 2 else (0, *where, 0)[:2]
-        cells = [
-            array.reshape(len(rows.words), -1)[:, kept]
-            for array in (part.values.astype(float), agrees.isel(at).values)
-        ]
+        agrees, values = (array[where].reshape(size) for array in arrays)
         said = None
         if bounds is not None:
-            own = bounds.transpose("bound", *order).isel(at).values
-            said = facts.intervals(own.reshape(2, len(rows.words), -1)[..., kept])
-        made.append(panels.Panel(*spot, *cells, kind, names, said))
+            said = facts.intervals(bounds[(slice(None), *where)].reshape(2, *size))
+        made.append(panels.Panel(*spot, values, agrees, "".join(kinds[:1]), names, said))
     return rows, columns, made
 
 

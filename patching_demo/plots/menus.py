@@ -19,7 +19,7 @@ import xarray as xr
 
 from patching_demo.plots import facts, panels, theme
 from patching_demo.plots.theme import escape, number, percent
-from patching_demo.results import agreement, baselines, combine
+from patching_demo.results import baselines, combine
 from patching_demo.results import share as to_share
 
 #: Pixels for a menu with its name above it.
@@ -72,19 +72,14 @@ def explore(
     entries = facts.entries_of(shares, across) if across else [None]
     states = [*itertools.product(*(facts.entries_of(shares, d) for d in rest))]
     order = [*rest, *(["layer"] * (len(here) == 3)), row_dim, *filter(None, [across]), column_dim]
-    agrees = agreement(shares).transpose(*order).values
-    kept, columns = panels.collapsed(agrees, panels.axis_of(shares, [column_dim]))
+    columns, agrees, values, bounds = panels.arrays(shares, order)
     columns = columns.upright() if column_dim == "role" else columns
     rows = panels.axis_of(shares, [row_dim])
     shape = (len(states), len(layers), len(rows.words), len(entries), len(columns.words))
-    agrees = agrees[..., kept].reshape(shape)
-    values = shares.transpose(*order).values.astype(float)[..., kept].reshape(shape)
-    values[agrees] = np.nan
+    agrees, values = agrees.reshape(shape), values.reshape(shape)
     said = np.full(len(states), None)
-    bounds = facts.bounds_of(shares)
     if bounds is not None:
-        bounds = bounds.transpose("bound", *order).values[..., kept].reshape(2, *shape)
-        said = _side_by_side(facts.intervals(bounds, percent), "")
+        said = _side_by_side(facts.intervals(bounds.reshape(2, *shape), percent), "")
     all_values, all_agrees = _side_by_side(values, np.nan), _side_by_side(agrees, False)
     x = _axis_of_blocks(
         [facts.entry_name(across or "", e) if across else "" for e in entries], columns

@@ -18,8 +18,9 @@ import xarray as xr
 from plotly.subplots import make_subplots
 
 from patching_demo.plots import theme
-from patching_demo.plots.facts import NUMBERED, entries_of, entry_name
+from patching_demo.plots.facts import NUMBERED, bounds_of, entries_of, entry_name
 from patching_demo.plots.theme import compact, escape, number
+from patching_demo.results import agreement
 
 # Pixels that a telephone of 390 pixels leaves the horizontal axis.
 NARROW = 238
@@ -142,6 +143,25 @@ def position_axis(labels: Sequence[str], tokens: Sequence[str]) -> Axis:
     places = [int(n) for n in numbers] if told else list(range(len(labels)))
     words = [f"position {i} '{token}'" for i, token in zip(places, tokens, strict=True)]
     return Axis(words, [theme.short_label(label) for label in labels], "position", places, True)
+
+
+def arrays(
+    result: xr.DataArray, dims: Sequence[Any], *, collapse: bool = True
+) -> tuple[Axis, np.ndarray, np.ndarray, np.ndarray | None]:
+    """What a figure draws of a result with its dimensions in this order, columns last.
+
+    Returns:
+        what the columns are called, :func:`collapsed` unless that is not wanted; bool, where both
+        inputs agree; the values, NaN there; and bounds ``[bound, ...]`` of intervals, or None.
+    """
+    agrees = agreement(result).transpose(*dims).values
+    values = np.where(agrees, np.nan, result.transpose(*dims).values.astype(float))
+    columns, bounds, kept = axis_of(result, dims[-1:]), bounds_of(result), slice(None)
+    if collapse:
+        kept, columns = collapsed(agrees, columns)
+    if bounds is not None:
+        bounds = bounds.transpose("bound", *dims).values[..., kept]
+    return columns, agrees[..., kept], values[..., kept], bounds
 
 
 def collapsed(agrees: np.ndarray, columns: Axis) -> tuple[list[int], Axis]:

@@ -115,26 +115,22 @@ def scatter(
         "zeroline": False,
     }
     traces, notes, layout, said = [], [], {}, []
-    for i, where in enumerate(itertools.product(*map(range, shape))):
+    for i, where in enumerate(np.ndindex(*shape)):
         own = "" if i == 0 else str(i + 1)
         row, column = divmod(i, across)
-        names = [
-            facts.entry_name(dim, facts.entries_of(estimate, dim)[at])
-            for dim, at in zip(lead, where, strict=True)
-        ]
-        name = " · ".join(names)
+        name = " · ".join(facts.names_at(estimate, lead, where))
         keep = both[where].ravel()
         x, y = (part.values[where].ravel()[keep] for part in (measured, found))
-        traces.append(
+        here = {"xaxis": f"x{own}", "yaxis": f"y{own}"}
+        traces += [
             go.Scatter(
                 x=ends,
                 y=ends,
                 mode="lines",
                 line={"color": theme.INK, "width": 1, "dash": "dash"},
                 hoverinfo="skip",
-            )
-        )
-        traces.append(
+                **here,
+            ),
             go.Scatter(
                 x=compact(x),
                 y=compact(y),
@@ -146,10 +142,9 @@ def scatter(
                 * bool(name)
                 + f"%{{hovertext}}<br>{metric}: measured %{{x:.3~g}}, estimated %{{y:.3~g}}"
                 "<extra></extra>",
-            )
-        )
-        for trace in traces[-2:]:
-            trace.update(xaxis=f"x{own}", yaxis=f"y{own}")
+                **here,
+            ),
+        ]
         if len(x):
             worst = int(np.argmax(np.abs(y - x)))
             said.append(

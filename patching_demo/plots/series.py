@@ -13,7 +13,7 @@ import xarray as xr
 
 from patching_demo.plots import facts, panels, theme
 from patching_demo.plots.theme import compact, escape, number
-from patching_demo.results import agreement, baselines
+from patching_demo.results import baselines
 
 
 def curves(
@@ -130,17 +130,12 @@ def _figure(
         names = [
             f"{lead}{facts.entry_name(other, entry)}" for entry in facts.entries_of(result, other)
         ]
-    axis = panels.axis_of(result, [along])
-    agrees = agreement(result).transpose(..., along).values.reshape(len(names), -1)
-    values = result.transpose(..., along).values.astype(float).reshape(agrees.shape)
-    values = np.where(agrees, np.nan, values)
-    kept, axis = panels.collapsed(agrees, axis)
-    agrees, values = agrees[:, kept], values[:, kept]
-    bounds = facts.bounds_of(result)
-    if bounds is not None:
-        bounds = bounds.transpose("bound", ..., along).values.reshape(2, len(names), -1)[..., kept]
+    axis, agrees, values, bounds = panels.arrays(result, (..., along))
+    shape = (len(names), len(axis.words))
+    agrees, values = agrees.reshape(shape), values.reshape(shape)
     value = "%{customdata:.3~g}"
     if bounds is not None:
+        bounds = bounds.reshape(2, *shape)
         value += f"<br>{facts.interval_name(result)}: %{{hovertext}}"
     shown = [values] if bounds is None else [values, np.where(np.isnan(values), np.nan, bounds)]
     ends = [*np.concatenate([part[np.isfinite(part)] for part in shown]), clean, centre]

@@ -8,6 +8,7 @@ from numbers import Integral
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from patching_demo.engine.checks import check_bridge, warn_once
 from patching_demo.engine.tokens import (
@@ -24,7 +25,6 @@ from patching_demo.tasks.task import (
     build,
     checked_metric_name,
     named_metric,
-    right_padded,
     strings_of,
 )
 
@@ -182,7 +182,9 @@ def _from_rows(
         for row in whole:
             check_length(model, len(row), f"a {which} prompt with its answer")
         lengths[which] = torch.tensor([len(row) for row in whole], device="cpu")
-        tokens[which] = right_padded(whole, 0 if pad is None else pad).to(device)
+        padded = [torch.tensor(row, device="cpu") for row in whole]
+        padded = pad_sequence(padded, batch_first=True, padding_value=0 if pad is None else pad)
+        tokens[which] = padded.to(device)
     ends = [len(row) for row in sides["corrupted"] for _ in range(each)]
     ends = torch.tensor(ends, device="cpu")
     firsts = [[side[0][0] for side in pair] for pair in pairs for _ in range(each)]

@@ -297,7 +297,7 @@ class Task:
         metric = replace(self, metric=plain).clean_metric
         use = _Use()
         own = self.model_of(model, use)
-        values, _ = _values(own, self.clean_tokens, metric, self.rows_per_prompt)
+        values, _ = self._values(own, self.clean_tokens, metric)
         if values is None:
             raise ValueError("the metric has no values for single prompts")
         right = (values > 0).numpy(force=True)
@@ -398,7 +398,9 @@ class Task:
 
     def over_rows(self, values: Tensor, dim: int = 0) -> Tensor:
         """The mean over each prompt's rows of values that have one for each row along ``dim``."""
-        return over_rows(values, self.rows_per_prompt, dim)
+        if self.rows_per_prompt == 1:
+            return values
+        return values.unflatten(dim, (-1, self.rows_per_prompt)).mean(dim + 1 if dim >= 0 else dim)
 
     def part(self, prompts: Sequence[int]) -> Task:
         """These prompts alone, without padding that none of them needs, on the same scale."""
@@ -474,7 +476,7 @@ class Task:
         model, metric = self.model_of(model, use), self.metric
         for which, tokens in (("clean", self.clean_tokens), ("corrupted", self.corrupted_tokens)):
             own = self.clean_metric if which == "clean" else metric
-            values, baseline = _values(model, tokens, own, self.rows_per_prompt)
+            values, baseline = self._values(model, tokens, own)
             if not math.isfinite(baseline):
                 raise ValueError(
                     f"the metric '{metric.name}' is {baseline} on the {which} prompts: look at the "
@@ -482,6 +484,32 @@ class Task:
                 )
             found |= {f"{which}_values": values, f"{which}_baseline": baseline}
         return replace(self, **found)
+
+    @torch.no_grad()
+    def _values(self, model: Any, tokens: Tensor, metric: Metric) -> tuple[Tensor | None, float]:
+        """A metric for each prompt, None where it has no such values, and over all of them."""
+        each = self.rows_per_prompt
+        size = max(1, 2 * GROUP_TOKENS // tokens.shape[1] // each)  # prompts
+        if len(self) <= 2 * size or not metric.selectable:
+            logits = model(tokens, return_type="logits")
+            baseline = float(metric(logits))
+            try:
+                return self.over_rows(metric.per_example(logits)).cpu(), baseline
+            except ValueError:  # It is one number for the batch.
+                return None, baseline
+        found = []
+        # The shortest together: what is behind the last position that is read reaches nothing.
+        lasts = metric.positions.cpu().amax(dim=1).view(-1, each).amax(dim=1)
+        order = lasts.argsort(stable=True)
+        for prompts in order.split(size):
+            rows = self.rows_of(prompts.tolist())
+            part = metric.select(rows)
+            last = int(lasts[prompts].max()) + 1
+            logits = model(tokens[rows.to(tokens.device), :last], return_type="logits")
+            found.append(self.over_rows(part.per_example(logits)).cpu())
+            del logits  # Else two batches of them are held at once.
+        values = torch.cat(found)[order.argsort()]
+        return values, float(values.mean())
 
     def __repr__(self) -> str:
         shortest, longest = int(self.lengths.min()), int(self.lengths.max())
@@ -505,43 +533,6 @@ def _refuse_training(model: Any) -> None:
         )
 
 
-@torch.no_grad()
-def _values(
-    model: Any, tokens: Tensor, metric: Metric, rows_per_prompt: int
-) -> tuple[Tensor | None, float]:
-    """A metric for each prompt, None where it has no such values, and over all of them."""
-    size = max(1, 2 * GROUP_TOKENS // tokens.shape[1] // rows_per_prompt) * rows_per_prompt
-    if len(tokens) <= 2 * size or not metric.selectable:
-        logits = model(tokens, return_type="logits")
-        baseline = float(metric(logits))
-        try:
-            values = metric.per_example(logits)
-        except ValueError:  # It is one number for the batch.
-            return None, baseline
-        return over_rows(values, rows_per_prompt).cpu(), baseline
-    found = []
-    own = torch.arange(rows_per_prompt, device="cpu")
-    # The shortest together: what is behind the last position that is read reaches nothing.
-    lasts = metric.positions.cpu().amax(dim=1).view(-1, rows_per_prompt).amax(dim=1)
-    order = lasts.argsort(stable=True)
-    for prompts in order.split(size // rows_per_prompt):
-        rows = (prompts[:, None] * rows_per_prompt + own).flatten()
-        part = metric.select(rows)
-        last = int(lasts[prompts].max()) + 1
-        logits = model(tokens[rows.to(tokens.device), :last], return_type="logits")
-        found.append(over_rows(part.per_example(logits), rows_per_prompt).cpu())
-        del logits  # Else two batches of them are held at once.
-    values = torch.cat(found)[order.argsort()]
-    return values, float(values.mean())
-
-
-def over_rows(values: Tensor, rows_per_prompt: int, dim: int = 0) -> Tensor:
-    """One value for each prompt, of values for each of its rows along ``dim``: their mean."""
-    if rows_per_prompt == 1:
-        return values
-    return values.unflatten(dim, (-1, rows_per_prompt)).mean(dim + 1 if dim >= 0 else dim)
-
-
 def checked_metric_name(name: str) -> str:
     """The name, if it is one of :data:`METRICS`; ValueError otherwise."""
     if name not in METRICS:
@@ -555,23 +546,16 @@ def named_metric(name: str, answers: Tensor, positions: Tensor) -> Metric:
     Raises:
         ValueError: if there is none, or the answers do not fit it.
     """
-    kinds: dict[str, Callable[[], Metric]] = {
-        "logit difference": lambda: LogitDifference(answers, positions),
-        "log-probability": lambda: LogProb(_right(answers, positions), positions),
-        "probability": lambda: Probability(_right(answers, positions), positions),
-    }
-    checked_metric_name(name)
-    if name == "logit difference" and (answers.shape[1] != 2 or positions.shape[1] != 1):
-        raise ValueError(
-            "the logit difference needs a right and a wrong answer at one position, and this task "
-            "has right answers alone: use the log-probability or the probability"
-        )
-    return kinds[name]()
-
-
-def _right(answers: Tensor, positions: Tensor) -> Tensor:
+    if checked_metric_name(name) == "logit difference":
+        if answers.shape[1] != 2 or positions.shape[1] != 1:
+            raise ValueError(
+                "the logit difference needs a right and a wrong answer at one position, and this "
+                "task has right answers alone: use the log-probability or the probability"
+            )
+        return LogitDifference(answers, positions)
     # (right, wrong) pairs at one position each, or already one right token for each position.
-    return answers if answers.shape == positions.shape else answers[:, :1]
+    right = answers if answers.shape == positions.shape else answers[:, :1]
+    return (LogProb if name == "log-probability" else Probability)(right, positions)
 
 
 def build(
@@ -614,13 +598,6 @@ def build(
         model_name=name_of(model),
         **parts,
     )._measured(model)
-
-
-def right_padded(rows: Sequence[Sequence[int]], pad: int) -> Tensor:
-    """Rows of token ids as one tensor."""
-    length = max(map(len, rows))
-    padded = [[*row, *[pad] * (length - len(row))] for row in rows]
-    return torch.tensor(padded, device="cpu")
 
 
 def strings_of(model: Any, ids: Sequence[int]) -> list[str]:
