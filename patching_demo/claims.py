@@ -14,7 +14,7 @@ from typing import Any, Literal
 import pandas as pd
 
 from patching_demo.plots.tables import Html, table
-from patching_demo.plots.theme import as_html, number
+from patching_demo.plots.theme import as_html, number, percent
 
 __all__ = ["Claim", "ClaimFailed", "Claims", "Exercise"]
 
@@ -79,7 +79,7 @@ class Claim:
         if self.units == "share":
             # One decimal where rounding would hide on which side of a threshold a share lies.
             digits = 0 if abs(value) >= 0.1 or round(value, 2) == value else 1
-            return f"{value:.{digits}%}".replace("%", " %").replace("-", "−")
+            return percent(value, digits)
         return f"{number(value)} {self.units}".strip()
 
     @property

@@ -230,29 +230,21 @@ def largest_cells(result: xr.DataArray, n: int = 5) -> pd.DataFrame:
     values = result.where(~agreement(result)).values.astype(float)
     effect = np.nan_to_num(np.abs(values - corrupted), nan=-1.0)
     order = np.argsort(-effect, axis=None, kind="stable")[:n]
+    order = order[effect.ravel()[order] >= 0]
+    at = dict(zip(result.dims, np.unravel_index(order, values.shape), strict=True))
+    cells = result.isel({dim: ("cell", index) for dim, index in at.items()})
+    # As xarray has it: a dimension without labels is numbered.
+    labels = {**at, **{name: coord.values for name, coord in cells.coords.items()}}
+    table = pd.DataFrame({name: np.broadcast_to(own, len(order)) for name, own in labels.items()})
+    table["label"] = table.get("head_label", "L" + table["layer"].astype(str))
+    table["value"] = values.ravel()[order]
     spread = math.nan if baselines_are_equal(result) else clean - corrupted
-    rows = []
-    for flat in order:
-        index = np.unravel_index(flat, values.shape)
-        if effect[index] < 0:
-            continue
-        at = dict(zip(result.dims, index, strict=True))
-        cell = result.isel(at)
-        # As xarray has it: a dimension without labels is numbered.
-        labels = {**at, **{name: coord.item() for name, coord in cell.coords.items()}}
-        row = {str(d): str(labels[d]) for d in result.dims if d not in _CELL_DIMS}
-        row["label"] = str(labels.get("head_label", f"L{labels['layer']}"))
-        if "position" in at:
-            row["position"] = str(labels["position"])
-            if "token" in labels:
-                row["token"] = str(labels["token"])
-        if "role" in at:
-            row["role"] = str(labels["role"])
-        row["value"] = float(values[index])
-        row |= {bound: float(labels[bound]) for bound in ("low", "high") if bound in labels}
-        row["share"] = (row["value"] - corrupted) / spread
-        rows.append(row)
-    return pd.DataFrame(rows)
+    table["share"] = (table["value"] - corrupted) / spread
+    words = [dim for dim in result.dims if dim not in _CELL_DIMS] + ["label"]
+    words += ["position", "token"] * ("position" in at) + ["role"] * ("role" in at)
+    words = [name for name in words if name in table]
+    numbers = [name for name in ("value", "low", "high", "share") if name in table]
+    return table[words].astype(str).join(table[numbers].astype(float))
 
 
 def effect_sizes(result: xr.DataArray) -> xr.DataArray:

@@ -76,6 +76,15 @@ def finished(panel):
     return panel
 
 
+def repeated(panel):
+    """What the lines that the panel shows give, which is what it shows."""
+    namespace = {"model": panel._model}
+    exec(panel.code, namespace)
+    np.testing.assert_allclose(namespace["result"].values, panel.result.values, atol=1e-5)
+    assert panel.result.attrs == namespace["result"].attrs
+    return namespace["result"]
+
+
 def test_panel_opens_ready_to_run(panel):
     assert not panel.run_button.disabled and panel.stop_button.disabled
     assert "Ready" in panel.advice.value
@@ -154,10 +163,7 @@ def test_prompts_of_other_lengths_are_swept_by_the_part_that_is_named(model):
     panel.part.value = ", Mary | , John"
     finished(panel)
     assert panel.result["role"].values.tolist() == [", Mary", "END"]
-    namespace = {"model": model}
-    exec(panel.code, namespace)
-    np.testing.assert_allclose(namespace["result"].values, panel.result.values, atol=1e-5)
-    assert panel.result.attrs == namespace["result"].attrs
+    repeated(panel)
     panel.places.children[1].value = 0
     assert "clean prompt has ' Mary' and the corrupted one ' John'" in Markup(panel.cell.value).text
 
@@ -169,9 +175,7 @@ def test_noising_is_swept_and_says_which_run_is_which(panel):
     assert "earlier settings" in panel.status.value
     finished(panel)
     assert not np.allclose(panel.result.values, first.values)
-    namespace = {"model": panel._model}
-    exec(panel.code, namespace)
-    np.testing.assert_allclose(namespace["result"].values, panel.result.values, atol=1e-5)
+    repeated(panel)
     picture, cell = Markup(panel.picture.value).text, Markup(panel.cell.value).text
     clean = number(first.attrs["clean_baseline"])
     assert f"{clean}, the clean baseline" in picture and "towards corrupted" in picture
@@ -185,11 +189,7 @@ def test_code_repeats_the_numbers(model, metric):
     panel.right.value, panel.wrong.value = " John", " Mary"
     panel.choice.value = (HEADS, "all_pos")
     finished(panel)
-    namespace = {"model": model}
-    exec(panel.code, namespace)
-    np.testing.assert_allclose(namespace["result"].values, panel.result.values, atol=1e-5)
-    assert namespace["result"].attrs == panel.result.attrs
-    assert panel.figure() == plots.heatmap(namespace["result"])
+    assert panel.figure() == plots.heatmap(repeated(panel))
 
 
 def test_selection_shows_the_numbers_of_the_cell(panel):
@@ -262,9 +262,7 @@ def test_paths_into_a_head_are_a_click_away(name, kind):
         expected = paths(model, task, [(receiver, 1, index)], progress=False)
         np.testing.assert_allclose(panel.result.values, expected.values, atol=1e-5)
         assert panel.result.attrs == expected.attrs
-        namespace = {"model": model}
-        exec(panel.code, namespace)
-        np.testing.assert_allclose(namespace["result"].values, panel.result.values, atol=1e-5)
+        repeated(panel)
         panel.picked.value = "1,1"
         assert "No path leads" in panel.cell.value and "No path leads" in panel.picture.value
         assert f"L1H{index}" in Markup(panel.picture.value).text

@@ -20,7 +20,7 @@ import torch
 import transformers
 from huggingface_hub import constants
 from huggingface_hub.utils import _detect_agent
-from loopback_hub import FAULTS, GPT2, LEGACY, LEGACY_CONFIG, saved, serve
+from loopback_hub import FAULTS, GPT2, LEGACY, LEGACY_CONFIG, assert_same_model, saved, serve
 from loopback_hub import tiny_repositories as make_repositories
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -67,13 +67,6 @@ def logits_of(model) -> torch.Tensor:
     with torch.no_grad():
         found = model(tokens)
     return getattr(found, "logits", found)
-
-
-def assert_same_model(logits: torch.Tensor, expected: torch.Tensor) -> None:
-    # Compatibility mode centres the unembedding, which leaves log-probabilities alone.
-    torch.testing.assert_close(
-        logits.log_softmax(-1), expected.log_softmax(-1), atol=1e-4, rtol=1e-4
-    )
 
 
 def test_gpt2_is_fetched_once_then_loads_without_the_hub(repositories, connect, capfd):
@@ -419,8 +412,8 @@ def test_gpt2_small_gives_the_published_logit_differences():
     from patching_demo import ioi_task
 
     task = ioi_task(load_model("gpt2-small"))
-    assert task.clean_baseline == pytest.approx(3.5519, abs=1e-3)
-    assert task.corrupted_baseline == pytest.approx(-3.5519, abs=1e-3)
+    assert task.clean_baseline == pytest.approx(3.5519, abs=5e-4)
+    assert task.corrupted_baseline == pytest.approx(-3.5519, abs=5e-4)
     pairs = [[5335, 1757], [4186, 3700], [6035, 15686], [5780, 14235]]
     assert task.answers.tolist() == [row for pair in pairs for row in (pair, pair[::-1])]
 

@@ -796,6 +796,9 @@ def test_intervals_are_drawn_and_said():
     other = interval(each.where(each["head"] != 2), level=0.5)
     several = plots.heatmap(combine({"a": result, "b": other}))
     assert "; hover texts have intervals by bootstrap" in several.layout.meta["caption"]
+    # Bounds that combined results share stand in each of them.
+    twice = _measured(plots.heatmap(combine({"a": result, "b": result})))
+    np.testing.assert_array_equal(twice[0].hovertext, twice[2].hovertext)
     assert "hover texts have 95 %" in plots.explore(result).layout.meta["caption"]
     trace = _measured(plots.heatmap(result))[1]
     assert trace.hovertext[1][3] == f"{theme.number(low[3])} to {theme.number(high[3])}"

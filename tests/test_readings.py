@@ -62,6 +62,12 @@ def test_two_positions_cross_at_the_first_layer_that_has_more_at_the_second(sign
     assert crossing_layer(stream, 0, -1) == 3
     assert crossing_layer(stream.transpose(), 0, 1) == 3
     assert crossing_layer(stream[:3], 0, 1) == 3, "the number of layers where they do not cross"
+    # A layer, and not its place.
+    part = stream.assign_coords(layer=range(5, 10))
+    assert crossing_layer(part, 0, 1) == crossing_layer(part[2:], 0, 1) == 8
+    assert crossing_layer(part[:2], 0, 1) == 7
+    with pytest.raises(ValueError, match="select from the others"):
+        crossing_layer(stream.expand_dims(prompt=2), 0, 1)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama-gqa", "attn-only"])
@@ -100,19 +106,6 @@ def test_a_layer_without_a_pattern_is_named(monkeypatch):
         attention(model, torch.zeros(1, 3, dtype=torch.long))
 
 
-def test_curves_cross_at_a_layer_and_not_at_its_place():
-    values = np.array([[1, 0]] * 8 + [[0, 1]] * 4, dtype=float)
-    attrs = {"clean_baseline": 1.0, "corrupted_baseline": 0.0, "units": "logits"}
-    stream = xr.DataArray(values, {"layer": range(12)}, ("layer", "position"), attrs=attrs)
-    assert crossing_layer(stream, 0, 1) == 8
-    assert crossing_layer(stream.sel(layer=slice(6, None)), 0, 1) == 8
-    assert crossing_layer(stream.sel(layer=slice(None, 5)), 0, 1) == 6
-    with pytest.raises(ValueError, match="select from the others"):
-        crossing_layer(stream.expand_dims(prompt=2), 0, 1)
-
-
 def test_there_is_no_best_head_where_none_has_a_value():
-    attrs = {"clean_baseline": 1.0, "corrupted_baseline": 0.0, "units": "logits"}
-    nothing = xr.DataArray(np.full((2, 3), np.nan), dims=("layer", "head"), attrs=attrs)
     with pytest.raises(ValueError, match="no head of the result has a value"):
-        top_head(nothing)
+        top_head(labelled(np.full((2, 3), np.nan), ("layer", "head")))

@@ -659,19 +659,6 @@ def _standing_in(inner, *, d_vocab=None, pad_token_id=None, logits=False):
     return StandIn()
 
 
-@pytest.mark.hub
-def test_gpt2_small_gives_the_published_numbers():
-    from patching_demo import load_model
-
-    task = ioi_task(load_model("gpt2-small"))
-    assert task.clean_baseline == pytest.approx(3.5519, abs=5e-4)
-    assert task.corrupted_baseline == pytest.approx(-3.5519, abs=5e-4)
-    pairs = [(5335, 1757), (4186, 3700), (6035, 15686), (5780, 14235)]
-    assert task.answers.tolist() == [
-        list(p) for right, wrong in pairs for p in ((right, wrong), (wrong, right))
-    ]
-
-
 GIVES = "When John gave the bag to", "When Mary gave the bag to"
 
 

@@ -244,8 +244,7 @@ class Panel(widgets.VBox):
             raise RuntimeError("a sweep is under way: wait() for it or stop() it first")
         self._stop.clear()
         self._busy, self.error = True, None
-        self.run_button.disabled, self.stop_button.disabled = True, False
-        self._allow_paths()
+        self._allow()
         self.progress.value = 0
         self._say("Measuring both prompts unpatched ...")
         try:
@@ -345,10 +344,8 @@ class Panel(widgets.VBox):
         return prompts_table(rows, strings)
 
     def _note_change(self) -> None:
-        if self.running:
-            return
-        self.run_button.disabled = self._dry is None
-        if self.result is None:
+        self._allow()
+        if self.running or self.result is None:
             return
         if self._settings() == self._settings_shown:
             self._say("The picture below is of these settings.")
@@ -428,9 +425,7 @@ class Panel(widgets.VBox):
 
     def _finish(self, words: str, head: str = "") -> None:
         self._busy = False
-        self.stop_button.disabled = True
-        self.run_button.disabled = self._dry is None
-        self._allow_paths()
+        self._allow()
         self._say(words, head)
         if self.result is not None and self._settings() != self._settings_shown:
             self._say(f"{words} The picture below is of your earlier settings.", head)
@@ -486,7 +481,7 @@ class Panel(widgets.VBox):
         self.picture.value = heatmap_table(self.result, at)
         self._head = self._head_at(at)
         self.about_head.layout.display = "" if self._head else "none"
-        self._allow_paths()
+        self._allow()
 
     def _head_at(self, at: tuple[int, ...]) -> _Head | None:
         """The head that a cell is about, None if the cell is about no head."""
@@ -501,8 +496,13 @@ class Panel(widgets.VBox):
             return layer, None, head
         return layer, head, head * key_value_heads(self._model) // n_heads
 
-    def _allow_paths(self) -> None:
-        """Paths lead from earlier layers only, and a query belongs to one head."""
+    def _allow(self) -> None:
+        """Enable the buttons that can be pressed now.
+
+        Paths lead from earlier layers only, and a query belongs to one head.
+        """
+        self.run_button.disabled = self._busy or self._dry is None
+        self.stop_button.disabled = not self._busy
         layer, head, _ = self._head or (0, None, None)
         for kind, button in self.into.items():
             button.disabled = self._busy or layer == 0 or (kind == "q" and head is None)

@@ -204,7 +204,8 @@ def bounds_of(result: xr.DataArray) -> xr.DataArray | None:
     """``[bound, ...]`` of a result of :func:`patching_demo.interval`, None of any other."""
     if "low" not in result.coords or "high" not in result.coords:
         return None
-    return xr.concat([result[n].drop_vars(["low", "high"]) for n in ("low", "high")], "bound")
+    low, high = (result[name].broadcast_like(result) for name in ("low", "high"))
+    return xr.concat([part.drop_vars(["low", "high"]) for part in (low, high)], "bound")
 
 
 def intervals(bounds: np.ndarray, write: Callable[[float], str] = number) -> np.ndarray:
