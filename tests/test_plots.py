@@ -1090,11 +1090,3 @@ def test_what_has_no_layer_is_drawn():
     result = _made(("layer", "position", "head"))
     figure = plots.heatmap(result.max("layer", keep_attrs=True))
     assert "Baselines" in figure.layout.meta["alt"]
-
-
-def test_a_scatter_compares_what_is_on_one_scale():
-    result = _made(("layer", "head"))
-    with pytest.raises(ValueError, match="on other scales"):
-        plots.scatter(result, share(result))
-    with pytest.raises(ValueError, match="on other scales"):
-        plots.scatter(result, result.assign_attrs(clean_baseline=5.0))

@@ -9,7 +9,7 @@ import pytest
 import xarray as xr
 from test_plots import LARGEST, NASTY, SHAPES, SMALLEST, TEXTS, _made
 
-from patching_demo import combine, plots
+from patching_demo import combine, plots, share
 from patching_demo.plots import theme
 
 METHODS = ("gradient", "gradient+qk", "integrated")
@@ -111,6 +111,8 @@ def test_any_number_can_be_drawn(odd):
         (lambda exact: exact.isel(layer=[0, 1]), "not about the same cells"),
         (lambda exact: exact.where(False), "nothing to draw"),
         (lambda exact: exact.expand_dims(metric=["a"]), "select from exact"),
+        (share, "on other scales"),
+        (lambda exact: exact.assign_attrs(clean_baseline=5.0), "on other scales"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(change, match):

@@ -675,36 +675,34 @@ def test_spaces_at_the_end_are_refused(answers, more, message):
         prompt_task(tiny.model("gpt2"), *GIVES, answers, **more)
 
 
-def test_several_answers_on_both_sides_are_one_pair_or_refused():
-    bridge, several = tiny.model("gpt2"), ([" Mary", " Amy"], [" John", " Dan"])
-    found = prompt_task(bridge, *GIVES, several)
-    wanted = prompt_task(bridge, *GIVES, [several])
+def test_several_answers_on_both_sides_are_one_pair_or_refused(model):
+    several = ([" Mary", " Amy"], [" John", " Dan"])
+    found = prompt_task(model, *GIVES, several)
+    wanted = prompt_task(model, *GIVES, [several])
     assert found.clean_baseline == wanted.clean_baseline
     assert found.metric.name == "log-probability difference"
     with pytest.raises(ValueError, match="may be several right and several wrong ones"):
-        prompt_task(bridge, GIVES[:1] * 2, GIVES[1:] * 2, several)
+        prompt_task(model, GIVES[:1] * 2, GIVES[1:] * 2, several)
 
 
 @pytest.mark.parametrize("metric", ["probability", "logit difference"])
-def test_an_answer_within_another_counts_once(metric):
+def test_an_answer_within_another_counts_once(model, metric):
     """That it goes on is part of the event that it begins."""
-    bridge = tiny.model("gpt2")
-    wanted = prompt_task(bridge, *GIVES, ([" Mary", " Amy"], [" John"]), metric=metric)
+    wanted = prompt_task(model, *GIVES, ([" Mary", " Amy"], [" John"]), metric=metric)
     for right in (
         [" Mary", " Amy", " Mary"],
         [" Mary and", " Mary", " Amy"],
         [" Amy", " Mary", " Mary and John"],
     ):
-        found = prompt_task(bridge, *GIVES, (right, [" John"]), metric=metric)
+        found = prompt_task(model, *GIVES, (right, [" John"]), metric=metric)
         assert found.clean_baseline == pytest.approx(wanted.clean_baseline, abs=1e-6)
 
 
 @pytest.mark.parametrize("kind", [pd.Series, np.array, tuple])
-def test_prompts_may_be_a_column_or_an_array(kind):
-    bridge = tiny.model("gpt2")
+def test_prompts_may_be_a_column_or_an_array(model, kind):
     clean, corrupted = (kind([text]) for text in GIVES)
-    found = prompt_task(bridge, clean, corrupted, (" Mary", " John"))
-    assert found.clean_baseline == prompt_task(bridge, *GIVES, (" Mary", " John")).clean_baseline
+    found = prompt_task(model, clean, corrupted, (" Mary", " John"))
+    assert found.clean_baseline == prompt_task(model, *GIVES, (" Mary", " John")).clean_baseline
 
 
 @pytest.mark.parametrize("change", ["answers", "an index", "a year"])
@@ -733,35 +731,33 @@ def test_rows_of_a_table_may_have_the_same_name():
         Task.from_frame(tiny.model("gpt2"), pd.concat([frame] * 2))
 
 
-def test_a_named_score_does_not_follow_a_function():
+def test_a_named_score_does_not_follow_a_function(model):
     """The positions that a function reads are its own."""
-    bridge = tiny.model("gpt2")
-    task = ioi_task(bridge)
+    task = ioi_task(model)
     earlier = reads(task.metric.positions - 1)(lambda logits: logits.amax((-2, -1)))
     for metric in (earlier, lambda logits: logits[:, -1, 5] - logits[:, -1, 6]):
-        other = task.with_metric(bridge, metric)
+        other = task.with_metric(model, metric)
         with pytest.raises(ValueError, match="on the task as it was before"):
-            other.with_metric(bridge, "logit difference")
+            other.with_metric(model, "logit difference")
         with pytest.raises(ValueError, match="does not say which answer"):
-            other.solved(bridge)
+            other.solved(model)
 
 
 @pytest.mark.parametrize("per_prompt", [True, False])
-def test_a_function_of_each_row_is_a_mean_over_a_prompts_rows(per_prompt):
-    bridge = tiny.model("gpt2")
-    task = prompt_task(bridge, *GIVES, (" Mary home", " John the"))
+def test_a_function_of_each_row_is_a_mean_over_a_prompts_rows(model, per_prompt):
+    task = prompt_task(model, *GIVES, (" Mary home", " John the"))
     assert task.rows_per_prompt == 2
-    task = task.with_metric(bridge, lambda logits: logits[:, -1].logsumexp(-1))
-    found = sweep(bridge, task, "out", by="all_pos", per_prompt=per_prompt, progress=False)
+    task = task.with_metric(model, lambda logits: logits[:, -1].logsumexp(-1))
+    found = sweep(model, task, "out", by="all_pos", per_prompt=per_prompt, progress=False)
     found = found.mean("prompt") if per_prompt else found
-    clean = task.clean_cache(bridge)["blocks.0.attn.hook_z"]
+    clean = task.clean_cache(model)["blocks.0.attn.hook_z"]
 
     def put(activation, hook):
         activation[:, :, 1] = clean[:, :, 1]
         return activation
 
     with torch.no_grad():
-        logits = bridge.run_with_hooks(
+        logits = model.run_with_hooks(
             task.corrupted_tokens, fwd_hooks=[("blocks.0.attn.hook_z", put)]
         )
     wanted = float(logits[:, -1].logsumexp(-1).mean())
@@ -780,12 +776,11 @@ def test_a_task_of_another_model_is_refused_by_any_metric(metric, dtype, normali
         sweep(other, task, "resid_pre", progress=False)
 
 
-def test_too_many_prompts_at_once_are_refused_before_they_end_the_process(monkeypatch):
-    bridge = tiny.model("gpt2")
-    task = ioi_task(bridge)
-    needed = 3 * task.corrupted_tokens.numel() * bridge.cfg.d_vocab * 4
+def test_too_many_prompts_at_once_are_refused_before_they_end_the_process(model, monkeypatch):
+    task = ioi_task(model)
+    needed = 3 * task.corrupted_tokens.numel() * model.cfg.d_vocab * 4
     monkeypatch.setattr(
         question.psutil, "virtual_memory", lambda: SimpleNamespace(available=needed - 1)
     )
     with pytest.raises(ValueError, match="logits of 8 prompts of .* go by='role'"):
-        sweep(bridge, task, "resid_pre", progress=False)
+        sweep(model, task, "resid_pre", progress=False)
