@@ -240,7 +240,7 @@ def largest_cells(result: xr.DataArray, n: int = 5) -> pd.DataFrame:
     table["value"] = values.ravel()[order]
     spread = math.nan if baselines_are_equal(result) else clean - corrupted
     table["share"] = (table["value"] - corrupted) / spread
-    words = [dim for dim in result.dims if dim not in _CELL_DIMS] + ["label"]
+    words = [dim for dim in result.dims if dim not in CELL_DIMS] + ["label"]
     words += ["position", "token"] * ("position" in at) + ["role"] * ("role" in at)
     words = [name for name in words if name in table]
     numbers = [name for name in ("value", "low", "high", "share") if name in table]
@@ -473,7 +473,8 @@ def load(path: str | os.PathLike[str]) -> xr.DataArray:
     return result.drop_encoding()
 
 
-_CELL_DIMS = ("layer", "position", "role", "head")
+#: Dimensions that say where a cell is. The entries of the first three are numbers.
+CELL_DIMS = ("layer", "head", "position", "role")
 
 
 def baselines(result: xr.DataArray) -> tuple[float, float]:

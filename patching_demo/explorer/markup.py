@@ -217,7 +217,7 @@ def heatmap_table(result: xr.DataArray, chosen: tuple[int, ...]) -> str:
         elif agrees[place[2]]:
             text, words = "=", words + "prompts agree, nothing to patch"
         else:
-            text, words = _rounded(value, decimals), words + number(value)
+            text, words = theme.signed(f"{value:.{decimals}f}"), words + number(value)
         current = ' aria-current="true"' if place == here else ""
         under = dict(zip(down, np.unravel_index(place[1], sizes), strict=True))
         under |= {"kind": place[0], across: place[2]}
@@ -325,8 +325,3 @@ def _heading(column: str, across: str) -> str:
         return as_html(column)
     word, _, place = theme.short_label(column).rpartition(" ")
     return f'<span title="{html.escape(column)}">{as_html(word)}\n{as_html(place)}</span>'
-
-
-def _rounded(value: float, decimals: int) -> str:
-    text = f"{value:.{decimals}f}"
-    return (text if text.strip("-0.") else text.lstrip("-")).replace("-", "−")

@@ -9,9 +9,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, snapshot_download
 from huggingface_hub.errors import (
@@ -102,17 +101,8 @@ def has_weights(folder: Path, patterns: tuple[str, ...]) -> bool:
     return patterns == TOKENIZER_FILES or all(path.is_file() for path in weight_files(folder))
 
 
-@contextmanager
-def _no_side_question() -> Iterator[None]:
-    """Keep `huggingface_hub` from asking what runs this process: no limit is set to that answer."""
-    before, constants.HF_HUB_DISABLE_TELEMETRY = constants.HF_HUB_DISABLE_TELEMETRY, True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_DISABLE_TELEMETRY = before
-
-
-@_no_side_question()
+# `huggingface_hub` would ask what runs this process, and set no limit to that answer.
+@mock.patch.object(constants, "HF_HUB_DISABLE_TELEMETRY", True)
 def _fetched(repo: str, patterns: tuple[str, ...]) -> Path:
     try:
         # `snapshot_download` waits for its first answer without a limit. This question has one.

