@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -34,35 +35,32 @@ def sweep_cells(
     n_layers = len(run.resid) - 1
     end = scorer.last_read + 1
     front = Front(model, run, clean, end, call_tokens)
-    by_layer: dict[int, list[Cell]] = {}
+    starting: dict[tuple[int, str], list[Cell]] = defaultdict(list)
     for cell in cells:
-        by_layer.setdefault(cell.layer, []).append(cell)
+        starting[cell.layer, cell.patches[0].enters].append(cell)
     work = sum((n_layers - cell.layer) * (end - cell.start) for cell in cells)
-    for layer in range(min(by_layer), n_layers):
-        here = {enters: [] for enters in ("input", "hook", "output")}
-        for cell in by_layer.get(layer, []):
-            here[cell.patches[0].enters].append(cell)
+    moving = done = 0
+    for layer in range(min(cell.layer for cell in cells), n_layers):
+        before, inside, after = (starting[layer, enters] for enters in ("input", "hook", "output"))
         # A patch that changes all later positions joins before its block, except in the last, of
         # which the front runs the positions that are read only. Any other costs less on its own.
         last = layer == n_layers - 1
-        joins = {c.row: not last and recomputed(c, end).stop == end for c in here["hook"]}
-        apart = [cell for cell in here["hook"] if not joins[cell.row]]
-        front.enter(layer, here["input"] + [c for c in here["hook"] if joins[c.row]])
+        joins = {c.row: not last and recomputed(c, end).stop == end for c in inside}
+        apart = [cell for cell in inside if not joins[cell.row]]
+        front.enter(layer, before + [cell for cell in inside if joins[cell.row]])
         front.step(layer, scorer.read if last else None)
         outputs = front.patched_outputs(layer, apart)
         front.enter(layer + 1, apart, outputs)
-        front.enter(layer + 1, here["output"])
+        front.enter(layer + 1, after)
         front.write(layer, "output")
-        done = sum(end - c.start for done in range(layer + 1) for c in by_layer.get(done, []))
+        moving += sum(end - cell.start for cell in before + inside + after)
+        done += moving
         advance(done / work if work else 1.0)
-    values: list[Tensor] = []
-    order: list[int] = []
-    slots: list[int] = []
+    values: dict[int, Tensor] = {}
+    slots: dict[int, int] = {}
     for pack in front.packs:
-        values.append(scorer.score(pack))
-        order += [cell.row for cell in pack.cells]
-        slots += (pack.slot_of.amax(dim=1) % pack.layout.positions.shape[1]).tolist()
-    place = {row: index for index, row in enumerate(order)}
-    scored = torch.cat(values, dim=1)
-    wanted = torch.tensor([place[cell.row] for cell in cells], device=scored.device)
-    return scored[:, wanted], dict(zip(order, slots, strict=True))
+        rows = [cell.row for cell in pack.cells]
+        last_slots = pack.slot_of.amax(dim=1) % pack.layout.positions.shape[1]
+        values.update(zip(rows, scorer.score(pack).unbind(1), strict=True))
+        slots.update(zip(rows, last_slots.tolist(), strict=True))
+    return torch.stack([values[cell.row] for cell in cells], dim=1), slots
