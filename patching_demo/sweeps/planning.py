@@ -16,7 +16,7 @@ from torch import nn
 from patching_demo.engine import checks
 from patching_demo.engine.kinds import KINDS
 from patching_demo.engine.packs import CALL_TOKENS
-from patching_demo.engine.tokens import config_number, device_of
+from patching_demo.engine.tokens import device_of, key_value_heads
 from patching_demo.sweeps.grid import chosen_cells
 from patching_demo.sweeps.question import check_tasks, names_of
 from patching_demo.tasks import Task
@@ -94,21 +94,20 @@ def plan(
     size = _Size.of(model)
     cells, passes = chosen_cells(size, task, kinds, by, layers, positions, heads, where, source)
     asked = np.isfinite(cells.values)
-    groups = task.groups() if by == "role" else [list(range(len(task)))]
-    of_group = [
-        int(task.corrupted_lengths[task.rows_of(prompts)].max()) * len(task.rows_of(prompts))
-        for prompts in groups
-    ]
+    groups = task.groups() if by == "role" else [range(len(task))]
+    lengths = [task.corrupted_lengths[task.rows_of(prompts)] for prompts in groups]
+    of_group = [int(own.max()) * len(own) for own in lengths]
     if speed is None:
         speed = size.measured(task)
     total = float(passes[asked].sum()) + PASSES_AROUND
     n_pos = float(task.corrupted_lengths.float().mean())
     flops = size.flops(int(sum(of_group)), n_pos)
-    widths = {"d_model": size.d_model, "d_head": size.d_head, "source": n_pos}
-    widths |= {"head": size.cfg.n_heads, "kv_head": size.kv_heads}
+    cfg = size.cfg
+    widths = {"d_model": cfg.d_model, "d_head": cfg.d_head, "source": n_pos}
+    widths |= {"head": cfg.n_heads, "kv_head": key_value_heads(size)}
     axes = [KINDS[name].axes for name in names_of(kinds)]
     kept = sum(np.prod([widths.get(axis, 1) for axis in own]) for own in axes)
-    layers_held = size.cfg.n_layers * (kept + size.d_model) + 3 * size.d_vocab
+    layers_held = cfg.n_layers * (kept + cfg.d_model) + 3 * cfg.d_vocab
     return Plan(
         cells=int(asked.sum()),
         passes=total,
@@ -137,30 +136,27 @@ class _Size(SimpleNamespace):
                     f"{type(model).__name__} does not say how many blocks the model has: give the "
                     "config of its language model alone"
                 )
-            n_heads = model.num_attention_heads
-            d_model, d_vocab = model.hidden_size, model.vocab_size
-            kv_heads = getattr(model, "num_key_value_heads", None) or n_heads
-            d_head = getattr(model, "head_dim", None) or d_model // n_heads
-            bridge = None
+            n_heads, d_model = model.num_attention_heads, model.hidden_size
+            bridge, cfg = None, SimpleNamespace(
+                n_layers=n_layers, n_heads=n_heads, d_model=d_model, d_vocab=model.vocab_size,
+                d_head=getattr(model, "head_dim", None) or d_model // n_heads,
+                n_key_value_heads=getattr(model, "num_key_value_heads", None),
+            )  # fmt: skip
         else:
             checks.checked_model(model)
             whole, blocks, bridge, cfg = model, model.blocks, model, model.cfg
-            n_layers, n_heads, d_head = cfg.n_layers, cfg.n_heads, cfg.d_head
-            d_model, d_vocab = cfg.d_model, cfg.d_vocab
-            kv_heads = config_number(model, "n_key_value_heads") or n_heads
         weights = {id(weight): weight for weight in whole.parameters()}.values()
         return cls(
             bridge=bridge,
-            cfg=SimpleNamespace(n_layers=n_layers, n_heads=n_heads, n_key_value_heads=kv_heads),
-            block=sum(w.numel() for w in blocks.parameters() if w.ndim > 1) / n_layers,
+            cfg=cfg,
+            block=sum(w.numel() for w in blocks.parameters() if w.ndim > 1) / cfg.n_layers,
             weights=sum(w.numel() * w.element_size() for w in weights),
             item=next(iter(weights)).element_size(),
-            d_model=d_model, d_head=d_head, d_vocab=d_vocab, kv_heads=kv_heads,
-        )  # fmt: skip
+        )
 
     def flops(self, tokens: int, n_pos: float) -> float:
         """Operations of the blocks in a forward pass: two for each weight and token."""
-        attention = 4 * n_pos * self.cfg.n_heads * self.d_head
+        attention = 4 * n_pos * self.cfg.n_heads * self.cfg.d_head
         return tokens * self.cfg.n_layers * (2 * self.block + attention)
 
     @torch.no_grad()
