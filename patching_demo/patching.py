@@ -562,9 +562,10 @@ def _frozen_paths(
     kind, frozen, at = KINDS[component], FrozenModel(model, tokens), moved.nonzero()[:, 0]
     resid, changes = frozen.run.resid, []
     for layer, writes in change.items():
-        own = frozen.outputs[layer]["heads"]
+        call = frozen.outputs[layer]["attn.o"]
+        own = call.given[0]
         with unforeseen("a change of the heads' outputs"):
-            sent = {layer: {"heads": own + writes.to(own).view_as(own)}}
+            sent = {"attn.o": call._replace(given=[own + writes.to(own).view_as(own)])}
         # Without attention and MLPs on the way, the stream carries a change as it is.
         after = frozen.sent(sent, "out", layer, at, "direct") - resid[layer + 1][:, at]
         changes.append(after[[head for source, head in sources if source == layer]])

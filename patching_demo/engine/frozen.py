@@ -7,10 +7,11 @@ positions that differ.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from itertools import product
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from patching_demo.engine.bridge import (
     Unsupported,
     attached_hooks,
     capture,
+    hook_point,
     hooked,
     tensor_of,
 )
@@ -36,6 +38,39 @@ SENDERS = ("out", "attn_out", "mlp_out")
 
 class _Seen(Exception):
     """Leaves a block as soon as the receivers' activations are known."""
+
+
+class Call(NamedTuple):
+    """One call of a module: the tensors that it was given, and what it returned."""
+
+    module: torch.nn.Module
+    given: list[Tensor]
+    output: Any
+
+
+@contextmanager
+def recorded(
+    model: Any, parts: Sequence[str] = ("attn", "mlp", "attn.o")
+) -> Iterator[list[dict[str, Call]]]:
+    """The calls of some parts of each block, in the first forward pass within the ``with`` block.
+
+    By default those of attention and MLP, and of the attention's output projection.
+    """
+    found: list[dict[str, Call]] = [{} for _ in model.blocks]
+
+    def keep(
+        layer: int, part: str, module: Any, args: Any, named: dict[str, Any], output: Any
+    ) -> None:
+        given = [value for value in (*args, *named.values()) if isinstance(value, Tensor)]
+        found[layer].setdefault(part, Call(module, given, output))
+
+    with ExitStack() as stack:
+        for layer, part in product(range(len(found)), parts):
+            module = hook_point(model, f"blocks.{layer}.{part}")
+            if isinstance(module, torch.nn.Module):
+                hook = partial(keep, layer, part)
+                stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
+        yield found
 
 
 class FrozenModel:
@@ -76,64 +111,50 @@ class FrozenModel:
             )
         # Some positions alone, in another order, with heads put together from the recorded ones.
         at = every.flip(0)[::4]
-        rows = self.sent(self.outputs, "out", layer, at, "mlps") - after[:, at]
+        rows = self.sent(self.outputs[layer], "out", layer, at, "mlps") - after[:, at]
         if rows.abs().max() > tolerance(before.dtype) * 10 * after.abs().max():
             raise Unsupported(f"block {layer} works on more than one position at a time")
 
-    def step(
-        self,
-        layer: int,
-        states: Tensor,
-        at: Tensor,
-        through: str,
-        attn: Tensor | None = None,
-        mlp: Tensor | None = None,
-    ) -> Tensor:
+    def step(self, layer: int, states: Tensor, at: Tensor, through: str, **given: Tensor) -> Tensor:
         """One block with its attention frozen: ``[n, batch, token, d_model]`` at positions ``at``.
 
-        The MLP is frozen too where ``through`` is "direct". ``attn`` and ``mlp`` take the place of
-        the frozen outputs.
+        The MLP is frozen too where ``through`` is "direct". What is ``given`` for "attn" or "mlp"
+        takes the place of the frozen output.
         """
-        block = self.model.blocks[layer]
-        rows = states.flatten(0, 1)
-
-        def held(name: str, given: Tensor | None) -> Callable[..., Any]:
-            output = self.outputs[layer][name]
-            if given is None:
-                there = tensor_of(output)
-                given = there[:, at.to(there.device)].expand(len(states), -1, -1, -1)
-            value = given.reshape(rows.shape)
-            rest = output[1:] if isinstance(output, tuple) else None
-            return lambda *_, **__: value if rest is None else (value, *rest)
-
+        block, outputs, rows = self.model.blocks[layer], self.outputs[layer], states.flatten(0, 1)
+        held = ["attn"]
+        if "mlp" in outputs and (through == "direct" or "mlp" in given):
+            held.append("mlp")
         with ExitStack() as stack:
-            stack.enter_context(_forward_of(block.attn, held("attn", attn)))
-            if "mlp" in self.outputs[layer] and (through == "direct" or mlp is not None):
-                stack.enter_context(_forward_of(block.mlp, held("mlp", mlp)))
+            for name in held:
+                output = outputs[name].output
+                value = given.get(name)
+                if value is None:
+                    value = _positions(output, at).expand(len(states), -1, -1, -1)
+                value = value.reshape(rows.shape)
+                returned = (value, *output[1:]) if isinstance(output, tuple) else value
+                stack.enter_context(_returning(getattr(block, name), returned))
             output = block(rows.clone(), **self.run.arguments[layer])
         return tensor_of(output).to(states.device).view(states.shape)
 
     @unforeseen(DOING)
     def sent(
-        self, clean: Sequence[dict[str, Any]], kind: str, layer: int, at: Tensor, through: str
+        self, clean: Mapping[str, Call], kind: str, layer: int, at: Tensor, through: str
     ) -> Tensor:
         """The stream after ``layer`` with one clean output in it: ``[n, batch, token, d_model]``.
 
         There is one row for each head, or one in all for ``attn_out`` and ``mlp_out``. ``clean``
-        is what was :func:`recorded` of the clean run.
+        is what was :func:`recorded` of that layer in the clean run.
         """
-        own, other = self.outputs[layer], clean[layer]
         start = self.run.resid[layer][None, :, at]
-        there = at.to(tensor_of(own["attn"]).device)
-        if kind == "mlp_out":
-            mlp = tensor_of(other["mlp"])[None, :, there]
-            return self.step(layer, start, at, through, mlp=mlp)
-        if kind == "attn_out":
-            attn = tensor_of(other["attn"])[None, :, there]
-            return self.step(layer, start, at, through, attn=attn)
+        if kind != "out":
+            name = kind.removesuffix("_out")
+            value = _positions(clean[name].output, at)
+            return self.step(layer, start, at, through, **{name: value})
         n_heads = self.model.cfg.n_heads
         heads, others = (
-            part["heads"][:, there].flatten(2).unflatten(-1, (n_heads, -1)) for part in (own, other)
+            _positions(calls["attn.o"].given[0], at).flatten(2).unflatten(-1, (n_heads, -1))
+            for calls in (self.outputs[layer], clean)
         )
         rows = heads.expand(n_heads, *heads.shape).clone()
         each = torch.arange(n_heads, device=heads.device)
@@ -157,13 +178,10 @@ class FrozenModel:
         """
         seen: dict[str, Tensor] = {}
 
-        def keep(name: str) -> Callable[..., None]:
-            def hook(activation: Tensor, hook: Any = None) -> None:
-                seen[name] = activation.to(self.run.tokens.device, copy=True)
-                if len(seen) == len(names):
-                    raise _Seen
-
-            return hook
+        def keep(name: str, activation: Tensor, hook: Any = None) -> None:
+            seen[name] = activation.to(self.run.tokens.device, copy=True)
+            if len(seen) == len(names):
+                raise _Seen
 
         resid = self.run.resid[layer]
         arguments = self.run.arguments[layer] | {
@@ -172,7 +190,7 @@ class FrozenModel:
         parts: list[dict[str, Tensor]] = []
         with ExitStack() as stack:
             for name in names:
-                stack.enter_context(hooked(self.model, name, keep(name)))
+                stack.enter_context(hooked(self.model, name, partial(keep, name)))
             for some in states.split(max(1, CALL_TOKENS["cpu"] // resid.shape[:2].numel())):
                 rows = resid.expand(len(some), *resid.shape).clone()
                 rows[:, :, at] = some
@@ -187,48 +205,23 @@ class FrozenModel:
         return {name: torch.cat([part[name] for part in parts]) for name in names}
 
 
-@contextmanager
-def recorded(model: Any) -> Iterator[list[dict[str, Any]]]:
-    """What attention and MLP of each block return, and what the attention's projection is given.
-
-    Of the first forward pass within the ``with`` block.
-    """
-    found: list[dict[str, Any]] = [{} for _ in model.blocks]
-    handles = []
-    for outputs, block in zip(found, model.blocks, strict=True):
-        for name in ("attn", "mlp"):
-            if isinstance(getattr(block, name, None), torch.nn.Module):
-
-                def keep(
-                    module: Any, args: Any, output: Any, into: Any = outputs, name: str = name
-                ) -> None:
-                    into.setdefault(name, output)
-
-                handles.append(getattr(block, name).register_forward_hook(keep))
-        if isinstance(getattr(getattr(block, "attn", None), "o", None), torch.nn.Module):
-
-            def keep_input(module: Any, args: Any, into: Any = outputs) -> None:
-                into.setdefault("heads", args[0])
-
-            handles.append(block.attn.o.register_forward_pre_hook(keep_input))
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
+def _positions(output: Any, at: Tensor) -> Tensor:
+    """What a module returns at some positions: ``[batch, token, ...]``."""
+    tensor = tensor_of(output)
+    return tensor[:, at.to(tensor.device)]
 
 
 @contextmanager
-def _forward_of(module: Any, function: Callable[..., Any]) -> Iterator[None]:
-    """Let a module return what ``function`` returns."""
+def _returning(module: Any, output: Any) -> Iterator[None]:
+    """Let a module return ``output``, whatever it is given."""
     own = module.__dict__.get("forward")
-    module.__dict__["forward"] = function  # The bridge's modules hand other attributes on.
+    # The bridge's modules hand other attributes on.
+    module.__dict__["forward"] = lambda *_, **__: output
     try:
         yield
     finally:
-        if own is None:
-            del module.__dict__["forward"]
-        else:
+        del module.__dict__["forward"]
+        if own is not None:
             module.__dict__["forward"] = own
 
 
@@ -250,38 +243,23 @@ class PlainPaths:
         self.model, self.tokens = model, corrupted
         self.clean, self.corrupted = self._ends(clean), self._ends(corrupted)
 
-    def _ends(self, tokens: Tensor) -> dict[tuple[int, str], tuple[Any, Any, Any]]:
-        """Modules at whose output attention and MLPs can be held, with an input and output each."""
-        calls: dict[tuple[int, str], tuple[Any, list[Any], Any]] = {}
-        with ExitStack() as stack:
-            for layer, block in enumerate(self.model.blocks):
-                mlp = getattr(block, "mlp", None)
-                o = getattr(getattr(block, "attn", None), "o", None)
-                for name, module in (("attn", o), ("mlp", mlp), ("out", getattr(mlp, "out", None))):
-
-                    def keep(
-                        module: Any, args: Any, named: Any, output: Any, key: Any = (layer, name)
-                    ) -> None:
-                        given = [x for x in (*args, *named.values()) if isinstance(x, Tensor)]
-                        calls.setdefault(key, (module, given, output))
-
-                    if isinstance(module, torch.nn.Module):
-                        handle = module.register_forward_hook(keep, with_kwargs=True)
-                        stack.callback(handle.remove)
+    def _ends(self, tokens: Tensor) -> dict[tuple[int, str], Call]:
+        """The calls at whose output attention and MLP of each layer can be held."""
+        with recorded(self.model, ("attn.o", "mlp", "mlp.out")) as found:
             self.model(tokens)
         ends = {}
-        for layer, block in enumerate(self.model.blocks):
-            if (layer, "attn") not in calls:
+        for layer, calls in enumerate(found):
+            if "attn.o" not in calls:
                 raise Unsupported(f"the attention of block {layer} has no output projection")
-            ends[layer, "attn"] = calls[layer, "attn"]
-            if getattr(block, "mlp", None) is not None:
-                # An MLP that is given the stream as well adds its output to it itself.
-                found = calls.get((layer, "mlp"))
-                if found is None or len(found[1]) > 1:
-                    found = calls.get((layer, "out"))
-                if found is None:
-                    raise Unsupported(f"the MLP of block {layer} has no output that can be held")
-                ends[layer, "mlp"] = found
+            ends[layer, "attn"] = calls["attn.o"]
+            if getattr(self.model.blocks[layer], "mlp", None) is None:
+                continue
+            # An MLP that is given the stream as well adds its output to it itself.
+            whole = "mlp" in calls and len(calls["mlp"].given) < 2
+            end = calls.get("mlp" if whole else "mlp.out")
+            if end is None:
+                raise Unsupported(f"the MLP of block {layer} has no output that can be held")
+            ends[layer, "mlp"] = end
         return ends
 
     def logits(
@@ -292,38 +270,30 @@ class PlainPaths:
         The activations named in ``seen`` are filled in.
         """
         sent = "mlp" if kind == "mlp_out" else "attn"
+
+        def keep(name: str, activation: Tensor, hook: Any = None) -> None:
+            seen[name] = activation.to(self.tokens.device, copy=True)
+
         with ExitStack() as stack:
-            for (at, name), (module, _, output) in self.corrupted.items():
-                if at == layer and name == sent and kind == "out":
+            for end, call in self.corrupted.items():
+                if end == (layer, sent) and kind == "out":
                     hook = self._with_head(layer, head)
-                    stack.callback(module.register_forward_pre_hook(hook).remove)
-                    continue
-                if at == layer and name == sent:
-                    output = self.clean[at, name][2]
-                elif name == "mlp" and through != "direct":
-                    continue
-                hook = partial(_returned, output)
-                stack.callback(module.register_forward_hook(hook).remove)
+                    stack.callback(call.module.register_forward_pre_hook(hook).remove)
+                elif end == (layer, sent) or end[1] == "attn" or through == "direct":
+                    held = self.clean if end == (layer, sent) else self.corrupted
+                    hook = partial(lambda output, *_: output, held[end].output)
+                    stack.callback(call.module.register_forward_hook(hook).remove)
             for name in seen:
-                keep = partial(_kept, seen, name, self.tokens.device)
-                stack.enter_context(hooked(self.model, name, keep))
+                stack.enter_context(hooked(self.model, name, partial(keep, name)))
             return self.model(self.tokens)
 
     def _with_head(self, layer: int, head: int) -> Callable[..., Any]:
         """A hook that gives an output projection one clean head among the corrupted ones."""
-        own, other = (ends[layer, "attn"][1][0] for ends in (self.corrupted, self.clean))
+        own, other = (ends[layer, "attn"].given[0] for ends in (self.corrupted, self.clean))
         n_heads = self.model.cfg.n_heads
         rows = own.flatten(2).unflatten(-1, (n_heads, -1)).clone()
         rows[:, :, head] = other.flatten(2).unflatten(-1, (n_heads, -1))[:, :, head]
         return lambda module, args: (rows.view(own.shape), *args[1:])
-
-
-def _returned(output: Any, *_: Any) -> Any:
-    return output
-
-
-def _kept(seen: dict[str, Any], name: str, device: Any, activation: Tensor, hook: Any) -> None:
-    seen[name] = activation.to(device, copy=True)
 
 
 __all__ = ["SENDERS", "FrozenModel", "PlainPaths", "recorded"]

@@ -236,7 +236,7 @@ def _frozen(
         else:
             states = _in_calls(lambda s, at_=layer: frozen.step(at_, s, at, "mlps"), states)
         if asked[layer].any():
-            sent = frozen.sent(clean, senders, layer, at, through)
+            sent = frozen.sent(clean[layer], senders, layer, at, through)
             states = torch.cat([states, sent[torch.as_tensor(asked[layer], device=sent.device)]])
     scorer = Scorer(model, frozen.run, {"metric": question.metric(task)}, question.per_prompt)
     scorer.check_logits()
