@@ -171,7 +171,7 @@ def combined_activation_patch(
     """
     how = _How(metric, reduce, baseline)
     tokens, lengths, options_ = _prepare(model, corrupted_tokens, options)
-    axes = _axes(KINDS[kinds[0]], by)
+    axes = ["layer"] + ["pos"] * (by == "pos") + ["head"] * KINDS[kinds[0]].of_heads
 
     def swept(live: Sequence[str]) -> tuple[Any, ...]:
         plan, parts = _Plan(model, tokens, clean_cache), {}
@@ -523,14 +523,7 @@ def _direct_paths(
         moved = ~moved
     try:
         return _frozen_paths(
-            isolated(model),
-            tokens,
-            change,
-            moved,
-            metrics,
-            sources,
-            component,
-            runner.Options(progress=verbose),
+            isolated(model), tokens, change, moved, metrics, sources, component, verbose
         )
     except (Unsupported, checks.HookNotLive) as reason:
         checks.warn_once(f"direct paths take the plain loop: {reason}")
@@ -552,7 +545,7 @@ def _frozen_paths(
     metrics: Mapping[str, Callable[..., Any]],
     sources: Sequence[tuple[int, int]],
     component: str,
-    options: runner.Options,
+    verbose: bool,
 ) -> Tensor:
     """The paths by the engine: what the later heads take in is computed, then patched.
 
@@ -584,7 +577,7 @@ def _frozen_paths(
         ]
         scored, _ = runner.run_cells(
             model, tokens, {}, cells, metrics,
-            differing=at.tolist(), per_example=False, options=options,
+            differing=at.tolist(), per_example=False, options=runner.Options(progress=verbose),
         )  # fmt: skip
         found = found.to(scored.dtype)
         found[:count, layer, : len(into)] = scored[0].view(count, -1)
@@ -602,7 +595,7 @@ class _Plan:
 
     def add(self, setter: Setter, activation: str, rows: Sequence[Sequence[int]]) -> None:
         """Add one cell for each row of the indices that ``setter`` takes."""
-        kind = kind_of_activation(activation) if _is_known(setter, activation) else None
+        kind = _known_kind(setter, activation)
         everywhere = tuple(range(self.tokens.shape[1]))
         names = [_SAME_AXIS.get(axis, axis) for axis in SETTERS[setter]] if kind else []
         for row in rows:
@@ -699,15 +692,12 @@ def _prepare(
     model: Any, corrupted_tokens: Any, options: dict[str, Any]
 ) -> tuple[Tensor, Tensor | None, runner.Options]:
     """Checked tokens, the lengths of their texts if a mask tells them, and the engine's options."""
-    known = [*runner.Options.__dataclass_fields__, "attention_mask"]
-    unknown = sorted(options.keys() - set(known))
-    if unknown:
-        raise TypeError(f"unknown option {unknown[0]!r}: the options are {', '.join(known)}")
-    checks.checked_model(model)
     mask = options.pop("attention_mask", None)
+    known = runner.Options.of(options, "attention_mask")
+    checks.checked_model(model)
     tokens = checks.checked_tokens(model, corrupted_tokens, masked=mask is not None)
     lengths = None if mask is None else text_lengths(mask, tokens)
-    return tokens, lengths, runner.Options(**options)
+    return tokens, lengths, known
 
 
 def _sweep(
@@ -721,14 +711,9 @@ def _sweep(
 ) -> Values:
     """One kind over all that its patch setter takes."""
     setter = setter_of(KINDS[kind], by)
+    how = {"index_axis_names": SETTERS[setter], **options}
     return generic_activation_patch(
-        model,
-        corrupted_tokens,
-        clean_cache,
-        patching_metric,
-        setter,
-        KINDS[kind].activation,
-        **{"index_axis_names": SETTERS[setter], **options},
+        model, corrupted_tokens, clean_cache, patching_metric, setter, KINDS[kind].activation, **how
     )
 
 
@@ -736,16 +721,13 @@ def setter_of(kind: Kind, by: str) -> Setter:
     """The patch setter that writes one cell of a kind."""
     if not kind.of_heads:
         return layer_pos_patch_setter
-    of_pattern = "source" in kind.axes
     if by == "entry":
         return layer_head_dest_src_pos_pattern_patch_setter
-    if by == "pos":
-        return (
-            layer_head_pos_pattern_patch_setter
-            if of_pattern
-            else layer_pos_head_vector_patch_setter
-        )
-    return layer_head_pattern_patch_setter if of_pattern else layer_head_vector_patch_setter
+    at_position, everywhere = layer_pos_head_vector_patch_setter, layer_head_vector_patch_setter
+    if "source" in kind.axes:
+        at_position = layer_head_pos_pattern_patch_setter
+        everywhere = layer_head_pattern_patch_setter
+    return at_position if by == "pos" else everywhere
 
 
 def index_of(setter: Setter, where: Mapping[str, int]) -> tuple[int, ...]:
@@ -753,23 +735,16 @@ def index_of(setter: Setter, where: Mapping[str, int]) -> tuple[int, ...]:
     return tuple(where[_SAME_AXIS.get(axis, axis)] for axis in SETTERS[setter])
 
 
-def _axes(kind: Kind, by: str) -> tuple[str, ...]:
-    """The axes of a sweep that stacks several kinds."""
-    return ("layer", *(("pos",) if by == "pos" else ()), *(("head",) if kind.of_heads else ()))
-
-
-def _is_known(setter: Setter, activation: str) -> bool:
-    """Whether the engine knows what ``setter`` does to ``activation``.
+def _known_kind(setter: Setter, activation: str) -> Kind | None:
+    """The kind that ``setter`` patches, None if the engine does not know what it does there.
 
     The same setter means something else on an activation of another layout: on a pattern
     ``[batch, head, dest, src]``, the setter of positions would pick heads.
     """
-    axes, kind = SETTERS.get(setter), kind_of_activation(activation)
-    if axes is None or kind is None:
-        return False
-    return ("head_index" in axes) == ("source" in kind.axes) and (
-        "head" not in axes or kind.of_heads
-    )
+    axes, kind = SETTERS.get(setter, ()), kind_of_activation(activation)
+    if not axes or kind is None or ("head_index" in axes) != ("source" in kind.axes):
+        return None
+    return kind if kind.of_heads or "head" not in axes else None
 
 
 def _indices(
@@ -818,15 +793,15 @@ def _indices(
         )
     counted = index.to_numpy(copy=True)
     for place, column in enumerate(index.columns):
-        size = sizes.get(column)
-        if size is None:
+        if (size := sizes.get(column)) is None:
             continue
-        outside = counted[(counted[:, place] < -size) | (counted[:, place] >= size), place]
+        own = counted[:, place]
+        outside = own[(own < -size) | (own >= size)]
         if len(outside):
             raise ValueError(
                 f"index_df has {column} {outside[0]}, but there are only {size} of them"
             )
-        counted[counted[:, place] < 0, place] += size
+        own[own < 0] += size
     index = pd.DataFrame(counted, index=index.index, columns=index.columns)
     return index, counted[:, [columns.index(axis) for axis in order]].tolist()
 

@@ -63,13 +63,13 @@ class Options:
     on_progress: Callable[[int, int], bool | None] | None = None
 
     @classmethod
-    def of(cls, options: Mapping[str, Any]) -> Options:
-        """The options by name.
+    def of(cls, options: Mapping[str, Any], *others: str) -> Options:
+        """The options by name; ``others`` are those that the caller takes besides.
 
         Raises:
             TypeError: if one is unknown.
         """
-        known = list(cls.__dataclass_fields__)
+        known = [*cls.__dataclass_fields__, *others]
         for option in options:
             if option not in known:
                 raise TypeError(f"unknown option {option!r}: the options are {', '.join(known)}")
