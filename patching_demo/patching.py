@@ -176,7 +176,7 @@ def combined_activation_patch(
     def swept(live: Sequence[str]) -> tuple[Any, ...]:
         plan, parts = _Plan(model, tokens, clean_cache), {}
         for name in live:
-            activation, setter = KINDS[name].activation, setter_of(KINDS[name], by)
+            activation, setter = KINDS[name].activation, _setter_of(KINDS[name], by)
             hooks = [get_act_name(activation, layer) for layer in range(model.cfg.n_layers)]
             checks.refuse_uncalled_hooks(plan.model, tokens, clean_cache, hooks)
             index, rows = _indices(model, tokens, setter, activation, axes, None)
@@ -710,14 +710,14 @@ def _sweep(
     options: SweepOptions,
 ) -> Values:
     """One kind over all that its patch setter takes."""
-    setter = setter_of(KINDS[kind], by)
+    setter = _setter_of(KINDS[kind], by)
     how = {"index_axis_names": SETTERS[setter], **options}
     return generic_activation_patch(
         model, corrupted_tokens, clean_cache, patching_metric, setter, KINDS[kind].activation, **how
     )
 
 
-def setter_of(kind: Kind, by: str) -> Setter:
+def _setter_of(kind: Kind, by: str) -> Setter:
     """The patch setter that writes one cell of a kind."""
     if not kind.of_heads:
         return layer_pos_patch_setter
@@ -728,11 +728,6 @@ def setter_of(kind: Kind, by: str) -> Setter:
         at_position = layer_head_pos_pattern_patch_setter
         everywhere = layer_head_pattern_patch_setter
     return at_position if by == "pos" else everywhere
-
-
-def index_of(setter: Setter, where: Mapping[str, int]) -> tuple[int, ...]:
-    """What a patch setter takes for a layer, position and head."""
-    return tuple(where[_SAME_AXIS.get(axis, axis)] for axis in SETTERS[setter])
 
 
 def _known_kind(setter: Setter, activation: str) -> Kind | None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from patching_demo.engine.cells import Cell
 
-VERSION = 4
+VERSION = 5
 _APPLICATION = 0x70617463  # Tells a store from any other SQLite file.
 
 

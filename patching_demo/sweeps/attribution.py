@@ -8,11 +8,12 @@ choose what to measure with :func:`patching_demo.sweep`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import xarray as xr
 from torch import Tensor
@@ -20,13 +21,13 @@ from torch import Tensor
 from patching_demo.engine import checks
 from patching_demo.engine.kinds import KINDS, Kind
 from patching_demo.engine.scoring import tolerance
-from patching_demo.engine.tokens import heads_of, key_value_heads
+from patching_demo.engine.tokens import heads_of
 from patching_demo.sweeps.question import (
+    How,
     Question,
-    by_shape,
-    check_kinds,
+    ask,
     check_tasks,
-    grid_labels,
+    grid_cells,
     labelled,
     names_of,
 )
@@ -79,63 +80,38 @@ def attribute(
     >>> bool((exact.notnull() == large).all())
     True
     """
-    several = not isinstance(kinds, str)
-    names = names_of(kinds)
-    check_kinds(names, by)
+    check_tasks({"task": task})
+    cells, names = grid_cells(model, task, kinds, by), names_of(kinds)
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise ValueError(f"steps must be a whole number of at least 1, got {steps!r}")
-    checks.check_bridge(model)
-    check_tasks({"task": task})
     if any(weight.is_inference() for weight in model.parameters()):
         raise ValueError(
             "the model was made in torch.inference_mode(), so it has no gradients: load it outside"
         )
     task = deepcopy(task) if task.clean_tokens.is_inference() else task
-    hooks = {
-        (name, layer): f"blocks.{layer}.{KINDS[name].hook}"
-        for name in names
-        for layer in range(model.cfg.n_layers)
-    }
-    patterns = {f"blocks.{layer}.attn.hook_pattern" for _, layer in hooks}
-    corrected = method == "gradient+qk" and {"q", "k"} & set(names)
-    wanted = {*hooks.values(), *(patterns if corrected else ())}
-    dims, sizes, coords = grid_labels(model, task, names, by, several)
-    parts: list[Tensor] = []
+    hooks = sorted(hook for name in names for hook in _hooks(model, name))
+    estimated = partial(_estimate, names=names, by=by, method=method, steps=steps)
+    how = How(per_prompt=True, by_role=by == "role")
+    found = ask(model, {"metric": task}, hooks, estimated, how)["metric"]
+    if isinstance(kinds, str):
+        found = found[:, 0]
+    values = (found if per_prompt else found.mean(0)).astype(np.float32)
+    cells.attrs["method"] = method
+    return labelled(task, values, cells)
 
-    def estimated(question: Question) -> None:
-        parts.append(_estimate(question, names, by, method, steps, hooks, sorted(wanted)))
 
-    if by == "role":
-        order = by_shape(model, {"metric": task}, sorted(hooks.values()), estimated)
-        values = torch.cat(parts)[order]
-    else:
-        estimated(Question(model, {"metric": task}, sorted(hooks.values())))
-        (values,) = parts
-    values = values if several else values[:, 0]
-    found = (values if per_prompt else values.mean(0)).float().cpu().numpy()
-    facts = {
-        "by": by,
-        "kind": "" if several else names[0],
-        "n_key_value_heads": key_value_heads(model) if KINDS[names[0]].of_heads else 0,
-        "method": method,
-    }
-    return labelled(task, found, dims, coords, per_prompt=per_prompt, **facts)
+def _hooks(model: Any, name: str) -> list[str]:
+    """The hooks of a kind, layer by layer."""
+    return [f"blocks.{layer}.{KINDS[name].hook}" for layer in range(model.cfg.n_layers)]
 
 
 def _estimate(
-    question: Question,
-    names: Sequence[str],
-    by: str,
-    method: str,
-    steps: int,
-    hooks: Mapping[tuple[str, int], str],
-    wanted: Sequence[str],
-) -> Tensor:
+    question: Question, names: Sequence[str], by: str, method: str, steps: int
+) -> dict[str, np.ndarray]:
     """Estimates ``[prompt, kind, layer, (position or role), (head)]``."""
-    model, task, clean = question.model, question.task, dict(question.clean)
-    layers = range(model.cfg.n_layers)
+    model, task, clean, shares = question.model, question.task, dict(question.clean), [0.0]
     if method == "integrated":
         if not task.same_lengths:
             raise ValueError(
@@ -143,20 +119,21 @@ def _estimate(
                 "some pairs have other lengths: use method='gradient'"
             )
         clean |= task.clean_cache(model, ["hook_embed"])
-    shares = [(step + 0.5) / steps for step in range(steps)] if method == "integrated" else [0.0]
-    corrupted, gradient, logits = _gradients(model, task, clean, wanted, shares)
-    moved = {name: clean[name] - corrupted[name] for name in hooks.values()}
-    effects = {
-        key: _summed(moved[name] * gradient[name], KINDS[key[0]]) for key, name in hooks.items()
-    }
-    for name in names if method == "gradient+qk" else ():
-        if name in ("q", "k"):
-            own = {layer: hooks[name, layer] for layer in layers}
-            effects |= _through_softmax(model, task, name, own, clean, corrupted, gradient, logits)
+        shares = [(step + 0.5) / steps for step in range(steps)]
+    corrected = {"q", "k"} & set(names) if method == "gradient+qk" else set()
+    wanted = {*question.clean, *(_hooks(model, "pattern") if corrected else ())}
+    corrupted, gradient, logits = _gradients(model, task, clean, sorted(wanted), shares)
     n_heads = max(heads_of(model, KINDS[name]) for name in names)
     parts = []
     for name in names:
-        effect = torch.stack([effects[name, i] for i in layers], dim=1)
+        if name in corrected:
+            effects = _through_softmax(model, task, name, clean, corrupted, gradient, logits)
+        else:
+            effects = [
+                _summed((clean[hook] - corrupted[hook]) * gradient[hook], KINDS[name])
+                for hook in _hooks(model, name)
+            ]
+        effect = torch.stack(effects, dim=1)
         if by == "all_pos":
             effect = effect.sum(2)
         if by == "role":
@@ -169,7 +146,7 @@ def _estimate(
     baseline = task.metric.per_example(logits)
     values = values + baseline.to(values).view(-1, *[1] * (values.ndim - 1))
     # A patch goes into all rows of a prompt, and each row's value is the prompt's.
-    return task.over_rows(values)
+    return {"metric": task.over_rows(values).double().numpy(force=True)}
 
 
 def _gradients(
@@ -194,14 +171,10 @@ def _gradients(
             found[name] = activation
             return activation  # A hook on a reshaped copy joins the graph only by what it returns.
 
+        hooks = [("hook_embed", start), *((name, partial(keep, name=name)) for name in wanted)]
         with torch.enable_grad():
             logits = model.run_with_hooks(
-                task.corrupted_tokens,
-                return_type="logits",
-                fwd_hooks=[
-                    ("hook_embed", start),
-                    *((name, partial(keep, name=name)) for name in wanted),
-                ],
+                task.corrupted_tokens, return_type="logits", fwd_hooks=hooks
             )
             if missing := set(wanted) - found.keys():
                 raise checks.HookNotLive(min(missing), called=False)
@@ -221,10 +194,10 @@ def _gradients(
             unpatched = logits.detach().to(device)
         found.clear()
     if not corrupted:
-        cache = task.corrupted_cache(model, list(wanted))
-        corrupted = {name: cache[name].to(device) for name in wanted}
         with torch.no_grad():
-            unpatched = model(task.corrupted_tokens, return_type="logits").to(device)
+            logits, cache = model.run_with_cache(task.corrupted_tokens, names_filter=list(wanted))
+        corrupted = {name: cache[name].to(device) for name in wanted}
+        unpatched = logits.to(device)
     return corrupted, total, unpatched
 
 
@@ -232,39 +205,35 @@ def _through_softmax(
     model: Any,
     task: Task,
     name: str,
-    hooks: dict[int, str],
-    clean: Any,
-    corrupted: dict[str, Tensor],
-    gradient: dict[str, Tensor],
+    clean: Mapping[str, Tensor],
+    corrupted: Mapping[str, Tensor],
+    gradient: Mapping[str, Tensor],
     unpatched: Tensor,
-) -> dict[tuple[str, int], Tensor]:
-    """Effects of one query or key ``[batch, pos, head]``, linear from the pattern onwards.
+) -> list[Tensor]:
+    """Effects of a query or key ``[batch, pos, head]``, linear from the pattern on, by layer.
 
     A row of the pattern depends on its own query alone, so one run with all clean queries shows
     every row that a patched query makes. A key changes one column of each row, and thereby the sum
     that the row is divided by. With clean keys at every other position, that sum is told by the
     columns between, which differ from those of the corrupted run in nothing else.
     """
-    pattern_hooks = {layer: f"blocks.{layer}.attn.hook_pattern" for layer in hooks}
+    hooks, pattern_hooks = _hooks(model, name), _hooks(model, "pattern")
 
-    def patterns(positions: slice) -> dict[int, Tensor]:
+    def patterns(positions: slice) -> dict[str, Tensor]:
         """Each layer's pattern with clean queries or keys there, no layer changing the next."""
-        seen: dict[int, Tensor] = {}
+        seen: dict[str, Tensor] = {}
 
-        def put(activation: Tensor, hook: Any, layer: int) -> Tensor:
+        def put(activation: Tensor, hook: Any, own: str) -> Tensor:
             patched = activation.clone()
-            patched[:, positions] = clean[hooks[layer]][:, positions].to(patched)
+            patched[:, positions] = clean[own][:, positions].to(patched)
             return patched
 
-        def keep(pattern: Tensor, hook: Any, layer: int) -> Tensor:
-            own = corrupted[pattern_hooks[layer]]
-            seen[layer] = pattern.detach().to(own.device, copy=True)
-            return own.to(pattern.device, copy=True)
+        def keep(pattern: Tensor, hook: Any, own: str) -> Tensor:
+            seen[own] = pattern.detach().to(corrupted[own].device, copy=True)
+            return corrupted[own].to(pattern.device, copy=True)
 
-        fwd_hooks: list[tuple[str, Callable[..., Tensor]]] = []
-        for layer, hook in hooks.items():
-            fwd_hooks.append((hook, partial(put, layer=layer)))
-            fwd_hooks.append((pattern_hooks[layer], partial(keep, layer=layer)))
+        fwd_hooks = [(own, partial(put, own=own)) for own in hooks]
+        fwd_hooks += [(own, partial(keep, own=own)) for own in pattern_hooks]
         with torch.no_grad():
             logits = model.run_with_hooks(
                 task.corrupted_tokens, return_type="logits", fwd_hooks=fwd_hooks
@@ -279,39 +248,32 @@ def _through_softmax(
         return seen
 
     if name == "q":
-        return {
-            (name, layer): _summed((pattern - corrupted[hook]) * gradient[hook], KINDS["pattern"])
-            for layer, pattern in patterns(slice(None)).items()
-            for hook in [pattern_hooks[layer]]
-        }
-    effects: dict[tuple[str, int], Tensor] = {}
+        return [
+            _summed((pattern - corrupted[own]) * gradient[own], KINDS["pattern"])
+            for own, pattern in patterns(slice(None)).items()
+        ]
+    effects = [torch.zeros_like(clean[own][..., 0], dtype=torch.double) for own in hooks]
     for first in (0, 1):
         swapped, between = slice(first, None, 2), slice(1 - first, None, 2)
-        for layer, after in patterns(swapped).items():
-            before, after = corrupted[pattern_hooks[layer]].double(), after.double()
-            slope = gradient[pattern_hooks[layer]].double()  # [batch, head, query, key]
+        after = patterns(swapped)
+        for own, whole in zip(pattern_hooks, effects, strict=True):
+            before, changed = corrupted[own].double(), after.pop(own).double()
+            slope = gradient[own].double()  # [batch, head, query, key]
             row = (before * slope).sum(-1, keepdim=True)
-            factor = before[..., between].sum(-1, keepdim=True) / after[..., between].sum(
-                -1, keepdim=True
-            )
-            grown = (after * factor - before)[..., swapped]  # of one column, in parts of the sum
+            rest, changed_rest = (part[..., between].sum(-1, True) for part in (before, changed))
+            # Of one column, in parts of the sum.
+            grown = (changed * (rest / changed_rest) - before)[..., swapped]
             change = (row + grown * slope[..., swapped]) / (1 + grown) - row
             # A row that sees nothing between sees one position, and no key changes that.
             effect = change.nan_to_num(0, 0, 0).sum(2)  # [batch, head, key]
             # Heads may share a key.
-            effect = effect.unflatten(1, (clean[hooks[layer]].shape[2], -1)).sum(2)
-            whole = effects.setdefault(
-                (name, layer), effect.new_zeros(len(effect), before.shape[-1], effect.shape[1])
-            )
-            whole[:, swapped] = effect.transpose(1, 2)
+            effect = effect.unflatten(1, (whole.shape[2], -1)).sum(2)
+            whole[:, swapped] = effect.transpose(1, 2).to(whole.device)
     return effects
 
 
 def _summed(products: Tensor, kind: Kind) -> Tensor:
     """Sum over all axes but prompt, position and head: ``[batch, pos, (head)]``."""
-    kept = [axis for axis in kind.axes if axis in ("batch", "pos", "head", "kv_head")]
-    gone = [i for i, axis in enumerate(kind.axes) if axis not in kept]
-    products = products.sum(gone)
-    head = next((axis for axis in kept if axis.endswith("head")), None)
-    order = ["batch", "pos", *([head] if head else [])]
-    return products.permute([kept.index(axis) for axis in order])
+    letters = {"batch": "b", "pos": "p", "head": "h", "kv_head": "h"}
+    axes = "".join(letters.get(axis, "x") for axis in kind.axes)
+    return torch.einsum(f"{axes}->{'bph' if kind.of_heads else 'bp'}", products)

@@ -7,26 +7,23 @@ import os
 import pickle
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import (
-    BrokenExecutor,
-    Executor,
-    Future,
-    ProcessPoolExecutor,
-    as_completed,
-)
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import psutil
 import torch
+import xarray as xr
 from tqdm.auto import tqdm
 
 from patching_demo.engine import checks
-from patching_demo.engine.runner import SHARE_OF_FREE_MEMORY, Options, SweepStopped
+from patching_demo.engine.runner import SHARE_OF_FREE_MEMORY, SweepStopped
 from patching_demo.engine.tokens import device_of
 from patching_demo.models import load_model
+from patching_demo.sweeps.question import How, labelled
 from patching_demo.tasks import Task
 
 #: Each unit begins with the work of about five forward passes, so it gets several times as much.
@@ -81,68 +78,83 @@ class Workers:
         self,
         function: Callable[..., dict[str, np.ndarray]],
         tasks: Mapping[str, Task],
-        cells: np.ndarray,
+        cells: xr.DataArray,
         passes: np.ndarray,
-        *,
-        cut: bool,
-        per_prompt: bool,
-        options: Mapping[str, Any],
-    ) -> dict[str, np.ndarray]:
+        how: How,
+    ) -> dict[str, xr.DataArray]:
         """Values ``[(prompt), ...cells]`` for each task, NaN where no cell is asked for.
 
         Args:
-            function: called with the model, tasks, cells, per_prompt and options; returns the
-                values of those cells.
-            cells: the number of each cell, NaN where none is asked for.
+            function: called with the model, tasks, numbers of cells and ``how``; returns values
+                ``[(prompt), cell]``.
+            cells: the number of each cell, NaN where none is asked for, with the labels and facts
+                of the result.
             passes: what each cell costs, in forward passes.
-            cut: whether prompts can be measured apart from each other.
 
         Raises:
             RuntimeError: if a worker was killed, and the executor does not run its unit again.
         """
+        asked = np.isfinite(cells.values)
+        # A label may be asked for twice.
+        numbers, at, again = np.unique(cells.values[asked], return_index=True, return_inverse=True)
+        numbers = numbers.astype(int)
         if self.executor is None:
-            return function(self.model, tasks, cells, per_prompt, options)
-        given = Options.of(options)
+            found = function(self.model, tasks, numbers, how)
+        else:
+            found = self._gathered(function, tasks, numbers, _portions(passes[asked][at]), how)
+        results = {}
+        for name, values in found.items():
+            placed = np.full((*values.shape[:-1], *cells.shape), np.nan, np.float32)
+            placed[..., asked] = values[..., again]
+            results[name] = labelled(tasks[name], placed, cells, how.source)
+        return results
+
+    def _gathered(
+        self,
+        function: Callable[..., dict[str, np.ndarray]],
+        tasks: Mapping[str, Task],
+        numbers: np.ndarray,
+        portions: Sequence[np.ndarray],
+        how: How,
+    ) -> dict[str, np.ndarray]:
+        """What ``function`` returns, gathered from units of some prompts and some cells each."""
         first = next(iter(tasks.values()))
-        apart = cut and all(
-            task.corrupted_values is not None and task.metric.selectable for task in tasks.values()
-        )
+        options, total, done = how.options, len(numbers), 0.0
+        # Whether what is patched into a prompt, and its value, depend on no other prompt.
+        apart = how.by_role and how.source in ("clean", "zero")
+        for task in tasks.values():
+            apart = apart and task.corrupted_values is not None and task.metric.selectable
         groups = first.groups() if apart else [list(range(len(first)))]
-        own = {name: value for name, value in options.items() if name != "on_progress"}
-        own["progress"], by_prompt = False, per_prompt or len(groups) > 1
+        by_prompt = how.per_prompt or len(groups) > 1
         units: dict[Future[Any], tuple[list[int], np.ndarray]] = {}
         for prompts in groups:
-            parts = dict(tasks)
-            if len(groups) > 1:
-                parts = {name: task.part(prompts) for name, task in tasks.items()}
-            for portion in _portions(cells, passes):
-                if given.store is not None:
-                    own["store"] = f"{os.fspath(given.store)}-{len(units)}"
-                unit = (function, parts, portion, by_prompt, dict(own))
-                units[self._submit(_unit, unit)] = prompts, portion
-        shape = (len(first) if by_prompt else 1, cells.size)
+            whole = len(groups) == 1
+            parts = {name: task if whole else task.part(prompts) for name, task in tasks.items()}
+            for portion in portions:
+                own = replace(options, progress=False, on_progress=None)
+                if options.store is not None:
+                    own = replace(own, store=f"{os.fspath(options.store)}-{len(units)}")
+                kept = replace(how, per_prompt=by_prompt, options=own)
+                future = self._submit(_unit, (function, parts, numbers[portion], kept))
+                units[future] = prompts, portion
+        shape = (len(first) if by_prompt else 1, len(numbers))
         found = {name: np.full(shape, np.nan, np.float32) for name in tasks}
-        total, done = np.isfinite(cells).sum(), 0.0
-        with tqdm(total=total, disable=not given.progress, leave=False, unit="cell") as bar:
+        with tqdm(total=total, disable=not options.progress, leave=False, unit="cell") as bar:
             try:
                 for future in as_completed(units):
                     prompts, portion = units[future]
-                    asked = np.isfinite(portion).ravel().nonzero()[0]
                     rows = prompts if by_prompt else [0]
                     for name, values in self._result(future).items():
-                        values = values.reshape(len(rows), -1)[:, asked]
-                        found[name][np.ix_(rows, asked)] = values
-                    done += len(asked) * len(prompts) / len(first)
+                        found[name][np.ix_(rows, portion)] = values
+                    done += len(portion) * len(prompts) / len(first)
                     bar.update(round(done) - bar.n)
-                    if given.on_progress is not None and given.on_progress(round(done), int(total)):
+                    if options.on_progress is not None and options.on_progress(round(done), total):
                         raise SweepStopped(f"stopped after {round(done)} of {total} cells")
             finally:
                 for future in units:
                     future.cancel()
-        if not per_prompt:  # One row already, or the prompts of all groups.
-            found = {name: values.mean(0, keepdims=True) for name, values in found.items()}
-        lead = (len(first),) if per_prompt else ()
-        return {name: values.reshape(*lead, *cells.shape) for name, values in found.items()}
+        # One row already, or the prompts of all groups.
+        return found if how.per_prompt else {name: own.mean(0) for name, own in found.items()}
 
     def _submit(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Future[Any]:
         with _unbroken():
@@ -168,16 +180,13 @@ def _unbroken() -> Iterator[None]:
         ) from error
 
 
-def _portions(cells: np.ndarray, passes: np.ndarray) -> Iterator[np.ndarray]:
-    """The cells in parts of about the same cost, each with NaN in place of the others."""
-    asked = np.isfinite(cells)
-    cost = np.where(asked, passes, 0.0).cumsum().reshape(cells.shape)
+def _portions(passes: np.ndarray) -> list[np.ndarray]:
+    """The places of cells that cost so much, in portions of about the same cost."""
+    cost = passes.cumsum()
     whole = cost.max(initial=0.0)
     count = max(1, round(whole / PASSES_PER_UNIT))
     number = np.minimum(cost / max(whole, 1e-9) * count, count - 1).astype(int)
-    for part in range(count):
-        if (asked & (number == part)).any():
-            yield np.where(number == part, cells, np.nan)
+    return [np.flatnonzero(number == part) for part in np.unique(number)]
 
 
 def _key_of(model: Any) -> str:
@@ -210,13 +219,12 @@ def _unit(
     model: Any,
     function: Callable[..., dict[str, np.ndarray]],
     tasks: Mapping[str, Task],
-    cells: np.ndarray,
-    per_prompt: bool,
-    options: Mapping[str, Any],
+    numbers: np.ndarray,
+    how: How,
 ) -> dict[str, np.ndarray]:
     """What a worker does; on a CPU it takes of free memory the share that it has of the cores."""
-    if torch.device(device_of(model)).type == "cpu":
+    if how.options.memory is None and torch.device(device_of(model)).type == "cpu":
         cores = min(1.0, torch.get_num_threads() / (os.cpu_count() or 1))
         memory = int(psutil.virtual_memory().available * SHARE_OF_FREE_MEMORY * cores)
-        options = {"memory": max(1, memory), **options}
-    return function(model, tasks, cells, per_prompt, options)
+        how = replace(how, options=replace(how.options, memory=max(1, memory)))
+    return function(model, tasks, numbers, how)

@@ -12,19 +12,11 @@ import xarray as xr
 
 from patching_demo.engine import checks
 from patching_demo.engine.cells import Cell, Patch, share_of_pass
-from patching_demo.engine.kinds import KINDS
-from patching_demo.engine.tokens import heads_of, key_value_heads
-from patching_demo.patching import index_of, setter_of
+from patching_demo.engine.kinds import KINDS, Kind
+from patching_demo.engine.runner import Options
+from patching_demo.engine.tokens import heads_of
 from patching_demo.sweeps.executors import Workers
-from patching_demo.sweeps.question import (
-    Question,
-    ask,
-    check_kinds,
-    check_tasks,
-    grid_labels,
-    labelled,
-    names_of,
-)
+from patching_demo.sweeps.question import How, Question, ask, check_tasks, grid_cells, names_of
 from patching_demo.tasks import Task
 
 
@@ -138,23 +130,13 @@ def sweep_metrics(
     cells, passes = workers.ask(
         chosen_cells, first, kinds, by, layers, positions, heads, where, source
     )
-    names = names_of(kinds)
-    found = workers.spread(
-        partial(_values, names=names, by=by, window=window, source=source),
-        tasks, cells.values, passes, per_prompt=per_prompt, options=options,
-        cut=by == "role" and source in ("clean", "zero"),
-    )  # fmt: skip
-    own = dict(cells.coords)
-    if source != "clean" and "agrees" in own:
-        own["agrees"] = own["agrees"] & False
-    facts = {"by": by, "kind": kinds if isinstance(kinds, str) else "", **cells.attrs}
-    facts |= {"window": window} if window > 1 else {}
-    return {
-        name: labelled(
-            task, found[name], cells.dims, own, per_prompt=per_prompt, source=source, **facts
-        )
-        for name, task in tasks.items()
-    }
+    if source != "clean" and "agrees" in cells.coords:
+        cells["agrees"] = cells["agrees"] & False
+    if window > 1:
+        cells.attrs["window"] = window
+    measured = partial(_values, names=names_of(kinds), by=by, window=window)
+    how = How(source, per_prompt, by == "role", Options.of(options))
+    return workers.spread(measured, tasks, cells, passes, how)
 
 
 def chosen_cells(
@@ -172,12 +154,8 @@ def chosen_cells(
 
     And what each costs, in forward passes. What is selected here is what is computed.
     """
-    names = names_of(kinds)
-    check_kinds(names, by)
-    checks.check_bridge(model)
-    dims, sizes, coords = grid_labels(model, task, names, by, not isinstance(kinds, str))
-    numbers = np.arange(np.prod(list(sizes.values())), dtype=float).reshape(list(sizes.values()))
-    cells = xr.DataArray(numbers, dims=dims, coords=coords)
+    cells = grid_cells(model, task, kinds, by)
+    dims, sizes = list(cells.dims), cells.sizes
     place = "role" if by == "role" else "position"
     for dim, labels in {"layer": layers, place: positions, "head": heads}.items():
         if labels is not None:
@@ -206,19 +184,16 @@ def chosen_cells(
                 f"{list(getattr(where, 'dims', ()))}"
             )
         cells = cells.where(where.reset_coords(drop=True))
-    n_heads = [heads_of(model, KINDS[name]) for name in names]
+    n_heads = [heads_of(model, KINDS[name]) for name in names_of(kinds)]
     at = _places(cells.values, sizes)
     exists = at.get("head", 0) < np.take(n_heads, at.get("kind", 0))
     cells = cells.copy(data=np.where(exists, cells, np.nan))
     # Before the first token that differs nothing is patched, and a run begins there at the latest.
     n_pos = float(task.corrupted_lengths.float().mean())
     places = [float(there.float().mean()) for _, there in task.roles.values()]
-    start = np.take(places, at["role"]) if "role" in at else at.get("position", n_pos - 1)
     agree = task.agree_until if source == "clean" else 0
-    moved = start >= agree
-    start = start if "position" in at or "role" in at else agree
-    passes = moved * share_of_pass(at["layer"], start, model.cfg.n_layers, n_pos)
-    cells.attrs["n_key_value_heads"] = key_value_heads(model) if KINDS[names[0]].of_heads else 0
+    start = np.take(places, at["role"]) if "role" in at else at.get("position", agree)
+    passes = share_of_pass(at["layer"], start, model.cfg.n_layers, n_pos) * (start >= agree)
     return cells, passes
 
 
@@ -231,20 +206,15 @@ def _places(cells: np.ndarray, sizes: Mapping[str, int]) -> dict[str, np.ndarray
 def _values(
     model: Any,
     tasks: Mapping[str, Task],
-    cells: np.ndarray,
-    per_prompt: bool,
-    options: Mapping[str, Any],
-    *,
+    numbers: np.ndarray,
+    how: How,
     names: Sequence[str],
     by: str,
     window: int,
-    source: Any,
 ) -> dict[str, np.ndarray]:
-    """Values ``[(prompt), ...cells]`` of cells given by number, for each task."""
+    """Values ``[(prompt), cell]`` of cells given by number, for each task."""
     first = next(iter(tasks.values()))
-    _, sizes, _ = grid_labels(model, first, names, by, several=True)
-    numbers = np.unique(cells[np.isfinite(cells)]).astype(int)
-    places = _places(numbers, sizes)
+    places = _places(numbers, grid_cells(model, first, names, by).sizes)
     rows: list[int] = []
 
     def swept(live: Sequence[str]) -> dict[str, np.ndarray]:
@@ -252,48 +222,33 @@ def _values(
         hooks = [f"blocks.{layer}.{KINDS[name].hook}" for name in live for layer in layers]
         rows[:] = [row for row, kind in enumerate(places["kind"]) if names[kind] in live]
 
-        def cells_of(question: Question) -> list[Cell]:
-            made = []
+        def answer(question: Question) -> dict[str, np.ndarray]:
+            cells = []
             for row in rows:
                 at = {dim: int(index[row]) for dim, index in places.items()}
                 if by == "role":
                     at["position"] = question.places[list(first.roles)[at["role"]]]
-                made.append(Cell(len(made), _patches(names[at["kind"]], by, at, window, question)))
-            return made
+                patches = _patches(KINDS[names[at["kind"]]], at, window, question)
+                cells.append(Cell(len(cells), patches))
+            return question.run(cells)
 
-        return ask(
-            model, tasks, hooks, cells_of,
-            source=source, per_prompt=per_prompt, options=options, by_role=by == "role",
-        )  # fmt: skip
+        return ask(model, tasks, hooks, answer, how)
 
-    # Every number has a place, and so has what was not asked for.
-    index = np.searchsorted(numbers, np.nan_to_num(cells, nan=np.inf))
     results = {}
     for name, values in checks.without_dead_kinds(names, swept).items():
-        found = np.full((*values.shape[:-1], len(numbers) + 1), np.nan, values.dtype)
-        found[..., rows] = values
-        results[name] = found[..., index]
+        results[name] = np.full((*values.shape[:-1], len(numbers)), np.nan, values.dtype)
+        results[name][..., rows] = values
     return results
 
 
 def _patches(
-    name: str, by: str, at: Mapping[str, Any], window: int, question: Question
+    kind: Kind, at: Mapping[str, int], window: int, question: Question
 ) -> tuple[Patch, ...]:
     """What one cell patches: a kind at one place, in one layer or in several."""
-    by = "pos" if by == "role" else by
-    kind, setter = KINDS[name], setter_of(KINDS[name], by)
-    n_layers, n_pos = question.model.cfg.n_layers, question.tokens.shape[1]
-    where = {"pos": int(at.get("position", 0)), "head": int(at.get("head", 0))}
+    everywhere = tuple(range(question.tokens.shape[1]))
+    positions = (at["position"],) if "position" in at else everywhere
     lowest = at["layer"] - window // 2
     return tuple(
-        Patch(
-            kind,
-            f"blocks.{layer}.{kind.hook}",
-            layer,
-            (where["pos"],) if by == "pos" else tuple(range(n_pos)),
-            head=where["head"] if kind.of_heads else None,
-            setter=setter,
-            index=index_of(setter, {"layer": layer, **where}),
-        )
-        for layer in range(max(0, int(lowest)), min(n_layers, int(lowest) + window))
+        Patch(kind, f"blocks.{layer}.{kind.hook}", layer, positions, head=at.get("head"))
+        for layer in range(max(0, lowest), min(question.model.cfg.n_layers, lowest + window))
     )

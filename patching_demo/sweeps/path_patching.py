@@ -5,9 +5,8 @@ After Wang et al. (2022) and Goldowsky-Dill et al. (2023).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
-from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,22 +22,18 @@ from patching_demo.engine.cells import Cell, Patch, in_order, share_of_pass
 from patching_demo.engine.frozen import SENDERS, FrozenModel, PlainPaths, recorded
 from patching_demo.engine.kinds import KINDS
 from patching_demo.engine.packs import CALL_TOKENS
+from patching_demo.engine.runner import Options
 from patching_demo.engine.scoring import Scorer
 from patching_demo.sweeps.executors import Workers
-from patching_demo.sweeps.question import (
-    Question,
-    check_tasks,
-    checked_part,
-    head_labels,
-    in_shapes,
-    labelled,
-)
+from patching_demo.sweeps.question import How, Question, ask, check_tasks, checked_part, head_labels
 from patching_demo.tasks import Task
 
 #: What a path may pass on its way; see :func:`paths`.
 THROUGH = ("direct", "mlps")
 
 Receiver = tuple[str, int, "int | None", "str | None"]
+#: The layer and the head of each, lowest first; 0 as head where senders are whole layers.
+Senders = Sequence[tuple[int, int]]
 
 
 class Route(NamedTuple):
@@ -47,16 +42,6 @@ class Route(NamedTuple):
     senders: str
     through: str
     receivers: list[Receiver]
-
-
-@contextmanager
-def _refused_by_name() -> Iterator[None]:
-    try:
-        yield
-    except Unsupported as reason:
-        raise ValueError(
-            f"paths cannot be told apart on this model: {reason}. sweep and patch run on it"
-        ) from reason
 
 
 def paths(
@@ -109,170 +94,38 @@ def paths(
         raise ValueError(f"through must be one of {', '.join(THROUGH)}, got {through!r}")
     check_tasks({"task": task})
     workers = Workers(model, executor)
-    parts, n_layers, per_layer = workers.ask(_checked, task, receivers, senders)
-    last = max((layer for _, layer, *_ in parts), default=n_layers)
-    cells = np.arange(n_layers * per_layer, dtype=float).reshape(n_layers, per_layer)
-    cells[last:] = np.nan
-    # A sender costs a patched run from the first receiver on, and next to nothing before.
-    first = min((layer for _, layer, *_ in parts), default=n_layers)
-    passes = np.full(cells.shape, share_of_pass(first, 0, n_layers, 1) + 1 / n_layers)
-    found = workers.spread(
-        partial(_values, route=Route(senders, through, parts)),
-        {"metric": task}, cells, passes,
-        cut=any(place is not None for *_, place in parts), per_prompt=per_prompt, options=options,
-    )["metric"]  # fmt: skip
-    dims, coords = ["layer", "head"], {"layer": np.arange(n_layers)}
+    parts, n_layers, n_heads = workers.ask(_checked, task, receivers)
+    coords, shape = {"layer": np.arange(n_layers)}, [n_layers]
     if senders == "out":
-        coords |= head_labels(n_layers, per_layer)
-    else:
-        found, dims = found[..., 0], ["layer"]
+        coords |= head_labels(n_layers, n_heads)
+        shape.append(n_heads)
+    numbers = np.arange(np.prod(shape), dtype=float).reshape(shape)
+    layers = [layer for _, layer, *_ in parts] or [n_layers]
+    numbers[max(layers) :] = np.nan
     facts = {
         "by": "path",
         "kind": senders,
         "receivers": ", ".join(map(_words, parts)) or "logits",
         "through": through,
     }
-    return labelled(task, found, dims, coords, per_prompt=per_prompt, **facts)
+    cells = xr.DataArray(numbers, coords, ["layer", "head"][: len(shape)], attrs=facts)
+    # A sender costs a patched run from the first receiver on, and next to nothing before.
+    passes = np.full(shape, share_of_pass(min(layers), 0, n_layers, 1) + 1 / n_layers)
+    measured = partial(_values, route=Route(senders, through, parts))
+    by_role = any(role is not None for *_, role in parts)
+    how = How("clean", per_prompt, by_role, Options.of(options))
+    return workers.spread(measured, {"metric": task}, cells, passes, how)["metric"]
 
 
-def _checked(
-    model: Any, task: Task, receivers: Any, senders: str
-) -> tuple[list[Receiver], int, int]:
-    """The receivers, how many layers there are, and how many senders each has."""
-    checks.check_bridge(model)
-    parts = _checked_receivers(model, task, receivers)
-    return parts, model.cfg.n_layers, model.cfg.n_heads if senders == "out" else 1
+def _checked(model: Any, task: Task, receivers: Any) -> tuple[list[Receiver], int, int]:
+    """The receivers, and how many layers and heads the model has.
 
-
-@_refused_by_name()
-@torch.no_grad()
-def _values(
-    model: Any,
-    tasks: Mapping[str, Task],
-    cells: np.ndarray,
-    per_prompt: bool,
-    options: Mapping[str, Any],
-    *,
-    route: Route,
-) -> dict[str, np.ndarray]:
-    """Values ``[(prompt), layer, sender]``, NaN from where no path leads to a receiver."""
-    ((name, task),) = tasks.items()
-    asked = np.isfinite(cells)
-    measured = partial(_measured, model, asked=asked, route=route)
-    if any(place is not None for *_, place in route.receivers):
-        shapes, order = [], []
-        for prompts, own in in_shapes(task, options):
-            shapes.append(measured(task.part(prompts), per_prompt=True, options=own))
-            order += prompts
-        found = np.concatenate(shapes, axis=1)[:, np.argsort(order)]
-        found = found if per_prompt else found.mean(1)
-    else:
-        found = measured(task, per_prompt=per_prompt, options=options)
-    values = np.full((*found.shape[1:], *cells.shape), np.nan, np.float32)
-    values[..., asked] = found.T
-    return {name: values}
-
-
-def _measured(
-    model: Any,
-    task: Task,
-    asked: np.ndarray,
-    route: Route,
-    per_prompt: bool,
-    options: Mapping[str, Any],
-) -> np.ndarray:
-    """The metric ``[sender, (prompt)]`` of the senders asked for, layer by layer."""
-    model = task.model_of(model)
-    with recorded(model) as clean:
-        question = Question(model, {"metric": task}, [], per_prompt=per_prompt, options=options)
-    try:
-        taken, scored = _frozen(question, clean, asked, *route)
-    except Unsupported as reason:
-        checks.warn_once(f"paths take the plain loop: {reason}")
-        taken, scored = _plain(question, asked, *route)
-    if route.receivers:
-        return question.run(_cells(taken, route.receivers, task))["metric"]
-    if per_prompt:
-        scored = task.over_rows(scored, -1)
-    return scored.float().cpu().numpy()
-
-
-#: What receivers take in, ``[sender, batch, pos, head, d_head]`` by hook, for each layer of them;
-#: and the metric ``[sender, (batch)]``, where the receivers are the logits.
-Found = tuple[list[dict[str, Tensor]], "Tensor | None"]
-
-
-def _frozen(
-    question: Question,
-    clean: Sequence[Any],
-    asked: np.ndarray,
-    senders: str,
-    through: str,
-    parts: Sequence[Receiver],
-) -> Found:
-    """By what comes after each sender alone, and where prompts differ.
-
-    Raises:
-        Unsupported: as :class:`patching_demo.engine.frozen.FrozenModel`.
+    Receivers are parts with a position, or None for all, each; none stands for the logits.
     """
-    model, task = question.model, question.task
-    frozen = FrozenModel(model, question.tokens)
-    last = max((layer for _, layer, *_ in parts), default=model.cfg.n_layers)
-    at = torch.arange(task.agree_until, question.tokens.shape[1], device=question.tokens.device)
-    if not parts:  # Nothing but the read positions matters where no attention comes after.
-        at = at[torch.isin(at, task.metric.positions.to(at.device))]
-    resid = frozen.run.resid
-    states = resid[0].new_zeros(0, len(resid[0]), len(at), resid[0].shape[-1])
-    taken: list[dict[str, Tensor]] = []
-    for layer in range(last + bool(parts)):
-        here = [part for part in parts if part[1] == layer]
-        if here and len(states):
-            names = sorted({f"blocks.{layer}.{KINDS[kind].hook}" for kind, *_ in here})
-            taken.append(frozen.received(layer, states, at, names))
-        if layer == last:
-            return taken, None
-        if through == "direct":
-            states = states + (resid[layer + 1] - resid[layer])[:, at]
-        else:
-            states = _in_calls(lambda s, at_=layer: frozen.step(at_, s, at, "mlps"), states)
-        if asked[layer].any():
-            sent = frozen.sent(clean[layer], senders, layer, at, through)
-            states = torch.cat([states, sent[torch.as_tensor(asked[layer], device=sent.device)]])
-    scorer = Scorer(model, frozen.run, {"metric": question.metric(task)}, question.per_prompt)
-    scorer.check_logits()
-    return [], _in_calls(lambda s: _scored(scorer, s, at), states)
-
-
-def _plain(
-    question: Question, asked: np.ndarray, senders: str, through: str, parts: Sequence[Receiver]
-) -> Found:
-    """By a whole forward pass for each sender."""
-    tokens = question.task.clean_tokens.to(question.tokens.device)
-    model = PlainPaths(question.model, tokens, question.tokens)
-    layers = sorted({layer for _, layer, *_ in parts})
-    names = {f"blocks.{layer}.{KINDS[kind].hook}": layer for kind, layer, *_ in parts}
-    taken: dict[int, dict[str, list[Tensor]]] = {layer: {} for layer in layers}
-    scored: list[Tensor] = []
-    sent = [tuple(map(int, sender)) for sender in np.argwhere(asked)]
-    for layer, head in tqdm(
-        sent, disable=not question.options.progress, leave=False, unit="sender", delay=1.0
-    ):
-        seen: dict[str, Any] = {name: None for name, at in names.items() if at > layer}
-        logits = model.logits(senders, layer, head, through, seen)
-        for name, activation in seen.items():
-            if activation is None:
-                raise Unsupported(f"the model does not call {name}")
-            taken[names[name]].setdefault(name, []).append(activation)
-        if not parts:
-            scored.append(question.metric(question.task)(logits))
-    stacked = [{name: torch.stack(v) for name, v in taken[layer].items()} for layer in layers]
-    return stacked, None if parts else torch.stack(scored)
-
-
-def _checked_receivers(model: Any, task: Task, receivers: Any) -> list[Receiver]:
-    """The receivers as parts with a position, or None for all, each; none for the logits."""
+    checks.check_bridge(model)
+    sizes = model.cfg.n_layers, model.cfg.n_heads
     if isinstance(receivers, str) and receivers == "logits":
-        return []
+        return [], *sizes
     parts = [receivers] if isinstance(receivers, tuple) else list(receivers)
     if not parts:
         raise ValueError("receivers is empty: give 'logits' or parts such as ('q', 9, 6)")
@@ -288,34 +141,126 @@ def _checked_receivers(model: Any, task: Task, receivers: Any) -> list[Receiver]
             known = ", ".join(map(repr, task.roles)) or "none"
             raise ValueError(f"{part!r}: the task has no role {place!r}, only {known}")
         checked.append((kind, layer, head, place))
-    return checked
+    return checked, *sizes
+
+
+def _values(
+    model: Any, tasks: Mapping[str, Task], numbers: np.ndarray, how: How, route: Route
+) -> dict[str, np.ndarray]:
+    """Values ``[(prompt), sender]`` of the senders of these numbers."""
+    per_layer = model.cfg.n_heads if route.senders == "out" else 1
+    senders = [divmod(number, per_layer) for number in numbers.tolist()]
+    try:
+        measured = partial(_measured, senders=senders, route=route)
+        return ask(model, tasks, [], measured, how, listening=recorded)
+    except Unsupported as reason:
+        raise ValueError(
+            f"paths cannot be told apart on this model: {reason}. sweep and patch run on it"
+        ) from reason
+
+
+@torch.no_grad()
+def _measured(question: Question, senders: Senders, route: Route) -> dict[str, np.ndarray]:
+    """The metric ``[(prompt), sender]``."""
+    try:
+        found = _frozen(question, senders, route)
+    except Unsupported as reason:
+        checks.warn_once(f"paths take the plain loop: {reason}")
+        found = _plain(question, senders, route)
+    if route.receivers:
+        return question.run(_cells(found, len(senders), route.receivers, question.task))
+    scored = found["metric"]
+    if question.per_prompt:
+        scored = question.task.over_rows(scored, -1)
+    return {"metric": scored.float().cpu().numpy().T}
+
+
+def _frozen(question: Question, senders: Senders, route: Route) -> dict[str, Tensor]:
+    """What receivers take in, ``[sender, batch, pos, head, d_head]`` by hook.
+
+    It is computed layer by layer, from what comes after each sender alone, where prompts differ.
+    Where the receivers are the logits, it is the "metric", ``[sender, (batch)]``.
+
+    Raises:
+        Unsupported: as :class:`patching_demo.engine.frozen.FrozenModel`.
+    """
+    model, task = question.model, question.task
+    frozen = FrozenModel(model, question.tokens)
+    last = max((layer for _, layer, *_ in route.receivers), default=model.cfg.n_layers)
+    at = torch.arange(task.agree_until, question.tokens.shape[1], device=question.tokens.device)
+    if not route.receivers:  # Only the read positions matter where no attention comes after.
+        at = at[torch.isin(at, task.metric.positions.to(at.device))]
+    resid = frozen.run.resid
+    states = resid[0].new_zeros(0, len(resid[0]), len(at), resid[0].shape[-1])
+    found: dict[str, Tensor] = {}
+    for layer in range(last + 1):
+        here = sorted({_hook(part) for part in route.receivers if part[1] == layer})
+        if here and len(states):
+            found |= frozen.received(layer, states, at, here)
+        if layer == last:
+            break
+        if route.through == "direct":
+            states = states + (resid[layer + 1] - resid[layer])[:, at]
+        else:
+            states = _in_calls(partial(frozen.step, layer, at=at, through="mlps"), states)
+        if heads := [head for own, head in senders if own == layer]:
+            sent = frozen.sent(question.heard[layer], route.senders, layer, at, route.through)
+            states = torch.cat([states, sent[heads]])
+    if not route.receivers:
+        scorer = Scorer(model, frozen.run, {"metric": question.metric(task)}, question.per_prompt)
+        scorer.check_logits()
+        found["metric"] = _in_calls(lambda part: _scored(scorer, part, at), states)
+    return found
+
+
+def _plain(question: Question, senders: Senders, route: Route) -> dict[str, Tensor]:
+    """As :func:`_frozen`, by a whole forward pass for each sender."""
+    tokens = question.task.clean_tokens.to(question.tokens.device)
+    model = PlainPaths(question.model, tokens, question.tokens)
+    names = {_hook(part): part[1] for part in route.receivers}
+    found: dict[str, list[Tensor]] = {}
+    for layer, head in tqdm(
+        senders, disable=not question.options.progress, leave=False, unit="sender", delay=1.0
+    ):
+        seen: dict[str, Any] = {name: None for name, at in names.items() if at > layer}
+        logits = model.logits(route.senders, layer, head, route.through, seen)
+        if not route.receivers:
+            seen["metric"] = question.metric(question.task)(logits)
+        for name, value in seen.items():
+            if value is None:
+                raise Unsupported(f"the model does not call {name}")
+            found.setdefault(name, []).append(value)
+    return {name: torch.stack(values) for name, values in found.items()}
 
 
 def _in_calls(function: Any, states: Tensor) -> Any:
     """A function of ``[n, batch, token, ...]``, over as many n at a time as one call takes well."""
-    size = max(1, CALL_TOKENS["cpu"] // max(1, states[0].shape[:2].numel())) if len(states) else 1
     if not len(states):
         return states
+    size = max(1, CALL_TOKENS["cpu"] // max(1, states[0].shape[:2].numel()))
     return torch.cat([function(part) for part in states.split(size)])
 
 
-def _cells(seen: Sequence[dict[str, Tensor]], parts: Sequence[Receiver], task: Task) -> list[Cell]:
-    """One run for each sender: each receiver is patched with what it takes in."""
-    count = max((len(value) for values in seen for value in values.values()), default=0)
+def _cells(
+    found: Mapping[str, Tensor], count: int, receivers: Sequence[Receiver], task: Task
+) -> list[Cell]:
+    """One run for each sender: each receiver that comes after is patched with what it takes in."""
     every = tuple(range(task.agree_until, task.corrupted_tokens.shape[1]))
-    places = {name: int(there[0]) for name, (_, there) in task.roles.items()}
     cells = []
     for sender in range(count):
         patches = []
-        for kind, layer, head, role in parts:
-            where = every if role is None else (places[role],)
-            name = f"blocks.{layer}.{KINDS[kind].hook}"
-            for values in seen:
-                if name in values and sender < len(values[name]):
-                    own = values[name][sender]
-                    patches.append(Patch(KINDS[kind], name, layer, where, head=head, values=own))
-        cells.append(Cell(len(cells), in_order(patches)))
+        for part in receivers:
+            (kind, layer, head, role), name = part, _hook(part)
+            where = every if role is None else (int(task.roles[role][1][0]),)
+            if sender < len(found.get(name, ())):
+                own = found[name][sender]
+                patches.append(Patch(KINDS[kind], name, layer, where, head=head, values=own))
+        cells.append(Cell(sender, in_order(patches)))
     return cells
+
+
+def _hook(part: Receiver) -> str:
+    return f"blocks.{part[1]}.{KINDS[part[0]].hook}"
 
 
 def _words(part: Receiver) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
-from itertools import combinations
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from itertools import combinations, product
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,7 @@ from tqdm.auto import tqdm
 from patching_demo.engine import checks, runner
 from patching_demo.engine.cells import Cell, share_of_pass
 from patching_demo.engine.kinds import BLOCK_KINDS, HEAD_KINDS, KINDS, kind_of_hook
-from patching_demo.engine.tokens import config_number, device_of, heads_of
+from patching_demo.engine.tokens import config_number, device_of, heads_of, key_value_heads
 from patching_demo.metrics import Normalised
 from patching_demo.tasks import Task
 from patching_demo.tasks.prompts import aligned
@@ -29,25 +31,40 @@ SOURCES = ("clean", "zero", "mean")
 LONG_SECONDS = 300.0
 
 
+@dataclass(frozen=True)
+class How:
+    """In what way runs are patched, and what is kept of them.
+
+    Attributes:
+        source: one of :data:`SOURCES`, or activations by hook name in the clean run's shapes.
+        per_prompt: whether to keep one value per prompt.
+        by_role: whether what is patched at a role's place in the corrupted prompts comes from its
+            place in the clean ones, for prompts of one shape at a time.
+        options: how the engine runs them.
+    """
+
+    source: Any = "clean"
+    per_prompt: bool = False
+    by_role: bool = False
+    options: runner.Options = runner.Options()
+
+
 class Question:
     """A model and tasks on the same prompts, checked, with what their runs are patched from.
 
     Args:
         model: a TransformerBridge.
-        tasks: the same prompts with different metrics, by name.
+        tasks: the same prompts with different metrics, by name, as :func:`check_tasks` wants them.
         hooks: the hooks that are patched.
-        source: one of :data:`SOURCES`, or activations by hook name in the clean run's shapes.
-        per_prompt: whether to keep one value per prompt.
-        options: of :class:`patching_demo.engine.runner.Options`.
-        by_role: whether what is patched at a role's place in the corrupted prompts comes from its
-            place in the clean ones; both are then the same for all prompts.
+        how: how they are patched; by role, the prompts have one shape.
+        listening: makes of the model the context in which its clean run is done.
         of_all: how many times the work of these prompts all of them are, for the warning of long
             runs; 0 for none.
 
     Raises:
-        TypeError: if the model is no TransformerBridge, a task none, or an option unknown.
-        ValueError: if there is no task, the tasks have different prompts, their baselines are
-            another model's, or the source is unknown or does not fit.
+        TypeError: if the model is no TransformerBridge.
+        ValueError: if the tasks' baselines are another model's, or the source is unknown or does
+            not fit.
     """
 
     def __init__(
@@ -55,61 +72,53 @@ class Question:
         model: Any,
         tasks: Mapping[str, Task],
         hooks: Sequence[str],
-        source: Any = "clean",
-        per_prompt: bool = False,
-        options: Mapping[str, Any] | None = None,
-        by_role: bool = False,
+        how: How,
+        listening: Any = nullcontext,
         of_all: float = 1.0,
     ) -> None:
-        check_tasks(tasks)
-        self.of_all = of_all
-        self.options = runner.Options.of(options or {})
+        self.options, self.per_prompt, self.of_all = how.options, how.per_prompt, of_all
         checks.checked_model(model)
         self.task = first = next(iter(tasks.values()))
         self.model, self.tasks = first.model_of(model, self), dict(tasks)
-        self.per_prompt = per_prompt
-        if not by_role:
+        if not how.by_role:
             check_positions(self.model, first)
         self.tokens = checks.checked_tokens(self.model, first.corrupted_tokens, masked=True)
         _refuse_too_many(self.model, self.tokens)
         begin = time.perf_counter()
-        with torch.no_grad():
+        with torch.no_grad(), listening(self.model) as self.heard:
             logits, cache = self.model.run_with_cache(
                 first.clean_tokens.to(device_of(model)), names_filter=list(hooks)
             )
             self._seconds = time.perf_counter() - begin  # of one forward pass, at most
-            #: How large logits are. They are not kept, as they may be most of what a sweep holds.
-            self._size = _size_of(logits)
+            # How large logits are. They are not kept, nor copied for it, as they may be most of
+            # what a sweep holds.
+            self._size = torch.stack(torch.aminmax(logits)).abs().max()
             for task in tasks.values():
-                metric = task.clean_metric
                 if task.clean_values is None:
-                    measured = metric(logits).view(1)
+                    measured = task.clean_metric(logits).view(1)
                 else:
-                    each = task.over_rows(metric.per_example(logits))
+                    each = task.over_rows(task.clean_metric.per_example(logits))
                     measured = torch.cat([each.mean().view(1), each])
                 _check_baseline(task, "clean", measured, self._size)
         del logits
-        n_pos, start = self.tokens.shape[1], first.agree_until
+        n_pos = self.tokens.shape[1]
+        self.differing = tuple(range(first.agree_until, n_pos))
         if first.same_lengths:
-            differing = (first.clean_tokens != first.corrupted_tokens).any(0)
-            self.differing = tuple(differing.nonzero()[:, 0].tolist())
-        else:
-            self.differing = tuple(range(start, n_pos))
-        clean_tokens = first.clean_tokens.to(self.tokens.device)
+            differs = (first.clean_tokens != first.corrupted_tokens).any(0)
+            self.differing = tuple(differs.nonzero()[:, 0].tolist())
+        device = self.tokens.device
+        clean_tokens = first.clean_tokens.to(device)
         checks.refuse_uncalled_hooks(self.model, self.tokens, cache, hooks)
         self.clean = {
-            hook: checks.checked_activation(self.model, cache, hook, clean_tokens).to(
-                self.tokens.device
-            )
+            hook: checks.checked_activation(self.model, cache, hook, clean_tokens).to(device)
             for hook in hooks
         }
-        self.source = source if isinstance(source, str) else "given"
-        if self.source != "clean":
+        if not isinstance(how.source, str) or how.source != "clean":
             self.differing = tuple(range(n_pos))
-            self.clean = {hook: self._sourced(hook, source, clean_tokens) for hook in hooks}
+            self.clean = {hook: self._sourced(hook, how.source, clean_tokens) for hook in hooks}
         #: Where each role stands in the corrupted prompts.
         self.places: dict[str, int] = {}
-        if by_role:
+        if how.by_role:
             self.places = {name: int(there[0]) for name, (_, there) in first.roles.items()}
             self._align(hooks)
 
@@ -140,9 +149,8 @@ class Question:
             ValueError: if two roles share a place in one of the prompts only, or for patterns
                 whose rows would have other sources.
         """
-        moves = {
-            name: (int(here[0]), int(there[0])) for name, (here, there) in self.task.roles.items()
-        }
+        roles = self.task.roles.items()
+        moves = {name: (int(here[0]), int(there[0])) for name, (here, there) in roles}
         #: Whether positions of clean and corrupted prompts correspond.
         self.aligned = self.task.same_lengths and all(c == r for c, r in moves.values())
         if self.aligned:
@@ -167,11 +175,9 @@ class Question:
                     "lengths or roles at other places: a row attends to other positions. Sweep "
                     "another kind, or select pairs of equal shape"
                 )
-            moved = own[hook].to(clean.device, copy=True)
+            moved, axis = own[hook].to(clean.device, copy=True), kind.position_axis
             for here, there in moves.values():
-                moved.select(kind.position_axis, there).copy_(
-                    clean.select(kind.position_axis, here)
-                )
+                moved.select(axis, there).copy_(clean.select(axis, here))
             self.clean[hook] = moved
 
     def metric(self, task: Task) -> Any:
@@ -179,30 +185,23 @@ class Question:
         return task.metric.per_example if self.per_prompt else task.metric
 
     def run(self, cells: Sequence[Cell]) -> dict[str, np.ndarray]:
-        """Values ``[cell]``, or ``[cell, prompt]``, for each task.
+        """Values ``[cell]``, or ``[prompt, cell]``, for each task.
 
         Raises:
             ValueError: if the corrupted baseline of a task is another model's.
         """
-        expected = self._expected(cells)
+        metrics = {name: self.metric(task) for name, task in self.tasks.items()}
         values, base = runner.run_cells(
-            self.model,
-            self.tokens,
-            self.clean,
-            cells,
-            {name: self.metric(task) for name, task in self.tasks.items()},
-            differing=self.differing,
-            lengths=self.task.corrupted_lengths,
-            per_example=self.per_prompt,
-            options=self.options,
-            expected=expected,
-        )
+            self.model, self.tokens, self.clean, cells, metrics, differing=self.differing,
+            lengths=self.task.corrupted_lengths, per_example=self.per_prompt,
+            options=self.options, expected=self._expected(cells),
+        )  # fmt: skip
         for task, value in zip(self.tasks.values(), base, strict=True):
             _check_baseline(task, "corrupted", value.mean().view(1), self._size)
         if self.per_prompt:
             values = self.task.over_rows(values, -1)
         found = values.detach().float().cpu().numpy()
-        return dict(zip(self.tasks, found, strict=True))
+        return {name: own.T for name, own in zip(self.tasks, found, strict=True)}
 
     def _expected(self, cells: Sequence[Cell]) -> float:
         """Seconds that the runs will take, from what each must compute again; warns of minutes."""
@@ -240,53 +239,24 @@ def ask(
     model: Any,
     tasks: Mapping[str, Task],
     hooks: Sequence[str],
-    cells_of: Callable[[Question], Sequence[Cell]],
-    *,
-    source: Any = "clean",
-    per_prompt: bool = False,
-    options: Mapping[str, Any] | None = None,
-    by_role: bool = False,
+    answer: Callable[[Question], dict[str, np.ndarray]],
+    how: How,
+    listening: Any = nullcontext,
 ) -> dict[str, np.ndarray]:
-    """Values ``[cell]``, or ``[prompt, cell]``, of the cells that a question makes.
+    """What ``answer`` returns for a question: values by task, ``[prompt, ...]`` if per prompt.
 
-    By role, prompts of one shape at a time make a question of their own.
+    By role, prompts of one shape at a time make a question of their own. Progress is told over all
+    shapes, and each has a store of its own. Unless more is asked for, cells are rechecked in as
+    many shapes as a sweep rechecks cells.
 
-    Args and errors are those of :class:`Question`; ``cells_of`` returns as many cells for each.
-    """
-    if not by_role:
-        question = Question(model, tasks, hooks, source, per_prompt, options)
-        found = question.run(cells_of(question))
-        return {name: value.T for name, value in found.items()}
-    parts: list[dict[str, np.ndarray]] = []
-
-    def answered(question: Question) -> None:
-        parts.append(question.run(cells_of(question)))
-
-    order = by_shape(model, tasks, hooks, answered, source, options)
-    found = {
-        name: np.concatenate([part[name] for part in parts], axis=1).T[order] for name in tasks
-    }
-    return found if per_prompt else {name: value.mean(0) for name, value in found.items()}
-
-
-def by_shape(
-    model: Any,
-    tasks: Mapping[str, Task],
-    hooks: Sequence[str],
-    answer: Callable[[Question], None],
-    source: Any = "clean",
-    options: Mapping[str, Any] | None = None,
-) -> np.ndarray:
-    """Make a question by role of the prompts of each shape, and answer it.
-
-    Returns:
-        where each prompt of the tasks is found in the answers, one after the other.
+    Args: as for :class:`Question`.
 
     Raises:
-        As :class:`Question`, and ValueError if the tasks have no roles, or their metrics no values
-        for single prompts.
+        As :class:`Question`, and, by role, ValueError if the tasks have no roles, or their metrics
+        no values for single prompts.
     """
-    check_tasks(tasks)
+    if not how.by_role:
+        return answer(Question(model, tasks, hooks, how, listening))
     first = next(iter(tasks.values()))
     for task in tasks.values():
         if not task.roles:
@@ -299,72 +269,64 @@ def by_shape(
     checks.checked_model(model)
     # The same modules for all shapes, until all are answered.
     model = first.model_of(model, answer)
+    source, options = how.source, how.options
     if source == "mean":
         source = _mean_at_roles(model, first, hooks)
     order: list[int] = []
-    for prompts, own in in_shapes(first, options or {}):
-        order += prompts
-        parts = {name: task.part(prompts) for name, task in tasks.items()}
-        given = getattr(source, "cache_dict", source)
-        if isinstance(given, Mapping):
-            given = {
-                hook: _rows_of(first, given[hook], hook, prompts, parts)
-                for hook in hooks
-                if hook in given
-            }
-        # The first shape tells what all will take.
-        of_all = 0.0
-        if len(order) == len(prompts):
-            tokens = first.corrupted_lengths
-            of_all = float(tokens.sum() / tokens[first.rows_of(prompts)].sum())
-        answer(Question(model, parts, hooks, given, True, own, by_role=True, of_all=of_all))
-    return np.argsort(order)
+    found: dict[str, list[np.ndarray]] = {name: [] for name in tasks}
+    groups, tokens = first.groups(), first.corrupted_lengths
+    hidden = not options.progress or len(groups) < 2
+    with tqdm(groups, disable=hidden, leave=False, unit="shape", delay=1.0) as bar:
+        for number, prompts in enumerate(bar):
+            order += prompts
+            parts = {name: task.part(prompts) for name, task in tasks.items()}
+            # The first shape tells what all will take.
+            of_all = 0.0 if number else float(tokens.sum() / tokens[first.rows_of(prompts)].sum())
+            own = How(
+                source=_rows_of(first, source, hooks, prompts),
+                per_prompt=True,
+                by_role=bool(hooks),  # What is not patched needs no counterpart.
+                options=_of_shape(options, number, len(groups)),
+            )
+            answers = answer(Question(model, parts, hooks, own, listening, of_all))
+            for name, values in answers.items():
+                found[name].append(values)
+    joined = {name: np.concatenate(parts)[np.argsort(order)] for name, parts in found.items()}
+    return joined if how.per_prompt else {name: values.mean(0) for name, values in joined.items()}
 
 
-def in_shapes(task: Task, options: Mapping[str, Any]) -> Iterator[tuple[list[int], dict[str, Any]]]:
-    """The prompts of each shape, and the options of a sweep over them alone.
-
-    Progress is told over all shapes, and each has a store of its own. Unless more is asked for,
-    cells are rechecked in as many shapes as a sweep rechecks cells.
-    """
-    options, groups = dict(options), task.groups()
-    store, progress = options.pop("store", None), options.pop("progress", True)
-    listener = options.pop("on_progress", None)
-    with tqdm(
-        total=len(groups), disable=not progress or len(groups) < 2, leave=False, unit="shape",
-        delay=1.0,
-    ) as bar:  # fmt: skip
-        for number, prompts in enumerate(groups):
-            own = dict(options, progress=progress and len(groups) == 1)
-            if options.get("check") is None and number % -(-len(groups) // runner.MOST_RECHECKS):
-                own["check"] = 0  # A few cells are rechecked of all shapes together.
-            if store is not None:
-                own["store"] = store if len(groups) == 1 else f"{store}-{number}"
-            if listener is not None:
-                own["on_progress"] = partial(_overall, listener, number, len(groups))
-            yield prompts, own
-            bar.update(1)
+def _of_shape(options: runner.Options, number: int, count: int) -> runner.Options:
+    """The options of a sweep over the prompts of one shape among several."""
+    if count == 1:
+        return options
+    own: dict[str, Any] = {"progress": False}
+    if options.check is None and number % -(-count // runner.MOST_RECHECKS):
+        own["check"] = 0  # A few cells are rechecked of all shapes together.
+    if options.store is not None:
+        own["store"] = f"{os.fspath(options.store)}-{number}"
+    if (listener := options.on_progress) is not None:
+        own["on_progress"] = lambda done, total: listener(number * total + done, count * total)
+    return replace(options, **own)
 
 
-def _overall(
-    listener: Callable[[int, int], bool | None], number: int, count: int, done: int, total: int
-) -> bool | None:
-    return listener(number * total + done, count * total)
-
-
-def _rows_of(
-    task: Task, activation: Any, hook: str, prompts: Sequence[int], parts: Mapping[str, Task]
-) -> Any:
-    """Of a given activation of all clean prompts, that of some of them, without padding."""
-    kind = kind_of_hook(hook)
-    if not isinstance(activation, Tensor) or len(activation) != len(task.clean_tokens):
-        return activation  # What it is, is refused with the shape that it should have.
-    n_pos = next(iter(parts.values())).clean_tokens.shape[1]
-    part = activation[task.rows_of(prompts).to(activation.device)]
-    for axis, name in enumerate(kind.axes):
-        if name in ("pos", "source"):
-            part = part.narrow(axis, 0, n_pos)
-    return part
+def _rows_of(task: Task, source: Any, hooks: Sequence[str], prompts: Sequence[int]) -> Any:
+    """Of activations given for all clean prompts, those of some of them, without padding."""
+    given = getattr(source, "cache_dict", source)
+    if not isinstance(given, Mapping):
+        return source
+    rows, own = task.rows_of(prompts), {}
+    n_pos = int(task.lengths[rows].max())
+    for hook in hooks:
+        activation = given.get(hook)
+        # What it is otherwise, is refused with the shape that it should have.
+        if isinstance(activation, Tensor) and len(activation) == len(task.clean_tokens):
+            activation = activation[rows.to(activation.device)]
+            for axis, name in enumerate(kind_of_hook(hook).axes):
+                if name in ("pos", "source"):
+                    activation = activation.narrow(axis, 0, n_pos)
+        if activation is not None:
+            own[hook] = activation
+    return own
 
 
 @torch.no_grad()
@@ -376,48 +338,39 @@ def _mean_at_roles(model: Any, task: Task, hooks: Sequence[str]) -> dict[str, Te
                 f"roles {one!r} and {other!r} are the same token of some clean prompts only, so "
                 "there is no one mean there: make tasks with one of them each"
             )
-    total: dict[str, dict[str, Tensor]] = {hook: {} for hook in hooks}
-    whole: dict[str, Tensor] = {}
+    axes = {hook: kind_of_hook(hook).position_axis for hook in hooks}
+    if any("source" in kind_of_hook(hook).axes for hook in hooks):
+        raise ValueError("patterns of prompts of several shapes have no mean by role")
+    total: dict[tuple[str, str], Tensor] = {}
     for prompts in task.groups():
         part = task.part(prompts)
-        _, cache = model.run_with_cache(
-            part.clean_tokens.to(device_of(model)), names_filter=list(hooks)
-        )
-        for hook in hooks:
-            kind = kind_of_hook(hook)
-            if "source" in kind.axes:
-                raise ValueError("patterns of prompts of several shapes have no mean by role")
-            for role, (here, _) in part.roles.items():
-                at = cache[hook].select(kind.position_axis, int(here[0])).sum(0)
-                total[hook][role] = total[hook].get(role, 0) + at
-            if hook not in whole:
-                shape = list(cache[hook].shape)
-                shape[0], shape[kind.position_axis] = task.clean_tokens.shape
-                whole[hook] = cache[hook].new_zeros(shape)
-    for hook, own in whole.items():
+        tokens = part.clean_tokens.to(device_of(model))
+        _, cache = model.run_with_cache(tokens, names_filter=list(hooks))
+        for hook, (role, (here, _)) in product(hooks, part.roles.items()):
+            at = cache[hook].select(axes[hook], int(here[0])).sum(0)
+            total[hook, role] = total.get((hook, role), 0) + at
+    whole: dict[str, Tensor] = {}
+    for hook in hooks:
+        shape = list(cache[hook].shape)
+        shape[0], shape[axes[hook]] = task.clean_tokens.shape
+        own = whole[hook] = cache[hook].new_zeros(shape)
+        rows = torch.arange(len(own), device=own.device)
         for role, (here, _) in task.roles.items():
-            rows = torch.arange(len(own), device=own.device)
-            own[rows, here.to(own.device)] = total[hook][role] / len(own)
+            own[rows, here.to(own.device)] = total[hook, role] / len(own)
     return whole
 
 
 def labelled(
-    task: Task,
-    values: np.ndarray,
-    dims: Sequence[str],
-    coords: Any,
-    *,
-    per_prompt: bool = False,
-    source: Any = "clean",
-    **facts: Any,
+    task: Task, values: np.ndarray, cells: xr.DataArray, source: Any = "clean"
 ) -> xr.DataArray:
-    """A result with the labels given, and what is known of the task that it was scored by.
+    """A result with the labels of its cells, and what is known of the task that it was scored by.
 
-    Values are ``[prompt, ...]`` where ``per_prompt`` says so.
+    Values are those of the cells, or ``[prompt, ...]``.
     """
-    if per_prompt:
+    dims, coords = cells.dims, dict(cells.coords)
+    if values.ndim > cells.ndim:
         dims = ("prompt", *dims)
-        coords = {**coords, "prompt": np.arange(len(values))}
+        coords["prompt"] = np.arange(len(values))
         for name in ("clean", "corrupted"):
             own = getattr(task, f"{name}_values")
             if own is not None:
@@ -431,7 +384,7 @@ def labelled(
         "model": task.model_name,
         "direction": task.direction,
         "source": source if isinstance(source, str) else "given",
-        **facts,
+        **cells.attrs,
     }
     return xr.DataArray(values, dims=dims, coords=coords, attrs=attrs, name="value")
 
@@ -496,11 +449,6 @@ def _refuse_too_many(model: Any, tokens: Tensor) -> None:
         )
 
 
-def _size_of(logits: Tensor) -> Tensor:
-    """The largest logit by size, of their dtype; no copy of them is made for it."""
-    return torch.stack(torch.aminmax(logits)).abs().max()
-
-
 def _check_baseline(task: Task, which: str, measured: Tensor, largest: Tensor) -> None:
     """Refuse a task whose baseline was measured on another model.
 
@@ -561,37 +509,42 @@ def check_kinds(names: Sequence[str], by: str) -> None:
         )
 
 
-def grid_labels(
-    model: Any, task: Task, names: Sequence[str], by: str, several: bool
-) -> tuple[list[str], dict[str, int], dict[str, Any]]:
-    """Dimensions, their sizes and coordinates of a sweep.
+def grid_cells(model: Any, task: Task, kinds: str | Sequence[str], by: str) -> xr.DataArray:
+    """The number of each cell of a sweep, with the dimensions, labels and facts of its result.
 
     Raises:
-        ValueError: if positions of clean and corrupted prompts do not correspond.
+        ValueError: if kinds are unknown or do not fit, or positions of clean and corrupted prompts
+            do not correspond.
+        TypeError: if the model is no TransformerBridge.
     """
-    if by != "role":
-        check_positions(model, task)
-    heads = names[0] in HEAD_KINDS
-    place = {"pos": ["position"], "role": ["role"], "all_pos": []}[by]
-    dims = ["kind"] * several + ["layer"] + place + ["head"] * heads
-    n_heads = max(heads_of(model, KINDS[name]) for name in names)
-    n_pos = task.corrupted_tokens.shape[1]
-    sizes = {"kind": len(names), "layer": model.cfg.n_layers, "position": n_pos, "head": n_heads}
-    sizes["role"] = len(task.roles)
-    sizes = {dim: sizes[dim] for dim in dims}
-    coords: dict[str, Any] = {"layer": np.arange(sizes["layer"])}
-    if several:
-        coords["kind"] = list(names)
-    if "position" in dims:
-        coords["position"] = list(task.position_labels)
-        coords["token"] = ("position", list(task.position_tokens))
-        coords["agrees"] = ("position", np.arange(n_pos) < task.agree_until)
-    if "role" in dims:
+    names = names_of(kinds)
+    check_kinds(names, by)
+    checks.check_bridge(model)
+    of_heads, coords = names[0] in HEAD_KINDS, {"layer": np.arange(model.cfg.n_layers)}
+    if not isinstance(kinds, str):
+        coords["kind"] = names
+    if by == "role":
         coords["role"] = list(task.roles)
         coords["agrees"] = ("role", [task.agrees_at(role) for role in task.roles])
-    if heads:
-        coords |= head_labels(sizes["layer"], n_heads)
-    return dims, sizes, coords
+    else:
+        check_positions(model, task)
+    if by == "pos":
+        coords["position"] = list(task.position_labels)
+        coords["token"] = ("position", list(task.position_tokens))
+        n_pos = task.corrupted_tokens.shape[1]
+        coords["agrees"] = ("position", np.arange(n_pos) < task.agree_until)
+    if of_heads:
+        n_heads = max(heads_of(model, KINDS[name]) for name in names)
+        coords |= head_labels(model.cfg.n_layers, n_heads)
+    dims = [dim for dim in ("kind", "layer", "position", "role", "head") if dim in coords]
+    shape = [len(coords[dim]) for dim in dims]
+    numbers = np.arange(np.prod(shape), dtype=float).reshape(shape)
+    facts = {
+        "by": by,
+        "kind": kinds if isinstance(kinds, str) else "",
+        "n_key_value_heads": key_value_heads(model) if of_heads else 0,
+    }
+    return xr.DataArray(numbers, coords, dims, attrs=facts)
 
 
 def head_labels(n_layers: int, n_heads: int) -> dict[str, Any]:

@@ -14,15 +14,9 @@ from patching_demo.engine import checks
 from patching_demo.engine.bridge import hook_point
 from patching_demo.engine.cells import Cell, Patch, in_order
 from patching_demo.engine.kinds import KINDS
+from patching_demo.engine.runner import Options
 from patching_demo.sweeps.executors import Workers
-from patching_demo.sweeps.question import (
-    Part,
-    Question,
-    ask,
-    check_tasks,
-    checked_part,
-    labelled,
-)
+from patching_demo.sweeps.question import How, Part, Question, ask, check_tasks, checked_part
 from patching_demo.tasks import Task
 
 
@@ -72,13 +66,12 @@ def patch(
             f"{elsewhere[0]!r}: with source='mean', a part at a role is the mean over all prompts' "
             "places of it, and this part names no role: measure such sets in a call of their own"
         )
-    found = Workers(model, executor).spread(
-        partial(_values, sets=list(sets.values()), source=source, by_role=by_role),
-        {"metric": task}, np.arange(len(sets), dtype=float), np.ones(len(sets)),
-        per_prompt=per_prompt, options=options, cut=by_role and source in ("clean", "zero"),
-    )["metric"]  # fmt: skip
-    coords, facts = {"set": list(sets)}, {"by": "set", "kind": ""}
-    return labelled(task, found, ["set"], coords, per_prompt=per_prompt, source=source, **facts)
+    numbers, facts = np.arange(len(sets), dtype=float), {"by": "set", "kind": ""}
+    cells = xr.DataArray(numbers, {"set": list(sets)}, ["set"], attrs=facts)
+    how = How(source, per_prompt, by_role, Options.of(options))
+    measured = partial(_values, sets=list(sets.values()))
+    workers = Workers(model, executor)
+    return workers.spread(measured, {"metric": task}, cells, np.ones(len(sets)), how)["metric"]
 
 
 def _at_role(task: Task, part: Any) -> bool:
@@ -88,38 +81,22 @@ def _at_role(task: Task, part: Any) -> bool:
 
 
 def _values(
-    model: Any,
-    tasks: Mapping[str, Task],
-    numbers: np.ndarray,
-    per_prompt: bool,
-    options: Mapping[str, Any],
-    *,
-    sets: Sequence[Sequence[Part]],
-    source: Any,
-    by_role: bool,
+    model: Any, tasks: Mapping[str, Task], numbers: np.ndarray, how: How, sets: Sequence[list[Part]]
 ) -> dict[str, np.ndarray]:
-    """Values ``[(prompt), set]`` of the sets whose number is not NaN."""
+    """Values ``[(prompt), set]`` of the sets of these numbers."""
     checks.check_bridge(model)
-    asked = np.isfinite(numbers)
-    own = [parts for parts, wanted in zip(sets, asked, strict=True) if wanted]
+    asked = [sets[number] for number in numbers]
     task = next(iter(tasks.values()))
-    names = {one.hook_name for parts in own for one in _patches(model, task, parts)}
+    hooks = {_patch(model, task, part, None).hook_name for parts in asked for part in parts}
 
-    def cells_of(question: Question) -> list[Cell]:
-        return [
-            Cell(row, in_order(_patches(model, question.task, parts, question)))
-            for row, parts in enumerate(own)
-        ]
+    def answer(question: Question) -> dict[str, np.ndarray]:
+        cells = []
+        for parts in asked:
+            patches = [_patch(model, question.task, part, question) for part in parts]
+            cells.append(Cell(len(cells), in_order(patches)))
+        return question.run(cells)
 
-    found = ask(
-        model, tasks, sorted(names), cells_of,
-        source=source, per_prompt=per_prompt, options=options, by_role=by_role,
-    )  # fmt: skip
-    results = {}
-    for name, values in found.items():
-        results[name] = np.full((*values.shape[:-1], len(sets)), np.nan, values.dtype)
-        results[name][..., asked] = values
-    return results
+    return ask(model, tasks, sorted(hooks), answer, how)
 
 
 def complement(model: Any, parts: Sequence[Part]) -> list[Part]:
@@ -145,9 +122,7 @@ def complement(model: Any, parts: Sequence[Part]) -> list[Part]:
                 f"a complement is one of whole heads and MLPs, ('out', layer, head) and "
                 f"('mlp_out', layer); got {part!r}"
             )
-        kind, layer, head = checked_part(model, part)[:3]
-        whole = kind == "out" and head is None
-        named |= {(kind, layer, h) for h in (range(model.cfg.n_heads) if whole else [head])}
+        named.add(checked_part(model, part)[:3])
     layers = range(model.cfg.n_layers)
     every = [("out", layer, head) for layer in layers for head in range(model.cfg.n_heads)]
     every += [
@@ -155,13 +130,9 @@ def complement(model: Any, parts: Sequence[Part]) -> list[Part]:
         for layer in layers
         if hook_point(model, f"blocks.{layer}.hook_mlp_out") is not None
     ]
-    return [part if part[2] is not None else part[:2] for part in every if part not in named]
-
-
-def _patches(
-    model: Any, task: Task, parts: Sequence[Part], question: Question | None = None
-) -> list[Patch]:
-    return [_patch(model, task, part, question) for part in parts]
+    # A layer's heads are named by one, or all together by None.
+    left = [part for part in every if not named & {part, (*part[:2], None)}]
+    return [part if part[2] is not None else part[:2] for part in left]
 
 
 def _patch(model: Any, task: Task, part: Part, question: Question | None) -> Patch:
