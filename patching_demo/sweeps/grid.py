@@ -68,10 +68,9 @@ def sweep(
         float32 with dimensions ``([prompt,] [kind,] layer, position)`` for block kinds,
         ``([prompt,] [kind,] layer, position, head)`` for head kinds by position and
         ``([prompt,] [kind,] layer, head)`` over all positions; ``role`` stands for ``position`` by
-        role. Where keys and values have fewer
-        heads than queries, cells of heads that do not exist are NaN. The coordinate ``agrees`` is
-        True at positions up to which clean and corrupted tokens are the same: a clean patch there
-        replaces an activation by itself.
+        role. Where keys and values have fewer heads than queries, cells of heads that do not exist
+        are NaN. The coordinate ``agrees`` is True at positions up to which clean and corrupted
+        tokens are the same: a clean patch there replaces an activation by itself.
 
     Raises:
         ValueError: if a kind, ``by``, ``where``, ``window`` or ``source`` is unknown or does not
