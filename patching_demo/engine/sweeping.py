@@ -38,7 +38,8 @@ def sweep_cells(
     starting: dict[tuple[int, str], list[Cell]] = defaultdict(list)
     for cell in cells:
         starting[cell.layer, cell.patches[0].enters].append(cell)
-    work = sum((n_layers - cell.layer) * (end - cell.start) for cell in cells)
+    # Scoring counts as one more block: a sweep that is stopped before is not shown as done.
+    work = sum((n_layers + 1 - cell.layer) * (end - cell.start) for cell in cells)
     moving = done = 0
     for layer in range(min(cell.layer for cell in cells), n_layers):
         before, inside, after = (starting[layer, enters] for enters in ("input", "hook", "output"))
