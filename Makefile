@@ -89,7 +89,8 @@ hub: venv ## tests that need a model hub
 	$(PYTEST) -m hub
 
 browser: book ## open the built book and JupyterLab in headless Chromium
-	$(PYTEST) -n 2 --dist loadgroup -m browser
+	$(PYTEST) -n 2 -m browser --ignore=tests/test_explorer_browser.py
+	$(PYTEST) -m browser tests/test_explorer_browser.py
 
 colab: ## run the notebooks with Colab's versions, in an environment of their own
 	$(PYTHON) -m venv .venv-colab

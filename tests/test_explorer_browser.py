@@ -25,7 +25,7 @@ from patching_demo import paths, prompt_task, sweep
 from patching_demo.plots.theme import number
 
 # One JupyterLab serves all of them.
-pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("lab")]
+pytestmark = pytest.mark.browser
 
 ROOT = Path(__file__).resolve().parents[1]
 # Milliseconds; generous, for CI machines are slow and shared.
