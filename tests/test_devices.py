@@ -44,7 +44,7 @@ def place(tensor: Tensor) -> torch.device:
 class Devices(TorchFunctionMode):
     """Tensors say that they are where they were put, and refuse to meet one that is elsewhere.
 
-    All stand in the machine's memory, so the numbers are those of one device.
+    Only a CPU has float64. All stand in the machine's memory, so numbers are those of one device.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -70,6 +70,7 @@ class Devices(TorchFunctionMode):
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 leaf.place = where
+                assert leaf.dtype != torch.float64 or where == CPU, func
         return result
 
     def _to(self, func: Any, args: Any, kwargs: Any) -> Tensor:
@@ -88,6 +89,7 @@ class Devices(TorchFunctionMode):
         if result is args[0] and where != place(args[0]):
             result = args[0].to(args[0].dtype, copy=True)
         result.place = where
+        assert result.dtype != torch.float64 or where == CPU, func
         return result
 
     def _meeting(self, func: Any, args: Any, tensors: list[Tensor]) -> torch.device:

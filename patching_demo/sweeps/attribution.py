@@ -146,7 +146,7 @@ def _estimate(
     baseline = task.metric.per_example(logits)
     values = values + baseline.to(values).view(-1, *[1] * (values.ndim - 1))
     # A patch goes into all rows of a prompt, and each row's value is the prompt's.
-    return {"metric": task.over_rows(values).double().numpy(force=True)}
+    return {"metric": task.over_rows(values).cpu().double().numpy(force=True)}
 
 
 def _gradients(
@@ -252,13 +252,15 @@ def _through_softmax(
             _summed((pattern - corrupted[own]) * gradient[own], KINDS["pattern"])
             for own, pattern in patterns(slice(None)).items()
         ]
-    effects = [torch.zeros_like(clean[own][..., 0], dtype=torch.double) for own in hooks]
+    # In double precision, which not every device has.
+    effects = [torch.zeros(clean[own].shape[:3], dtype=torch.double, device="cpu") for own in hooks]
     for first in (0, 1):
         swapped, between = slice(first, None, 2), slice(1 - first, None, 2)
         after = patterns(swapped)
         for own, whole in zip(pattern_hooks, effects, strict=True):
-            before, changed = corrupted[own].double(), after.pop(own).double()
-            slope = gradient[own].double()  # [batch, head, query, key]
+            before, changed, slope = (
+                part.cpu().double() for part in (corrupted[own], after.pop(own), gradient[own])
+            )  # [batch, head, query, key]
             row = (before * slope).sum(-1, keepdim=True)
             rest, changed_rest = (part[..., between].sum(-1, True) for part in (before, changed))
             # Of one column, in parts of the sum.
@@ -268,8 +270,8 @@ def _through_softmax(
             effect = change.nan_to_num(0, 0, 0).sum(2)  # [batch, head, key]
             # Heads may share a key.
             effect = effect.unflatten(1, (whole.shape[2], -1)).sum(2)
-            whole[:, swapped] = effect.transpose(1, 2).to(whole.device)
-    return effects
+            whole[:, swapped] = effect.transpose(1, 2)
+    return [whole.float().to(clean[own].device) for own, whole in zip(hooks, effects, strict=True)]
 
 
 def _summed(products: Tensor, kind: Kind) -> Tensor:

@@ -458,7 +458,7 @@ def _check_baseline(task: Task, which: str, measured: Tensor, largest: Tensor) -
     Raises:
         ValueError: with both numbers, if they differ by more than another machine's rounding.
     """
-    found = measured.double().cpu()
+    found = measured.cpu().double()  # Not every device has this type.
     expected = torch.tensor([getattr(task, f"{which}_baseline")], dtype=found.dtype, device="cpu")
     if len(found) > 1:
         expected = torch.cat([expected, getattr(task, f"{which}_values").to(expected)])
