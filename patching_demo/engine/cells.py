@@ -64,7 +64,10 @@ class Patch:
         if self.index:
             return f"{self.hook_name}, index {list(self.index)}"
         head = "" if self.head is None else f" of head {self.head}"
-        return f"{self.hook_name}{head} at positions {list(self.positions)}"
+        first, last = self.positions[0], self.positions[-1]
+        run = self.positions == tuple(range(first, last + 1)) and last > first
+        where = f"{first} to {last}" if run else list(self.positions)
+        return f"{self.hook_name}{head} at positions {where}"
 
 
 @dataclass(frozen=True, eq=False)
