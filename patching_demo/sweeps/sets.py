@@ -123,16 +123,13 @@ def complement(model: Any, parts: Sequence[Part]) -> list[Part]:
                 f"('mlp_out', layer); got {part!r}"
             )
         named.add(checked_part(model, part)[:3])
-    layers = range(model.cfg.n_layers)
-    every = [("out", layer, head) for layer in layers for head in range(model.cfg.n_heads)]
-    every += [
-        ("mlp_out", layer, None)
-        for layer in layers
-        if hook_point(model, f"blocks.{layer}.hook_mlp_out") is not None
-    ]
+    every: list[Part] = []
+    for layer in range(model.cfg.n_layers):
+        every += [("out", layer, head) for head in range(model.cfg.n_heads)]
+        if hook_point(model, f"blocks.{layer}.hook_mlp_out") is not None:
+            every.append(("mlp_out", layer))
     # A layer's heads are named by one, or all together by None.
-    left = [part for part in every if not named & {part, (*part[:2], None)}]
-    return [part if part[2] is not None else part[:2] for part in left]
+    return [part for part in every if not named & {(*part, None)[:3], (*part[:2], None)}]
 
 
 def _patch(model: Any, task: Task, part: Part, question: Question | None) -> Patch:
