@@ -468,7 +468,7 @@ query, pattern = (
     f"blocks.{layer}.attn.hook_{part}" for part in ("q", "pattern")
 )
 corrupted = task.corrupted_cache(model, [pattern])[pattern]
-before = corrupted[:, head].double()
+before = corrupted[:, head].cpu().double()
 seen = {}
 
 
@@ -479,7 +479,7 @@ def put_in_clean(activation, hook):
 
 
 def keep(activation, hook):
-    seen["after"] = activation[:, head].double()
+    seen["after"] = activation[:, head].cpu().double()
     return activation
 
 
