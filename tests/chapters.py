@@ -15,6 +15,7 @@ import jupytext
 import pytest
 import xarray as xr
 from bs4 import BeautifulSoup
+from conftest import untraced
 
 import patching_demo
 from patching_demo import explorer, notebook, plots, sweeps
@@ -117,7 +118,7 @@ class Rehearsal:
         overrides: dict[str, Any] | None = None,
     ) -> list[Claims]:
         self._calls, self._change, shown = itertools.count(), change, []
-        with pytest.MonkeyPatch.context() as patch:
+        with untraced(), pytest.MonkeyPatch.context() as patch:
             patch.setattr(sweeps, "sweep_metrics", partial(self._measure, "sweep_metrics"))
             patch.setattr(patching_demo, "sweep", self._sweep)
             for verb in self.VERBS[1:]:

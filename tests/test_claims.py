@@ -13,7 +13,6 @@ import pytest
 import tiny
 import xarray as xr
 from chapters import PUBLISHED, Rehearsal
-from conftest import untraced
 
 from patching_demo import load_model
 from patching_demo.claims import Claim, ClaimFailed, Claims
@@ -367,8 +366,7 @@ def rehearsal(number: str) -> Rehearsal:
 def chapter(request):
     """(its number, its cells, what makes its claims hold on this model)."""
     right = RIGHT.get(request.param, lambda result: result)
-    with untraced():
-        return request.param, rehearsal(request.param), right
+    return request.param, rehearsal(request.param), right
 
 
 def failed(tables: list[Claims]) -> set[str]:
@@ -379,8 +377,7 @@ def failed(tables: list[Claims]) -> set[str]:
 def on_shuffled(chapter):
     """The chapter's tables of claims on each of some shuffled sweeps."""
     number, cells, right = chapter
-    with untraced():
-        return [cells.claims(lambda r, s=seed: shuffled(right(r), s)) for seed in range(SHUFFLES)]
+    return [cells.claims(lambda r, s=seed: shuffled(right(r), s)) for seed in range(SHUFFLES)]
 
 
 def test_claims_hold_on_a_circuit(chapter):

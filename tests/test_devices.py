@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 import xarray as xr
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from chapters import Rehearsal
+from conftest import untraced
 from test_claims import RIGHT, model_of
 from test_weights import ESTIMATES, QUESTIONS, asked, assert_within, boot, plainly, task_of
 from torch import Tensor, nn
@@ -133,8 +135,10 @@ def placed(model: Any, away: torch.device = HOME) -> Any:
 
 
 @pytest.fixture(autouse=True)
-def tensors_are_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+def tensors_are_in_place(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(AlignDevicesHook, "init_hook", lambda self, module: module)
+    with untraced():  # Each call of PyTorch is one of Python here.
+        yield
 
 
 @pytest.mark.parametrize(
