@@ -45,8 +45,10 @@ def pytest_collection_finish() -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    """Coverage is measured on a test's first parameters: others run much the same lines."""
-    first = not hasattr(item, "callspec") or not any(item.callspec.indices.values())
+    """Coverage is measured on a test's first model and kind: others run the same lines."""
+    indices = item.callspec.indices if hasattr(item, "callspec") else {}
+    over = ("name", "architecture", "dtype", "kind", "sweep")
+    first = not any(map(indices.get, over))
     with nullcontext() if first else untraced():
         return (yield)
 
