@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -69,21 +70,38 @@ class Pack:
         self._patches: dict[int, list[tuple[int, Patch]]] = {}
         self._place(members)
 
-    def _place(self, members: Sequence[tuple[Cell, Sequence[int]]]) -> None:
-        """Give each token of each new member a slot, in a group with room for the whole run."""
+    def _place(
+        self, members: Sequence[tuple[Cell, Sequence[int]]], call_tokens: float = math.inf
+    ) -> list[tuple[Cell, Sequence[int]]]:
+        """Give each token of new members a slot, in a group with room for the whole run.
+
+        Returns the members for which there is none, as one more group is too many for one call.
+        """
         # All groups are as wide as the longest run needs: filling that width costs nothing more.
-        width = max([SLOTS, *(len(positions) for _, positions in members)])
-        self._patches.clear()
+        batch = len(self.run.tokens)
+        slots = int(min(SLOTS, call_tokens // batch))
+        width = max([slots, *self._filled, *(len(positions) for _, positions in members)])
+        left: list[tuple[Cell, Sequence[int]]] = []
         for cell, positions in members:
             groups, room = len(self._filled), width - len(positions)
             tried = range(max(0, groups - GROUPS_TRIED), groups)
             group = next((g for g in tried if self._filled[g] <= room), groups)
             if group == groups:
+                if groups and (groups + 1) * width * batch > call_tokens:
+                    left.append((cell, positions))
+                    continue
                 self._filled.append(0)
             for slot, position in enumerate(positions, start=self._filled[group]):
                 self._tokens.append((len(self.cells), group, slot, position, positions[0]))
             self._filled[group] += len(positions)
             self.cells.append(cell)
+        if len(left) < len(members):
+            self._lay_out()
+        return left
+
+    def _lay_out(self) -> None:
+        """Note where each token went, in tensors."""
+        self._patches.clear()
         device = self.run.tokens.device
         placed = torch.tensor(self._tokens, dtype=torch.int64, device="cpu").T
         owner, group_of, slots, positions, start = placed
@@ -127,13 +145,20 @@ class Pack:
         slots = self.layout.positions.shape[1]
         return self.states[flat // slots, :, flat % slots]
 
-    def add(self, members: Sequence[tuple[Cell, Sequence[int]]], resid: Tensor) -> None:
-        """Take in more runs, which start from ``resid``; the others keep their slots and states."""
+    def add(
+        self, members: Sequence[tuple[Cell, Sequence[int]]], resid: Tensor, call_tokens: int
+    ) -> list[tuple[Cell, Sequence[int]]]:
+        """Take in more runs, which start from ``resid``; the others keep their slots and states.
+
+        Returns those for which there is no room.
+        """
         earlier, states = len(self._tokens), self.states
-        self._place(members)
-        self.fill(resid)
-        self.states[: states.shape[0], :, : states.shape[2]] = states
-        self.put(self.flat[earlier:], resid[:, self.position[earlier:]])
+        left = self._place(members, call_tokens)
+        if len(left) < len(members):
+            self.fill(resid)
+            self.states[: states.shape[0], :, : states.shape[2]] = states
+            self.put(self.flat[earlier:], resid[:, self.position[earlier:]])
+        return left
 
     def patches(self, layer: int, enters: str) -> list[tuple[int, Patch]]:
         """The patches at one place of a block, each with the number of its run."""
@@ -214,27 +239,24 @@ class Front:
         ``changed`` has, by a cell's row, positions that differ and their states
         ``[batch, position, d_model]``.
         """
-        members = [(cell, range(cell.start, self.end)) for cell in cells]
-        batch = len(self.run.tokens)
+        # The longest first, as the shorter ones then fill up what these leave of a group.
+        longest_first = sorted(cells, key=lambda cell: cell.start)
+        left: list[Any] = [(cell, range(cell.start, self.end)) for cell in longest_first]
         resid = self.run.resid[layer]
-        while members:
-            open_pack = self.packs[-1] if self.packs else None
-            room = self.call_tokens - open_pack.n_tokens if open_pack else 0
-            fits = next(chunked(members, batch, max(room, 0)))
-            if open_pack and sum(len(positions) for _, positions in fits) * batch <= room:
-                first = len(open_pack.cells)
-                open_pack.add(fits, resid)
-            else:
-                first, fits = 0, next(chunked(members, batch, self.call_tokens))
-                open_pack = Pack(self.run, fits)
-                open_pack.fill(resid)
-                self.packs.append(open_pack)
-            members = members[len(fits) :]
-            for index, (cell, _) in enumerate(fits, start=first):
-                if changed:
+        while left:
+            before = len(left)
+            if self.packs:
+                left = self.packs[-1].add(left, resid, self.call_tokens)
+            if len(left) == before:
+                self.packs.append(Pack(self.run, left[:1]))
+                self.packs[-1].fill(resid)
+                left = left[1:]
+        for pack in self.packs if changed else ():
+            for index, cell in enumerate(pack.cells):
+                if cell.row in changed:
                     positions, states = changed[cell.row]
-                    flat = open_pack.slot_of[index, torch.as_tensor(positions, device="cpu")]
-                    open_pack.put(flat, states)
+                    flat = pack.slot_of[index, torch.as_tensor(positions, device="cpu")]
+                    pack.put(flat, states)
 
     def step(self, layer: int, read: frozenset[int] | None = None) -> None:
         """Move all runs through one block, those that are patched before or inside it included."""
@@ -251,22 +273,34 @@ class Front:
                 owner, position, _, _, values = _entries(found, self.clean, pack.flat.device)
                 pack.put(pack.slot_of[owner, position], values)
 
-    def patched_outputs(self, layer: int, cells: Sequence[Cell]) -> dict[int, Any]:
+    def patched_outputs(
+        self, layer: int, cells: Sequence[Cell], read: frozenset[int] | None = None
+    ) -> dict[int, Any]:
         """Run block ``layer`` on the tokens that a patch inside it changes.
+
+        In the last block, of which only some positions are ``read``, the others are run no further
+        than their keys and values, if nothing else is patched.
 
         Returns, per cell row, the positions and the residual stream after the block
         ``[batch, position, d_model]``.
         """
-        members = [(cell, recomputed(cell, self.end)) for cell in cells]
+        whole: list[tuple[Cell, Sequence[int]]] = []
+        in_part: list[tuple[Cell, Sequence[int]]] = []
+        for cell in cells:
+            positions = recomputed(cell, self.end)
+            few = read is not None and len(read.intersection(positions)) <= len(positions) // 2
+            keys_only = all(p.kind is not None and p.kind.spreads for p in cell.first)
+            (in_part if few and keys_only else whole).append((cell, positions))
         outputs: dict[int, Any] = {}
-        for chunk in chunked(members, len(self.run.tokens), self.call_tokens):
-            pack = Pack(self.run, chunk)
-            pack.fill(self.run.resid[layer])
-            with _patch_hooks(self.model, pack, self.clean, layer):
-                pack.step(self.model, layer)
-            for index, (cell, positions) in enumerate(chunk):
-                flat = pack.slot_of[index, torch.as_tensor(positions, device="cpu")]
-                outputs[cell.row] = positions, pack.at(flat).transpose(0, 1)
+        for members, rows in ((whole, None), (in_part, read)):
+            for chunk in chunked(members, len(self.run.tokens), self.call_tokens):
+                pack = Pack(self.run, chunk)
+                pack.fill(self.run.resid[layer])
+                with _patch_hooks(self.model, pack, self.clean, layer):
+                    pack.step(self.model, layer, rows)
+                for index, (cell, positions) in enumerate(chunk):
+                    flat = pack.slot_of[index, torch.as_tensor(positions, device="cpu")]
+                    outputs[cell.row] = positions, pack.at(flat).transpose(0, 1)
         return outputs
 
 
@@ -337,8 +371,12 @@ def _setter(
     flat = pack.slot_of[owner, position]
     index = torch.stack([flat // slots, flat % slots, head])
     by_head = bool(head[0] >= 0)
+    met: list[Any] = []
 
     def set_vectors(activation: Tensor, hook: Any = None) -> Tensor:
+        if met and activation.shape[1] < slots:
+            return activation  # The rows that are read: their keys and values are there already.
+        met.append(hook)
         view = activation.view(groups, batch, *activation.shape[1:])
         group, slot, own = index.to(view.device)  # The block may be on another device.
         written = values.transpose(0, 1).to(view)

@@ -49,8 +49,9 @@ def sweep_cells(
         joins = {c.row: not last and recomputed(c, end).stop == end for c in inside}
         apart = [cell for cell in inside if not joins[cell.row]]
         front.enter(layer, before + [cell for cell in inside if joins[cell.row]])
-        front.step(layer, scorer.read if last else None)
-        outputs = front.patched_outputs(layer, apart)
+        read = scorer.read if last else None
+        front.step(layer, read)
+        outputs = front.patched_outputs(layer, apart, read)
         front.enter(layer + 1, apart, outputs)
         front.enter(layer + 1, after)
         front.write(layer, "output")
