@@ -156,9 +156,12 @@ def test_a_copy_serves_its_next_user_unless_the_model_was_changed(name, what):
         assert torch.equal(isolated(model, User())(ids), after)
 
 
-def test_a_task_hands_its_copy_on():
-    model = tiny.fresh("gpt2")
-    model(tokens(model))  # The first pass of all attaches hooks of TransformerLens's own.
+@pytest.mark.parametrize("name", ["gpt2", "llama-gqa"])
+@pytest.mark.parametrize("run_before", [True, False])
+def test_a_task_hands_its_copy_on(name, run_before):
+    model = tiny.fresh(name)
+    if run_before:  # The first pass of all attaches hooks of the libraries' own.
+        model(tokens(model))
     task = prompt_task(model, *PROMPTS, (" Mary", " John"))
     ((first, _),) = model.__dict__["_isolated_copies"].copies
     task.with_metric(model, "probability")

@@ -190,17 +190,17 @@ class _Copier:
     def is_current(self) -> bool:
         """Whether all that was copied is as it was, and no hook has been left on a copy."""
         same = all(type(of) is kind and of.__dict__ == had for of, kind, had in self._before)
+        pairs = [(module, self._copies[id(module)]) for module in self.seen] if same else []
         return same and all(
-            self._copies[id(module)]._forward_hooks.keys() == module._forward_hooks.keys()
-            and self._copies[id(module)]._forward_pre_hooks.keys()
-            == module._forward_pre_hooks.keys()
-            for module in self.seen
+            _left_on(copied._forward_hooks) == _left_on(of._forward_hooks)
+            and _left_on(copied._forward_pre_hooks) == _left_on(of._forward_pre_hooks)
+            for of, copied in pairs
         )
 
     def _hook(self, value: Any) -> Any:
         """The bridge's own hooks belong to their modules; all others are the caller's."""
         own = getattr(value, "__module__", None) or ""
-        wired = type(value) is FunctionType and own.startswith("transformer_lens.model_bridge")
+        wired = type(value) is FunctionType and own.startswith(_LIBRARIES[0])
         return self._function(value) if wired else value
 
     def _function(self, value: Callable[..., Any]) -> Callable[..., Any]:
@@ -229,6 +229,8 @@ class _Copier:
         return copied
 
 
+# Where hooks come from that belong to a model.
+_LIBRARIES = ("transformer_lens.model_bridge.", "transformers.")
 # What a function may reach a module by.
 _LEADS_ON = (nn.Module, MethodType, FunctionType, partial)
 _SHARED = {type(None), bool, int, float, str, bytes, type}
@@ -244,6 +246,12 @@ def _contents_of(value: Any) -> Any:
     if kind in (list, tuple, set):
         return kind([_contents_of(entry) for entry in list(value)])
     return value
+
+
+def _left_on(hooks: dict[int, Any]) -> set[int]:
+    """Hooks by number, but for those that the libraries give a model when it is first run."""
+    names = {number: getattr(hook, "__module__", None) or "" for number, hook in hooks.items()}
+    return {number for number, name in names.items() if not name.startswith(_LIBRARIES)}
 
 
 def _contents(cell: CellType) -> Any:
