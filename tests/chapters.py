@@ -60,13 +60,15 @@ class Rehearsal:
     """A chapter's own cells in this process, on a given model, with what its runs return changed.
 
     What stands before the first run of the model's runs once, and so does each sweep, set, path
-    and estimate. A task is made once. Nothing is drawn. Where all values will be replaced, sweeps
-    need not be ``measured``: then they have labels and NaN. What the chapter measures by runs of
-    its own can be given by ``own``, under the names that it has there.
+    and estimate. A task is made once, and activations that it is asked for by name are looked up
+    once. Nothing is drawn. Where all values will be replaced, sweeps need not be ``measured``: then
+    they have labels and NaN. What the chapter measures by runs of its own can be given by ``own``,
+    under the names that it has there.
     """
 
     VERBS = ("sweep_metrics", "patch", "paths", "attribute")
     TASKS = ("ioi_task", "capital_task")
+    RUNS = ("clean_cache", "corrupted_cache")
 
     def __init__(self, chapter: str, model: Any, measured: bool = True, **own: Any) -> None:
         # Exercises are checked where they run, against what was really measured.
@@ -77,6 +79,7 @@ class Rehearsal:
         self._real = {verb: getattr(sweeps, verb) for verb in self.VERBS}
         self._makers = {name: lru_cache(None)(getattr(patching_demo, name)) for name in self.TASKS}
         self._solved = lru_cache(None)(Task.solved)
+        self._runs = {run: self._kept(getattr(Task, run)) for run in self.RUNS}
         self._options = {verb: {"progress": False} for verb in self.VERBS}
         del self._options["attribute"]["progress"]
         if not measured:
@@ -107,6 +110,20 @@ class Rehearsal:
             results = {name: result.assign_coords(set=sets) for name, result in results.items()}
         return {name: self._change(result) for name, result in results.items()}
 
+    @staticmethod
+    def _kept(run: Callable[..., Any]) -> Callable[..., Any]:
+        caches: dict[Any, Any] = {}
+
+        def cache(task: Task, model: Any, names: Any = None) -> Any:
+            if not isinstance(names, list | None):  # A function, as sweeps themselves give.
+                return run(task, model, names)
+            key = task, tuple(names or ())
+            if key not in caches:
+                caches[key] = run(task, model, names)
+            return caches[key]
+
+        return cache
+
     def _sweep(self, model, task, kinds, **options):
         return self._measure("sweep_metrics", model, {"only": task}, kinds, **options)["only"]
 
@@ -129,6 +146,8 @@ class Rehearsal:
             for name, maker in self._makers.items():
                 patch.setattr(patching_demo, name, maker)
             patch.setattr(Task, "solved", self._solved)
+            for name, run in self._runs.items():
+                patch.setattr(Task, name, run)
             patch.setattr(notebook, "model", lambda *arguments: self.model)
             patch.setattr(notebook, "say", self.said.append)
             patch.setattr(Claims, "show", lambda claims: shown.append(claims))

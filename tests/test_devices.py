@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -141,14 +142,21 @@ def tensors_are_in_place(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
+@lru_cache(None)
+def here(name: str) -> Any:
+    """Answers of a model in one place, by question."""
+    model = boot(name, lambda inner: inner)
+    return lru_cache(None)(lambda question: asked(question, model, MORE)[0])
+
+
 @pytest.mark.parametrize(
     ("name", "away"),
     [("gpt2", HOME), ("gpt2", AWAY), ("llama-gqa", AWAY), ("neox-parallel", AWAY)],
 )
 def test_blocks_run_where_they_are(name: str, away: torch.device) -> None:
-    here, model = boot(name, lambda inner: inner), spread(name, away)
+    model = spread(name, away)
     for question in (*QUESTIONS, *ESTIMATES, *MORE):
-        wanted, _ = asked(question, here, MORE)
+        wanted = here(name)(question)
         with Devices():
             found, why = asked(question, model, MORE)
         assert not why, question
@@ -160,12 +168,12 @@ def test_what_is_made_without_a_device_may_be_elsewhere(
     default: torch.device, tmp_path: Path
 ) -> None:
     """As after ``torch.set_default_device``."""
-    here, model = boot("gpt2", lambda inner: inner), placed(boot("gpt2", lambda inner: inner))
+    model = placed(boot("gpt2", lambda inner: inner))
     every = (*QUESTIONS, *ESTIMATES, *MORE)
     if default != HOME:  # The others begin with a run on tokens of their own.
         every = (*list(MORE)[: list(MORE).index("by hand")], "roles")
     for question in every:
-        wanted, _ = asked(question, here, MORE)
+        wanted = here("gpt2")(question)
         with Devices(), default:
             found, why = asked(question, model, MORE)
         assert not why, question

@@ -25,7 +25,7 @@ from oracle import (
 from torch import Tensor
 
 from patching_demo import patching
-from patching_demo.engine import bridge, checks, runner
+from patching_demo.engine import bridge, checks, packs, runner
 from patching_demo.metrics import LogitDifference
 
 QUIET = {"progress": False}
@@ -717,3 +717,49 @@ def test_an_activation_that_is_switched_on_is_swept() -> None:
             *arguments, setter, "result", index_df=index, **QUIET
         )
     assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("sweep", ["resid_pre", "attn_head_q_by_pos", "attn_head_k_by_pos"])
+@pytest.mark.parametrize("name", ["gpt2", "llama-gqa"])
+def test_block_calls_are_full_and_no_larger_than_asked(name, sweep, monkeypatch):
+    model, asked, sizes, used = tiny.model(name), 4 * packs.SLOTS * 2, [], []
+    data = make_pair(model, 2, 23, (7, 9))
+    monkeypatch.setitem(packs.CALL_TOKENS, "cpu", asked)
+    step = packs.Pack.step
+
+    def noted(pack, *arguments):
+        sizes.append(pack.states[..., 0].numel())
+        used.append(int((pack.slot_of >= 0).sum()) * len(data.corrupted))
+        return step(pack, *arguments)
+
+    monkeypatch.setattr(packs.Pack, "step", noted)
+    call = getattr(patching, f"get_act_patch_{sweep}")
+    call(model, data.corrupted, data.cache, data.metrics["difference"], progress=False)
+    assert max(sizes) == asked
+    assert sum(used) > 0.9 * sum(sizes)
+
+
+@pytest.mark.parametrize("kind", ["k", "v"])
+@pytest.mark.parametrize("name", ["gpt2", "llama-gqa", "neox-parallel"])
+def test_of_the_last_block_only_rows_that_are_read_are_run(name, kind, monkeypatch):
+    """Keys and values, too, when they are patched there."""
+    model, reads = tiny.model(name), []
+    data = make_pair(model, 2, 23, (7, 9))
+    last, step = model.cfg.n_layers - 1, packs.Pack.step
+
+    def noted(pack, model, layer, read=None):
+        if layer == last and pack.patches(layer, "hook"):
+            reads.append(read)
+        return step(pack, model, layer, read)
+
+    monkeypatch.setattr(packs.Pack, "step", noted)
+    sweep, metric = f"attn_head_{kind}_by_pos", data.metrics["difference"]
+    cells = oracle.every_cell(model, 23, sweep).query("layer == @last and pos < 15")
+    index = cells.reset_index(drop=True)
+    activation, setter, _ = oracle.SWEEPS[sweep]
+    inputs = model, data.corrupted, data.cache, metric, setter, activation
+    found = patching.generic_activation_patch(*inputs, index_df=index, progress=False)
+    assert reads and None not in reads
+    with torch.no_grad(), oracle.quiet():
+        plain = oracle.plain_patching.generic_activation_patch(*inputs, index_df=index)
+    assert_close(found, plain, metric_axis=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -67,13 +68,18 @@ def assert_within(found: Any, wanted: Any, share: float) -> None:
     assert float(abs(found - wanted).max()) <= share * scale
 
 
+@lru_cache(None)
+def in_type(name: str, dtype: torch.dtype) -> Any:
+    return tiny.fresh(name).to(dtype)
+
+
 @pytest.mark.parametrize("question", QUESTIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["gpt2", "neox-parallel", "llama-gqa"])
 def test_every_type_is_its_own_plain_loop_to_its_rounding(
     name: str, dtype: torch.dtype, question: str
 ) -> None:
-    model = tiny.fresh(name).to(dtype)
+    model = in_type(name, dtype)
     found, why = asked(question, model)
     assert not why
     assert_within(found, plainly(question, model), tolerance(dtype))

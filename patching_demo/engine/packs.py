@@ -125,11 +125,6 @@ class Pack:
         slot_of[owner, positions] = group_of * shape[1] + slots
         self.slot_of = slot_of.to(device)
 
-    @property
-    def n_tokens(self) -> int:
-        """Tokens in use, counting each prompt of the batch."""
-        return len(self._tokens) * len(self.run.tokens)
-
     def fill(self, resid: Tensor) -> None:
         """Start every token from the corrupted residual stream ``[batch, pos, d_model]``."""
         # Also the slots not used, as some models divide by the size of a token.
@@ -203,21 +198,9 @@ class Pack:
                 self.states[groups] = run_block(model, self.run, layer, layout, states)
 
 
-def chunked(
-    members: Sequence[tuple[Any, Sequence[int]]], batch: int, call_tokens: int
-) -> Iterator[list[tuple[Any, Sequence[int]]]]:
-    """Cut members (anything, with its positions) into lists that fill one call each."""
-    chunk: list[tuple[Any, Sequence[int]]] = []
-    tokens = 0
-    for member in members:
-        size = len(member[1]) * batch
-        if chunk and tokens + size > call_tokens:
-            yield chunk
-            chunk, tokens = [], 0
-        chunk.append(member)
-        tokens += size
-    if chunk:
-        yield chunk
+def _longest_first(members: Mapping[Cell, range]) -> list[tuple[Cell, range]]:
+    """Runs in the order in which to place them: shorter ones fill what is left of a group."""
+    return sorted(members.items(), key=lambda member: -len(member[1]))
 
 
 @dataclass
@@ -239,24 +222,24 @@ class Front:
         ``changed`` has, by a cell's row, positions that differ and their states
         ``[batch, position, d_model]``.
         """
-        # The longest first, as the shorter ones then fill up what these leave of a group.
-        longest_first = sorted(cells, key=lambda cell: cell.start)
-        left: list[Any] = [(cell, range(cell.start, self.end)) for cell in longest_first]
-        resid = self.run.resid[layer]
-        while left:
-            before = len(left)
-            if self.packs:
-                left = self.packs[-1].add(left, resid, self.call_tokens)
-            if len(left) == before:
-                self.packs.append(Pack(self.run, left[:1]))
-                self.packs[-1].fill(resid)
-                left = left[1:]
+        members = _longest_first({cell: range(cell.start, self.end) for cell in cells})
+        if self.packs:
+            members = self.packs[-1].add(members, self.run.resid[layer], self.call_tokens)
+        self.packs.extend(self._packed(members, layer))
         for pack in self.packs if changed else ():
             for index, cell in enumerate(pack.cells):
                 if cell.row in changed:
                     positions, states = changed[cell.row]
                     flat = pack.slot_of[index, torch.as_tensor(positions, device="cpu")]
                     pack.put(flat, states)
+
+    def _packed(self, members: Sequence[Any], layer: int) -> Iterator[Pack]:
+        """New packs of runs, from the corrupted stream at ``layer``."""
+        while members:
+            pack = Pack(self.run, members[:1])
+            pack.fill(self.run.resid[layer])
+            members = pack.add(members[1:], self.run.resid[layer], self.call_tokens)
+            yield pack
 
     def step(self, layer: int, read: frozenset[int] | None = None) -> None:
         """Move all runs through one block, those that are patched before or inside it included."""
@@ -284,23 +267,21 @@ class Front:
         Returns, per cell row, the positions and the residual stream after the block
         ``[batch, position, d_model]``.
         """
-        whole: list[tuple[Cell, Sequence[int]]] = []
-        in_part: list[tuple[Cell, Sequence[int]]] = []
+        whole: dict[Cell, range] = {}
+        in_part: dict[Cell, range] = {}
         for cell in cells:
             positions = recomputed(cell, self.end)
             few = read is not None and len(read.intersection(positions)) <= len(positions) // 2
             keys_only = all(p.kind is not None and p.kind.spreads for p in cell.first)
-            (in_part if few and keys_only else whole).append((cell, positions))
+            (in_part if few and keys_only else whole)[cell] = positions
         outputs: dict[int, Any] = {}
         for members, rows in ((whole, None), (in_part, read)):
-            for chunk in chunked(members, len(self.run.tokens), self.call_tokens):
-                pack = Pack(self.run, chunk)
-                pack.fill(self.run.resid[layer])
+            for pack in self._packed(_longest_first(members), layer):
                 with _patch_hooks(self.model, pack, self.clean, layer):
                     pack.step(self.model, layer, rows)
-                for index, (cell, positions) in enumerate(chunk):
-                    flat = pack.slot_of[index, torch.as_tensor(positions, device="cpu")]
-                    outputs[cell.row] = positions, pack.at(flat).transpose(0, 1)
+                for index, cell in enumerate(pack.cells):
+                    flat = pack.slot_of[index, torch.as_tensor(members[cell], device="cpu")]
+                    outputs[cell.row] = members[cell], pack.at(flat).transpose(0, 1)
         return outputs
 
 

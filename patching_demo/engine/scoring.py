@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from patching_demo.engine.bridge import (
     logits_from_resid,
     some_logits_from_resid,
 )
-from patching_demo.engine.packs import Pack, chunked, unforeseen
+from patching_demo.engine.packs import Pack, unforeseen
 
 
 def measured(name: str, metric: Callable[..., Any], logits: Tensor, per_example: bool) -> Tensor:
@@ -237,16 +237,15 @@ class Scorer:
         values: dict[str, list[Tensor]] = {name: [] for name in self.plain}
         most = max(1, self.logits_held // (len(corrupted) * corrupted.shape[-1]))
         lengths = (pack.slot_of >= 0).sum(dim=1).tolist()
-        members = [(index, range(length)) for index, length in enumerate(lengths)]
-        for chunk in chunked(members, 1, most):
-            slots = pack.slot_of[[index for index, _ in chunk]]
+        for chunk in _chunked(lengths, most):
+            slots = pack.slot_of[chunk]
             states = pack.at(slots[slots >= 0]).transpose(0, 1)
             with unforeseen("computing logits from the last residual stream"):
                 # [batch, token, d_vocab]
                 computed = logits_from_resid(self.model, states, self.run.logit_scale)
             taken = 0
-            for index, span in chunk:
-                start, length = int((pack.slot_of[index] >= 0).int().argmax()), len(span)
+            for index in chunk:
+                start, length = int((pack.slot_of[index] >= 0).int().argmax()), lengths[index]
                 parts = (
                     corrupted[:, :start],
                     computed[:, taken : taken + length],
@@ -256,6 +255,17 @@ class Scorer:
                     values[name].append(self.full(name, torch.cat(parts, dim=1)).clone())
                 taken += length
         return {name: torch.stack(rows) for name, rows in values.items()}
+
+
+def _chunked(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
+    """Indices of runs, in lists that have ``most`` tokens or are of one run."""
+    chunk: list[int] = []
+    for index, length in enumerate(lengths):
+        if chunk and sum(lengths[i] for i in chunk) + length > most:
+            yield chunk
+            chunk = []
+        chunk.append(index)
+    yield chunk
 
 
 def shaken(states: Tensor, roundings: int) -> Tensor:
