@@ -179,7 +179,7 @@ print(opposites)
 
 # %%
 capitals = capital_task(model, n=24)
-solved = capitals.solved(model)
+solved = capitals.solved()
 plots.tokens_table(solved, rows=3)
 
 # %% tags=["remove-input"]
@@ -293,7 +293,7 @@ claims.show()
 
 # %%
 hundred = ioi_task(model, n=100)
-kept = hundred.solved(model)
+kept = hundred.solved()
 plots.tokens_table(kept, rows=4)
 
 # %%
@@ -310,20 +310,29 @@ notebook.say(
 # %% [markdown]
 # Two questions at once, about the stream and about what attention and MLPs add to it at END. A mask
 # for `where` says which cells are asked for, and one sweep of three kinds runs the prompts once. The
-# mask needs labels: those of chapter 2's eight prompts, swept by role, will do, and we come back to
-# their numbers below. Values of the hundred stay logit differences, and become shares afterwards: so
-# any part of the prompts can have baselines of its own.
+# eight prompts of chapter 2 are asked the same; we come back to their numbers below. Values of the
+# hundred stay logit differences, and become shares afterwards: so any part of the prompts can have
+# baselines of its own.
 #
 # **Expect** chapter 2's staircase with S2 and END for its two columns. IO and S1 come before the
 # first difference, so there is nothing to patch.
 
 # %%
 KINDS = ["resid_pre", "attn_out", "mlp_out"]
-eight = ioi_task(model).normalised()
-few = sweep(model, eight, KINDS, by="role")
-wanted = xr.where(
-    few.kind == "resid_pre", few.layer.isin(LAYERS), few.role == "END"
+cell = xr.Dataset(
+    coords={
+        "kind": KINDS,
+        "layer": np.arange(depth),
+        "role": list(kept.roles),
+    }
 )
+wanted = xr.where(
+    cell.kind == "resid_pre",
+    cell.layer.isin(LAYERS),
+    cell.role == "END",
+)
+eight = ioi_task(model).normalised()
+few = sweep(model, eight, KINDS, by="role", where=wanted)
 many = sweep(
     model, kept, KINDS, by="role", where=wanted, per_prompt=True
 )

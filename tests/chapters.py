@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import pickle
 import re
 from collections.abc import Callable
 from functools import lru_cache, partial
@@ -67,7 +68,7 @@ class Rehearsal:
     """
 
     VERBS = ("sweep_metrics", "patch", "paths", "attribute")
-    TASKS = ("ioi_task", "capital_task")
+    TASKS = ("ioi_task", "capital_task", "prompt_task", "noise_task")
     RUNS = ("clean_cache", "corrupted_cache")
 
     def __init__(self, chapter: str, model: Any, measured: bool = True, **own: Any) -> None:
@@ -77,7 +78,8 @@ class Rehearsal:
         first = next(i for i, source in enumerate(sources) if begins.search(source))
         self.model, self.own, self.swept, self.said, self.start = model, own, [], [], {}
         self._real = {verb: getattr(sweeps, verb) for verb in self.VERBS}
-        self._makers = {name: lru_cache(None)(getattr(patching_demo, name)) for name in self.TASKS}
+        self._makers = {name: self._made(getattr(patching_demo, name)) for name in self.TASKS}
+        self._from_frame = self._made(Task.from_frame)
         self._solved = lru_cache(None)(Task.solved)
         self._runs = {run: self._kept(getattr(Task, run)) for run in self.RUNS}
         self._options = {verb: {"progress": False} for verb in self.VERBS}
@@ -109,6 +111,18 @@ class Rehearsal:
             sets = list(arguments[2])
             results = {name: result.assign_coords(set=sets) for name, result in results.items()}
         return {name: self._change(result) for name, result in results.items()}
+
+    @staticmethod
+    def _made(maker: Callable[..., Task]) -> Callable[..., Task]:
+        tasks: dict[bytes, Task] = {}
+
+        def make(model: Any, *arguments: Any, **options: Any) -> Task:
+            key = pickle.dumps((arguments, options))
+            if key not in tasks:
+                tasks[key] = maker(model, *arguments, **options)
+            return tasks[key]
+
+        return make
 
     @staticmethod
     def _kept(run: Callable[..., Any]) -> Callable[..., Any]:
@@ -145,6 +159,7 @@ class Rehearsal:
                 patch.setattr(patching_demo, verb, one)
             for name, maker in self._makers.items():
                 patch.setattr(patching_demo, name, maker)
+            patch.setattr(Task, "from_frame", self._from_frame)
             patch.setattr(Task, "solved", self._solved)
             for name, run in self._runs.items():
                 patch.setattr(Task, name, run)

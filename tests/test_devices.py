@@ -13,7 +13,7 @@ import torch
 import xarray as xr
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from chapters import Rehearsal
-from conftest import untraced
+from conftest import slow, untraced
 from test_claims import RIGHT, model_of
 from test_weights import ESTIMATES, QUESTIONS, asked, assert_within, boot, plainly, task_of
 from torch import Tensor, nn
@@ -41,7 +41,15 @@ HOME, AWAY, CPU = torch.device("xla:0"), torch.device("xla:1"), torch.device("cp
 
 def place(tensor: Tensor) -> torch.device:
     # A new parameter is made of a tensor without any call that a mode sees.
-    return getattr(tensor, "place", HOME if isinstance(tensor, nn.Parameter) else CPU)
+    where = getattr(tensor, "place", None)
+    return where or (HOME if isinstance(tensor, nn.Parameter) else CPU)
+
+
+def tensors_in(*things: Any) -> list[Tensor]:
+    # Few calls hold tensors in anything, and to look into each takes longer than the call.
+    if any(isinstance(thing, (tuple, list, dict)) for thing in things):
+        things = tree_leaves(things)
+    return [thing for thing in things if isinstance(thing, Tensor)]
 
 
 class Devices(TorchFunctionMode):
@@ -54,7 +62,7 @@ class Devices(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func == torch.Tensor.device.__get__:
             return place(args[0])
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        tensors = tensors_in(*args, *kwargs.values())
         if func in (torch.Tensor.to, torch.Tensor.cpu, torch.Tensor.cuda):
             return self._to(func, args, kwargs)
         if func is torch.autograd.grad:
@@ -70,10 +78,9 @@ class Devices(TorchFunctionMode):
         else:
             where = self._meeting(func, args, tensors)
         result = func(*args, **kwargs)
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                leaf.place = where
-                assert leaf.dtype != torch.float64 or where == CPU, func
+        for tensor in tensors_in(result):
+            tensor.place = where
+            assert tensor.dtype != torch.float64 or where == CPU, func
         return result
 
     def _to(self, func: Any, args: Any, kwargs: Any) -> Tensor:
@@ -151,7 +158,7 @@ def here(name: str) -> Any:
 
 @pytest.mark.parametrize(
     ("name", "away"),
-    [("gpt2", HOME), ("gpt2", AWAY), ("llama-gqa", AWAY), ("neox-parallel", AWAY)],
+    [("gpt2", HOME), ("gpt2", AWAY), ("llama-gqa", AWAY), *slow(("neox-parallel", AWAY))],
 )
 def test_blocks_run_where_they_are(name: str, away: torch.device) -> None:
     model = spread(name, away)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from conftest import slow
 
 from patching_demo import explorer, load_model, paths, plan, plots, prompt_task, sweep
 from patching_demo.engine.bridge import attached_hooks
@@ -128,7 +129,7 @@ def test_model_in_training_mode_is_refused_in_words():
     assert panel.run_button.disabled and "model.eval()" in panel.advice.value
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama-gqa"])
+@pytest.mark.parametrize("name", ["gpt2", *slow("llama-gqa")])
 def test_every_choice_of_the_menu_gives_what_sweep_gives(name):
     model = tiny.model(name)
     panel = Panel(model)

@@ -182,6 +182,8 @@ def test_a_hub_in_trouble_costs_seconds_and_one_line(
 ):
     # The faults that cost waiting, with less of it.
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.2)
+    wait = time.sleep  # before each new attempt
+    monkeypatch.setattr(time, "sleep", lambda seconds: wait(min(seconds, 0.05)))
     monkeypatch.setattr(hub_module, "ANSWER_S", 1.0)
     begun = time.monotonic()
     with serve(repositories["repos"], fault) as hub:

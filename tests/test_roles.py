@@ -9,6 +9,7 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
+import tiny
 import torch
 import xarray as xr
 from oracle import model
@@ -446,12 +447,20 @@ def test_what_a_model_solves(capsys):
     bridge, task = model("gpt2"), task_of("gpt2")
     right = (task.clean_values > 0).numpy()
     assert right.any() and not right.all()
-    kept = task.normalised().solved(bridge)
+    kept = task.normalised().solved()
     assert len(kept) == right.sum()
     assert f"on {right.sum()} of 5" in capsys.readouterr().out
     assert kept.clean_baseline == 1
-    plain = task.solved(bridge)
+    plain = task.solved()
     assert float(plain.clean_values.min()) > 0
+    other = tiny.fresh("gpt2", seed=9)
+    theirs = (task.on(other).clean_values > 0).numpy()
+    assert (theirs != right).any()
+    for scored in (task, task.normalised()):
+        assert scored.solved(other).clean_strings == task.select(theirs).clean_strings
+    assert task.normalised().reversed().solved(bridge).clean_strings == (
+        task.reversed().solved().clean_strings
+    )
     assert plain.clean_baseline == pytest.approx(float(task.clean_values[right].mean()))
     with pytest.raises(ValueError, match="does not say which"):
         task.with_metric(bridge, "probability").solved(bridge)

@@ -740,7 +740,7 @@ def test_a_named_score_does_not_follow_a_function(model):
         with pytest.raises(ValueError, match="on the task as it was before"):
             other.with_metric(model, "logit difference")
         with pytest.raises(ValueError, match="does not say which answer"):
-            other.solved(model)
+            other.solved()
 
 
 @pytest.mark.parametrize("per_prompt", [True, False])

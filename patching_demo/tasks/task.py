@@ -265,49 +265,57 @@ class Task:
                 f"the metric {self.metric.name!r} is one number for the whole batch: select "
                 "prompts before scoring by it"
             )
-        if isinstance(self.metric, Normalised):
-            scale = self.metric
-            spread = scale.clean - scale.corrupted
-            plain = replace(
-                self,
-                metric=scale.metric,
-                clean_values=self.clean_values * spread + scale.corrupted,
-                corrupted_values=self.corrupted_values * spread + scale.corrupted,
-            )
-            return plain.part(chosen).normalised()
-        return self.part(chosen)
+        plain = self._in_own_units()
+        return self.part(chosen) if plain is self else plain.part(chosen).normalised()
 
-    def solved(self, model: Any) -> Task:
+    def _in_own_units(self) -> Task:
+        """The task by the metric that a normalised one rescales, with the values of its prompts."""
+        scale = self.metric
+        if not isinstance(scale, Normalised):
+            return self
+        values = {}
+        for which in ("clean_values", "corrupted_values"):
+            own = getattr(self, which)
+            if own is not None:
+                values[which] = own * (scale.clean - scale.corrupted) + scale.corrupted
+        return replace(self, metric=scale.metric, **values)
+
+    def solved(self, model: Any = None) -> Task:
         """The task on the prompts where the model prefers the right answer; says how many.
 
         The right answer is preferred where the task's own metric, a difference between right and
         wrong, is above 0 on the clean prompt.
 
+        Args:
+            model: a TransformerBridge whose preferences count, if not of the one that the task
+                was made with.
+
         Raises:
             ValueError: if there is none, or the metric does not compare right with wrong.
         """
-        plain = self.metric.metric if isinstance(self.metric, Normalised) else self.metric
-        if plain.name not in ("logit difference", "log-probability difference"):
+        plain = self._in_own_units()
+        if plain.metric.name not in ("logit difference", "log-probability difference"):
             raise ValueError(
-                f"{plain.name!r} does not say which answer the model prefers: score the task by "
-                "the logit difference, with task.with_metric(model, 'logit difference') before "
-                "any function of your own"
+                f"{plain.metric.name!r} does not say which answer the model prefers: score the "
+                "task by the logit difference, with task.with_metric(model, 'logit difference') "
+                "before any function of your own"
             )
-        _refuse_training(model)
-        metric = replace(self, metric=plain).clean_metric
-        use = _Use()
-        own = self.model_of(model, use)
-        values, _ = self._values(own, self.clean_tokens, metric)
+        name, values = self.model_name, plain.clean_values
+        if model is not None:
+            _refuse_training(model)
+            name, use = name_of(model), _Use()
+            own = self.model_of(model, use)
+            values, _ = self._values(own, self.clean_tokens, plain.clean_metric)
         if values is None:
             raise ValueError("the metric has no values for single prompts")
         right = (values > 0).numpy(force=True)
         print(
-            f"{name_of(model)} prefers the right answer on {right.sum()} of {len(right)} clean "
+            f"{name} prefers the right answer on {right.sum()} of {len(right)} clean "
             f"prompts{'.' if right.all() else f'; {(~right).sum()} left out.'}"
         )
         if not right.any():
             raise ValueError(
-                f"{name_of(model)} prefers the wrong answer on every clean prompt, by "
+                f"{name} prefers the wrong answer on every clean prompt, by "
                 f"{-float(values.max()):.2f} or more: try prompts that it knows, or see with "
                 "model.generate how it goes on"
             )
