@@ -518,11 +518,7 @@ low, high = drawn.quantile(0.025), drawn.quantile(0.975)
 rows = []
 for name in of_hundred:
     least, most = AT_LEAST.get(name, -np.inf), AT_MOST.get(name, np.inf)
-    required = (
-        f"at least {least:.0%}"
-        if name in AT_LEAST
-        else f"at most {most:.0%}"
-    )
+    required = f"≥ {least:.0%}" if name in AT_LEAST else f"≤ {most:.0%}"
     ends = [least <= bound <= most for bound in (low[name], high[name])]
     rows.append(
         {
@@ -533,18 +529,18 @@ for name in of_hundred:
             if any(ends)
             else "falls",
             "required": required,
-            "eight prompts": f"{of_eight[name]:.1%}",
+            "of 8": f"{of_eight[name]:.1%}",
             "held": "yes" if least <= of_eight[name] <= most else "no",
-            f"{len(kept)} prompts": f"{of_hundred[name]:.1%}",
+            f"of {len(kept)}": f"{of_hundred[name]:.1%}",
             "interval": f"{low[name]:.1%} to {high[name]:.1%}",
-            "eight inside": "yes"
+            "8 inside": "yes"
             if low[name] <= of_eight[name] <= high[name]
             else "no",
         }
     )
 verdicts = pd.DataFrame(rows).set_index("claim")
 plots.table(
-    verdicts,
+    verdicts.drop(columns="held"),
     "Chapter 2's claims on all prompts that are kept: the last column says "
     "whether the number from eight prompts lies inside the interval.",
 )
@@ -563,7 +559,7 @@ notebook.say(
         else "None that held on the eight prompts is in doubt. "
     )
     + f"The number from eight prompts lies outside the interval for "
-    f"{(verdicts['eight inside'] == 'no').sum()} of them: a claim may "
+    f"{(verdicts['8 inside'] == 'no').sum()} of them: a claim may "
     "survive while its number does not."
 )
 

@@ -843,13 +843,15 @@ for ranking, pair in rankings.items():
             "cells": count(pair[1]),
             "to measure": needed,
             "estimate (s)": seconds[f"{group}, {method}"],
-            "measuring these (s)": needed * per_cell,
-            "measuring all (s)": count(pair[1]) * per_cell,
+            "these (s)": needed * per_cell,
+            "all (s)": count(pair[1]) * per_cell,
         }
     )
 plots.table(
     pd.DataFrame(price),
-    "What it takes to find the ten largest effects of each list.",
+    "What it takes to find the ten largest effects of each list: how "
+    "many cells to measure, and seconds for the estimate, for these "
+    "cells and for all.",
 )
 
 # %% [markdown]
