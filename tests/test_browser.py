@@ -139,8 +139,14 @@ def check_accessible(page) -> None:
 
 
 def check_theme(page, scheme: str) -> None:
-    """The page took the reader's theme, and the figures' text is legible in it."""
+    """The page took the reader's theme, also below outputs; text of figures is legible in it."""
     assert page.evaluate("document.documentElement.dataset.theme") == scheme
+    grounds = page.evaluate(
+        """() => [...document.querySelectorAll('.cell_output .output')]
+            .filter(output => !output.matches('.stream'))
+            .map(output => getComputedStyle(output).backgroundColor)"""
+    )
+    assert set(grounds) <= {"rgba(0, 0, 0, 0)"}
     texts = page.evaluate(
         """() => [...document.querySelectorAll('.plotly-figure-plot')].map(plot => {
             const context = document.createElement('canvas').getContext('2d');
