@@ -44,7 +44,10 @@ $(STAMP): pyproject.toml requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; this is " + sys.version)'
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) || { \
 		echo "Could not make $(VENV): on Debian and Ubuntu, apt install python3-venv" >&2; exit 1; }
-	$(PY) -m pip install --quiet --disable-pip-version-check -c requirements.lock -e ".[$(EXTRAS)]"
+	$(PY) -m pip install --quiet --no-compile --disable-pip-version-check \
+		-c requirements.lock -e ".[$(EXTRAS)]"
+	@# pip would compile one file after the other. What does not compile is nothing we import.
+	@$(PY) -m compileall -q -j 0 "$(CURDIR)/$(VENV)/lib" >/dev/null 2>&1 || true
 	@# Kernels warn at each start that they talk to this machine without encryption.
 	@mkdir -p $(VENV)/etc/ipython
 	@echo 'c.IPKernelApp.log_level = "ERROR"' >$(VENV)/etc/ipython/ipython_kernel_config.py
