@@ -148,13 +148,7 @@ S2, END = swapped.agree_until, swapped.clean_tokens.shape[1] - 1
 at_end = [swapped.position_labels[END]]
 
 one_way, other_way = (
-    sweep(
-        model,
-        task,
-        "attn_out",
-        positions=at_end,
-        layers=slice(None, None, 3),
-    )
+    sweep(model, task, "attn_out", positions=at_end)
     for task in (
         swapped.normalised(),
         swapped.normalised().reversed(),
@@ -164,7 +158,7 @@ apart = float(abs(one_way - other_way).max())
 
 # %% tags=["remove-input"]
 notebook.say(
-    "Over the attention outputs of every third layer at END, the two "
+    "Over the attention outputs of all layers at END, the two "
     f"directions differ by at most {apart:.0e} of clean minus "
     "corrupted. That is rounding."
 )

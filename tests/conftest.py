@@ -9,7 +9,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -26,14 +25,6 @@ def untraced() -> Iterator[None]:
         yield
     finally:
         sys.settrace(tracer)
-
-
-def slow(*cases: Any) -> list[Any]:
-    """More models or kinds for a test, which only ``make slow`` tries."""
-    return [
-        pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.slow)
-        for case in cases
-    ]
 
 
 # One thread for each of two test processes (pytest -n 2), two for a single one: CI has two cores.

@@ -13,7 +13,7 @@ import torch
 import xarray as xr
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from chapters import Rehearsal
-from conftest import slow, untraced
+from conftest import untraced
 from test_claims import RIGHT, model_of
 from test_weights import ESTIMATES, QUESTIONS, asked, assert_within, boot, plainly, task_of
 from torch import Tensor, nn
@@ -158,7 +158,7 @@ def here(name: str) -> Any:
 
 @pytest.mark.parametrize(
     ("name", "away"),
-    [("gpt2", HOME), ("gpt2", AWAY), ("llama-gqa", AWAY), *slow(("neox-parallel", AWAY))],
+    [("gpt2", HOME), ("gpt2", AWAY), ("llama-gqa", AWAY), ("neox-parallel", AWAY)],
 )
 def test_blocks_run_where_they_are(name: str, away: torch.device) -> None:
     model = spread(name, away)

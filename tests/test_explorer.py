@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from conftest import slow
 
 from patching_demo import explorer, load_model, paths, plan, plots, prompt_task, sweep
 from patching_demo.engine.bridge import attached_hooks
@@ -129,7 +128,7 @@ def test_model_in_training_mode_is_refused_in_words():
     assert panel.run_button.disabled and "model.eval()" in panel.advice.value
 
 
-@pytest.mark.parametrize("name", ["gpt2", *slow("llama-gqa")])
+@pytest.mark.parametrize("name", ["gpt2", "llama-gqa"])
 def test_every_choice_of_the_menu_gives_what_sweep_gives(name):
     model = tiny.model(name)
     panel = Panel(model)

@@ -15,7 +15,6 @@ import pytest
 import tiny
 import torch
 import xarray as xr
-from conftest import slow
 
 from patching_demo import ioi_task, prompt_task, sweep
 from patching_demo.engine import isolation, runner
@@ -203,7 +202,7 @@ def meanwhile(*uses: Callable[[], None]) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("use", ["forward", "cache", "hooks", "sweep", "plain loop"])
-@pytest.mark.parametrize("name", ["gpt2", *slow("llama-gqa", "neox-parallel")])
+@pytest.mark.parametrize("name", ["gpt2", "llama-gqa", "neox-parallel"])
 def test_a_sweep_beside_another_use_of_the_model(name, use, monkeypatch):
     if use == "plain loop":
         monkeypatch.setattr(runner, "_reasons_for_plain_loop", lambda *_: ["a test"])

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from conftest import slow
 from oracle import all_logits, make_pair
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
@@ -122,7 +121,7 @@ def offloaded(inner: Any, folder: Path, how: str) -> Any:
 
 
 @pytest.mark.parametrize("how", ["block", "every", "accelerate"])
-@pytest.mark.parametrize("name", ["gpt2", *slow("llama-gqa")])
+@pytest.mark.parametrize("name", ["gpt2", "llama-gqa"])
 def test_offloaded_models_are_swept_where_their_blocks_run(
     name: str, how: str, tmp_path: Path
 ) -> None:
