@@ -16,6 +16,7 @@ from torch import Tensor
 from transformer_lens.patching import make_df_from_ranges
 
 from patching_demo import prompt_task
+from patching_demo.engine.tokens import device_of
 from patching_demo.metrics import LogitDifference, LogProb
 
 BATCH, N_POS = 2, 6
@@ -123,6 +124,7 @@ def make_pair(
         corrupted[:, position] = (clean[:, position] - 5 + shift) % (tiny.D_VOCAB - 5) + 5
     if differ and n_pos > 2:
         corrupted[0, n_pos - 2] = (clean[0, n_pos - 2] - 5 + 7) % (tiny.D_VOCAB - 5) + 5
+    clean, corrupted = (tokens.to(device_of(model)) for tokens in (clean, corrupted))
     with torch.no_grad():
         _, cache = model.run_with_cache(clean)
     last = n_pos - 1

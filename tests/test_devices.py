@@ -189,6 +189,15 @@ def test_what_is_made_without_a_device_may_be_elsewhere(
         sweep(model, ioi_task(model), "out", store=tmp_path / "kept", progress=False)
 
 
+@pytest.mark.parametrize("question", [*QUESTIONS, *ESTIMATES, "answers", "frame", "noise"])
+def test_inputs_go_where_the_weights_are(question: str) -> None:
+    """TransformerBridge names the GPU, where there is one, also for a model given on the CPU."""
+    model = boot("gpt2", lambda inner: inner)
+    model.cfg.device = "cuda"
+    asked(question, model, MORE)
+    assert {weight.device for weight in model.parameters()} == {CPU}
+
+
 def unequal(model: Any) -> Any:
     roles = {"name": ("When Mary", "When John")}
     return prompt_task(

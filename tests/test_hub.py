@@ -65,8 +65,8 @@ def connect(monkeypatch, tmp_path):
 def logits_of(model) -> torch.Tensor:
     tokens = tiny.tokenizer()(PROMPT, return_tensors="pt")["input_ids"]
     with torch.no_grad():
-        found = model(tokens)
-    return getattr(found, "logits", found)
+        found = model(tokens.to(next(model.parameters()).device))
+    return getattr(found, "logits", found).cpu()
 
 
 def test_gpt2_is_fetched_once_then_loads_without_the_hub(repositories, connect, capfd):

@@ -639,9 +639,9 @@ def _standing_in(inner, *, d_vocab=None, pad_token_id=None, logits=False):
         cfg = SimpleNamespace(
             d_vocab=d_vocab or inner.cfg.d_vocab,
             n_ctx=inner.cfg.n_ctx,
-            device="cpu",
             model_name="stand-in",
         )
+        modules = inner.modules
         tokenizer = None
         to_tokens = staticmethod(inner.to_tokens)
 

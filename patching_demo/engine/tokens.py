@@ -98,9 +98,12 @@ def heads_of(model: Any, kind: Kind | None) -> int:
 
 
 def device_of(model: Any) -> Any:
-    """Where the model's inputs belong."""
-    device = getattr(getattr(model, "cfg", None), "device", None) or "cpu"
-    return devices_of_weights(model)[0] if str(device) == "meta" else device  # It is offloaded.
+    """Where the model's inputs belong: with its first weights.
+
+    Its config may say otherwise: "meta" where it is offloaded, and the GPU, where there is one, for
+    a model that was given to `boot_transformers` on the CPU.
+    """
+    return devices_of_weights(model)[0]
 
 
 def devices_of_weights(model: Any) -> list[torch.device]:
