@@ -379,6 +379,29 @@ def test_a_metric_that_reads_a_pad_is_refused(metric: str, pad: str) -> None:
         )
 
 
+def test_equal_prompts_that_cancel_each_other_do_not_hide_that_a_pad_is_read() -> None:
+    model, (_, corrupted, *_) = tiny.model("gpt2"), padded_pair(pads=(1, 1))
+    corrupted = corrupted[[1, 1]]
+    with torch.no_grad():
+        logits = model(corrupted)
+    last = {"metric": lambda logits: logits[0, -1, 9] - logits[1, -1, 9]}
+    with pytest.raises(ValueError, match="prompt 0 is padded on the right .* metric 'metric'"):
+        checks.refuse_reading_pads(model, corrupted, logits, last)
+
+
+def test_pads_of_many_prompts_take_few_copies_of_all_logits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _, corrupted, _, metric = padded_pair(pads=(1, 2))
+    copied, clone = [], torch.Tensor.clone
+    monkeypatch.setattr(torch.Tensor, "clone", lambda t: copied.append(t.shape) or clone(t))
+    tokens = corrupted.repeat(20, 1)
+    logits = torch.rand(*tokens.shape, tiny.D_VOCAB)
+    first_two = {"metric": lambda logits: metric(logits[:2])}
+    checks.refuse_reading_pads(tiny.model("gpt2"), tokens, logits, first_two)
+    assert copied.count(logits.shape) == 2
+
+
 def test_what_may_be_padding_is_text_and_said_so() -> None:
     """The pad token ends texts, too: one of it at the end of one prompt is no proof of padding."""
     model = with_pad("<bos>")

@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from itertools import product
 from typing import Any
 
 import torch
@@ -206,30 +205,39 @@ def refuse_reading_pads(
         every = torch.arange(tokens.shape[1], device=tokens.device)
         sure = every >= lengths[:, None].to(tokens.device)
         may = torch.zeros_like(sure)
-    for row, name in product((sure | may).any(dim=1).nonzero()[:, 0].tolist(), metrics):
-        pad = int(tokens[row, -1])
-        if _reads(metrics[name], logits, row, sure[row]):
-            raise ValueError(
-                f"prompt {row} is padded on the right with the pad token {pad}, and metric "
-                f"{name!r} reads there: read each prompt's own last token "
-                "(patching_demo.metrics takes positions, patching_demo.prompt_task finds them)"
-            )
-        if _reads(metrics[name], logits, row, may[row]):
-            warn_once(
-                f"prompt {row} ends in token {pad}, which ends texts and pads them, and metric "
-                f"{name!r} reads there: if it is padding, read the token before it, and pass "
-                "attention_mask to be sure"
-            )
+    rows = (sure | may).any(dim=1).nonzero()[:, 0].tolist()
+    for name, metric in metrics.items() if rows else ():
+        # What the metric may change is a copy. Copies of all logits are large: few are made.
+        reads = partial(_reads, metric, metric(logits.clone()), logits)
+        for row in rows if reads(sure | may) else ():
+            pad, own = int(tokens[row, -1]), torch.zeros_like(sure)
+            own[row] = True
+            if reads(sure & own):
+                raise ValueError(
+                    f"prompt {row} is padded on the right with the pad token {pad}, and metric "
+                    f"{name!r} reads there: read each prompt's own last token "
+                    "(patching_demo.metrics takes positions, patching_demo.prompt_task finds them)"
+                )
+            if reads(may & own):
+                warn_once(
+                    f"prompt {row} ends in token {pad}, which ends texts and pads them, and metric "
+                    f"{name!r} reads there: if it is padding, read the token before it, and pass "
+                    "attention_mask to be sure"
+                )
 
 
-def _reads(metric: Callable[[Tensor], Tensor], logits: Tensor, row: int, positions: Tensor) -> bool:
-    """Whether the metric depends on the logits at some positions (bool) of a prompt."""
-    if not positions.any():
+def _reads(
+    metric: Callable[[Tensor], Tensor], value: Tensor, logits: Tensor, where: Tensor
+) -> bool:
+    """Whether the metric, which has this value, depends on the logits ``where [batch, pos]``."""
+    if not where.any():
         return False
     changed = logits.clone()
-    changed[row, positions] = 1 - 2 * logits[row, positions].flip(-1)
+    # In each prompt by another factor, so that equal prompts do not cancel each other.
+    factors = 2 + where.nonzero()[:, :1].to(logits) / len(where)
+    changed[where] = 1 - factors * logits[where].flip(-1)
     # NaN in both is another mistake, and has its own message.
-    return not torch.allclose(metric(changed), metric(logits.clone()), 0, 0, equal_nan=True)
+    return not torch.allclose(metric(changed), value, 0, 0, equal_nan=True)
 
 
 def checked_activation(
