@@ -145,7 +145,7 @@ plots.table(
 # %%
 swapped = ioi_task(model)
 S2, END = swapped.agree_until, swapped.clean_tokens.shape[1] - 1
-at_end = [swapped.position_labels[END]]
+at_end = [END]
 
 one_way, other_way = (
     sweep(model, task, "attn_out", positions=at_end)
@@ -512,7 +512,7 @@ print(f"Logit difference, with noise: {noisy.corrupted_baseline:.4f}")
 # %%
 KINDS = ["attn_out", "mlp_out"]
 every_second = dict(
-    positions=[swapped.position_labels[i] for i in (S2, END)],
+    positions=[S2, END],
     layers=slice(None, None, 2),
 )
 windows = combine(

@@ -89,14 +89,34 @@ def test_what_is_selected_before_is_what_is_selected_after(name, kinds):
         assert found.coords.equals(wanted.coords)
         assert close(found, wanted, task)
         assert set(runs) <= {int(wanted.notnull().sum())}
-    with pytest.raises(KeyError, match=r"layer \[9\] is not among 0, 1"):
+    with pytest.raises(KeyError, match=r"layer \[9\] is not among \[0, 1"):
         swept(bridge, task, kinds, layers=[9])
     if "position" in whole.dims:
-        with pytest.raises(KeyError, match=f"'nowhere' is not among '{re.escape(labels[0])}'"):
+        with pytest.raises(KeyError, match=r"'nowhere' is not among \[.*; by number"):
             swept(bridge, task, kinds, positions="nowhere")
     if kinds == "resid_pre":
         with pytest.raises(ValueError, match="this sweep has no head"):
             swept(bridge, task, kinds, heads=[0])
+
+
+@pytest.mark.parametrize(
+    "numbers", [4, -1, [6, 0], range(2, 5), np.array([5]), np.int32(3)], ids=str
+)
+def test_positions_may_be_numbers(numbers):
+    bridge = model("gpt2")
+    task = task_of(bridge)
+    labels = np.array(task.position_labels)[numbers].tolist()
+    found = swept(bridge, task, "attn_out", positions=numbers)
+    assert found.identical(swept(bridge, task, "attn_out", positions=labels))
+
+
+@pytest.mark.parametrize("wrong", [99, [-62], slice(2, 5), True, [True, False], [1.0]], ids=str)
+def test_what_names_no_position_says_how_to_name_one(wrong):
+    bridge = model("gpt2")
+    long = induction_task(bridge, batch=2, seq_len=30)
+    with pytest.raises(KeyError, match="is not among .*; by number") as refused:
+        swept(bridge, long, "attn_out", positions=wrong)
+    assert len(str(refused.value)) < 200  # Not the labels of all positions.
 
 
 @pytest.mark.parametrize("per_prompt", [False, True])

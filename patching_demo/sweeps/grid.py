@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from functools import partial
@@ -50,8 +51,8 @@ def sweep(
         by: "pos" patches one position at a time, "role" one of the task's named positions, from
             its place in each clean prompt to its place in the corrupted one, and "all_pos" a whole
             head at once (heads only). By role, prompts may have any lengths.
-        layers, positions, heads: what ``.sel`` of the result takes (a value, a list, a slice);
-            only these cells are computed. ``positions`` are roles where the sweep goes by role.
+        layers, positions, heads: what ``.sel`` of the result takes (a value, a list, a slice), or
+            positions by number; only these cells are computed. By role, ``positions`` are roles.
         where: booleans with dimensions and labels of the result, such as those of an estimate by
             :func:`patching_demo.attribute`; other cells are NaN and cost nothing.
         window: patches so many consecutive layers at once, labelled by the middle one (Meng et
@@ -167,9 +168,11 @@ def chosen_cells(
                     "is negative"
                 )
             try:
-                cells = cells.sel({dim: labels})
-            except KeyError:
-                known = ", ".join(map(repr, cells[dim].values.tolist()))
+                numbered = dim == "position" and np.asarray(labels).dtype.kind in "iu"
+                cells = cells.sel({dim: cells[dim].values[labels] if numbered else labels})
+            except (KeyError, TypeError, IndexError):
+                known = reprlib.repr(cells[dim].values.tolist())
+                known += "; by number, in a list or a range" * (dim == "position")
                 raise KeyError(f"{dim} {labels!r} is not among {known}") from None
     if where is not None:
         if (
