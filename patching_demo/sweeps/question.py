@@ -493,7 +493,7 @@ def check_kinds(names: Sequence[str], by: str) -> None:
         raise ValueError(f"kinds is empty: choose among {', '.join(known)}")
     for name in names:
         if name not in known:
-            raise ValueError(f"kind must be among {', '.join(known)}, got {name!r}")
+            raise ValueError(f"kind must be among {', '.join(known)} (out is z), got {name!r}")
     if len(set(names)) < len(names):
         raise ValueError(f"a kind is named twice: {names}")
     if len({name in HEAD_KINDS for name in names}) > 1:
@@ -570,7 +570,7 @@ def checked_part(model: Any, part: Any) -> tuple[str, int, int | None, Any]:
         if what == "head" and value is None:
             continue
         if what == "head" and not KINDS[kind].of_heads:
-            raise ValueError(f"{part!r}: {kind!r} has no heads, so its head must be None")
+            raise ValueError(f"{part!r}: {kind!r} has no heads: ({kind!r}, layer, None, position)")
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
             raise ValueError(f"{part!r}: {what} must be a whole number, got {value!r}")
         if not 0 <= value < size:
