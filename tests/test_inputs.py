@@ -418,6 +418,19 @@ def test_what_may_be_padding_is_text_and_said_so() -> None:
         sweep(corrupted_tokens=corrupted, attention_mask=mask, **arguments)
 
 
+def test_of_many_prompts_that_may_be_padded_the_first_is_named() -> None:
+    model = with_pad("<bos>")
+    _, corrupted, cache, _ = padded_pair(pads=(1, 1), pad=BOS)
+    with pytest.warns(UserWarning) as said:
+        sweep(
+            model=model,
+            corrupted_tokens=corrupted,
+            clean_cache=cache,
+            patching_metric=LAST_POSITION["a function"],
+        )
+    assert len([w for w in said if "ends in token 0, which ends texts" in str(w.message)]) == 1
+
+
 @pytest.mark.parametrize("pad", ["<bos>", "<pad>"])
 def test_a_doubled_bos_is_no_padding_and_said_so_once(pad: str) -> None:
     model = with_pad(pad)

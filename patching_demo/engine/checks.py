@@ -205,25 +205,30 @@ def refuse_reading_pads(
         every = torch.arange(tokens.shape[1], device=tokens.device)
         sure = every >= lengths[:, None].to(tokens.device)
         may = torch.zeros_like(sure)
-    rows = (sure | may).any(dim=1).nonzero()[:, 0].tolist()
-    for name, metric in metrics.items() if rows else ():
+    for name, metric in metrics.items() if (sure | may).any() else ():
         # What the metric may change is a copy. Copies of all logits are large: few are made.
         reads = partial(_reads, metric, metric(logits.clone()), logits)
-        for row in rows if reads(sure | may) else ():
-            pad, own = int(tokens[row, -1]), torch.zeros_like(sure)
-            own[row] = True
-            if reads(sure & own):
-                raise ValueError(
-                    f"prompt {row} is padded on the right with the pad token {pad}, and metric "
-                    f"{name!r} reads there: read each prompt's own last token "
-                    "(patching_demo.metrics takes positions, patching_demo.prompt_task finds them)"
-                )
-            if reads(may & own):
-                warn_once(
-                    f"prompt {row} ends in token {pad}, which ends texts and pads them, and metric "
-                    f"{name!r} reads there: if it is padding, read the token before it, and pass "
-                    "attention_mask to be sure"
-                )
+        if (row := _first_row(reads, sure)) is not None:
+            raise ValueError(
+                f"prompt {row} is padded on the right with the pad token {int(tokens[row, -1])}, "
+                f"and metric {name!r} reads there: read each prompt's own last token "
+                "(patching_demo.metrics takes positions, patching_demo.prompt_task finds them)"
+            )
+        if (row := _first_row(reads, may)) is not None:
+            warn_once(
+                f"prompt {row} ends in token {int(tokens[row, -1])}, which ends texts and pads "
+                f"them, and metric {name!r} reads there: if it is padding, read the token before "
+                "it, and pass attention_mask to be sure"
+            )
+
+
+def _first_row(reads: Callable[[Tensor], bool], where: Tensor) -> int | None:
+    """The first prompt that is read ``where [batch, pos]``, None if none is."""
+    if not reads(where):
+        return None
+    rows = where.any(dim=1).nonzero()[:, 0].tolist()
+    alone = torch.eye(len(where), dtype=torch.bool, device=where.device)[..., None]
+    return next((row for row in rows if reads(where & alone[row])), rows[0])
 
 
 def _reads(
