@@ -419,16 +419,11 @@ def test_what_may_be_padding_is_text_and_said_so() -> None:
 
 
 def test_of_many_prompts_that_may_be_padded_the_first_is_named() -> None:
-    model = with_pad("<bos>")
-    _, corrupted, cache, _ = padded_pair(pads=(1, 1), pad=BOS)
-    with pytest.warns(UserWarning) as said:
-        sweep(
-            model=model,
-            corrupted_tokens=corrupted,
-            clean_cache=cache,
-            patching_metric=LAST_POSITION["a function"],
-        )
-    assert len([w for w in said if "ends in token 0, which ends texts" in str(w.message)]) == 1
+    corrupted = padded_pair(pads=(0, 1), pad=BOS)[1][[0, 1, 1, 1]]
+    logits, metrics = torch.rand(*corrupted.shape, tiny.D_VOCAB), {"all": oracle.all_logits}
+    with pytest.warns(UserWarning, match="prompt 1 ends in token 0") as said:
+        checks.refuse_reading_pads(with_pad("<bos>"), corrupted, logits, metrics)
+    assert len(said) == 1
 
 
 @pytest.mark.parametrize("pad", ["<bos>", "<pad>"])
