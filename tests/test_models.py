@@ -58,7 +58,7 @@ def own_cache(monkeypatch, tmp_path) -> Path:
 
 def tiny_gguf(path: Path) -> None:
     """Write a random two-layer Llama with grouped heads and a byte-level tokenizer."""
-    words = ["<unk>", "<s>", "</s>", *map(chr, range(33, 127)), "Ġ", "Ċ", "ab"]
+    words = ["<unk>", "<s>", "</s>", *map(chr, range(33, 127)), "Ġ", "Ċ", "ab", "cd"]
     writer = gguf.GGUFWriter(path, "llama")
     settings = {
         "context_length": 64,
@@ -74,7 +74,10 @@ def tiny_gguf(path: Path) -> None:
         "tokenizer_model": "gpt2",
         "token_list": words,
         "token_types": [3] * 3 + [1] * (len(words) - 3),
-        "token_merges": ["a b"],
+        "token_merges": [
+            "a b",
+            "c d",
+        ],  # Of one alone, older versions of transformers make letters.
         "bos_token_id": 1,
         "eos_token_id": 2,
         "pad_token_id": 2,
