@@ -534,7 +534,7 @@ class _Dry:
 
     def __init__(self, model: Any) -> None:
         self.tokenizer, self.cfg, self.training = model.tokenizer, model.cfg, model.training
-        self.to_tokens = model.to_tokens
+        self.to_tokens, self.modules = model.to_tokens, model.modules
 
     def __call__(self, tokens: Tensor, return_type: str = "logits") -> Tensor:
         return torch.zeros(1).expand(*tokens.shape, self.cfg.d_vocab)
